@@ -1,0 +1,1 @@
+"""How a loss uses its parameters, and what its backward pass reveals."""

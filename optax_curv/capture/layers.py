@@ -1,0 +1,206 @@
+"""What a layer is: a static, hashable, printable description of how a loss uses its parameters."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+
+KINDS = ("dense", "conv", "embedding", "scale", "shift")
+# Beyond these widths the output factor is kept as its diagonal: a full one costs more than it brings. 512 keeps every
+# usual normalisation scale full; 8192 is where one float32 factor takes 256 MiB.
+MAX_FULL_ELEMENTWISE = 512
+MAX_FULL = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One linear map inside a loss, and the parameter leaves that hold it.
+
+    Seen as a matrix, the layer is the kernel ``[*stack, in_dim, out_dim]`` and, where there is a bias, one more row
+    ``[*stack, 1, out_dim]`` below it: the input carries the coordinate 1 at its end.
+
+    Attributes:
+      name: the layer's key in the curvature dict.
+      kind: "dense", "conv" (input is a patch), "embedding" (input is one-hot, its factor the diagonal of the token
+        frequencies), "scale" (element-wise product) or "shift" (element-wise sum).
+      kernel: key path of the kernel leaf as ``jax.tree_util.keystr`` writes it, None for a "shift".
+      bias: key path of the bias leaf, or None.
+      in_dim: width of the input, without the bias's coordinate. 0 for a "shift", 1 for a "scale".
+      out_dim: width of the output of one slice.
+      stack: shape of the leading slices (stacked scans, ensembles, groups), each with a factor pair of its own.
+      shared: how often one call of the loss uses the kernel (time steps of a scan, tied uses).
+      kernel_split: shape to which the kernel leaf is reshaped before its axes are named; None: its own shape. It
+        differs where one axis holds two meanings, as the output axis of a grouped convolution does.
+      kernel_axes: the axes of the split kernel in the order stack, inputs, outputs; None: they lie so already.
+      bias_axes: the axes of the bias leaf in the order stack, outputs; None: they lie so already.
+      rows: rows (examples times positions) seen in one use, or 0 where nobody counted.
+    """
+
+    name: str
+    kind: str
+    kernel: str | None
+    bias: str | None
+    in_dim: int
+    out_dim: int
+    stack: tuple[int, ...] = ()
+    shared: int = 1
+    kernel_split: tuple[int, ...] | None = None
+    kernel_axes: tuple[int, ...] | None = None
+    bias_axes: tuple[int, ...] | None = None
+    rows: int = 0
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"Layer {self.name!r}: unknown kind={self.kind!r}; expected one of {KINDS}.")
+        if self.kernel is None and self.bias is None:
+            raise ValueError(f"Layer {self.name!r} has neither a kernel nor a bias.")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The key paths of the leaves this layer covers, kernel first."""
+        return tuple(path for path in (self.kernel, self.bias) if path is not None)
+
+    @property
+    def rows_of_matrix(self) -> int:
+        """Width of the input factor: ``in_dim`` and one more for the bias."""
+        return self.in_dim + (self.bias is not None)
+
+    @property
+    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the input and of the output factor, ``stack`` first; a diagonal factor lacks the last axis."""
+        rows, out = self.rows_of_matrix, self.out_dim
+        full_input = self.kind != "embedding" and rows <= MAX_FULL
+        full_output = out <= (MAX_FULL_ELEMENTWISE if self.kind in ("scale", "shift") else MAX_FULL)
+        return (
+            (*self.stack, rows, rows) if full_input else (*self.stack, rows),
+            (*self.stack, out, out) if full_output else (*self.stack, out),
+        )
+
+
+class Layers:
+    """The layers of one loss in the order of use: iterable, hashable, and a table when printed.
+
+    Args:
+      layers: the layers.
+      uncovered: pairs (key path, reason), or a mapping, of parameter leaves that no layer covers.
+
+    Raises:
+      ValueError: if two layers have one name or cover the same leaf.
+
+    Examples:
+      >>> import optax_curv
+      >>> layers = optax_curv.Layers([
+      ...     optax_curv.Layer("hidden", "dense", "['w']", "['b']", in_dim=3, out_dim=2)])
+      >>> [layer.name for layer in layers], len(layers)
+      (['hidden'], 1)
+    """
+
+    def __init__(self, layers: Iterable[Layer], uncovered=()):
+        self._layers = tuple(layers)
+        self._uncovered = tuple(dict(uncovered).items())
+        for what, seen in (
+            ("name", [layer.name for layer in self._layers]),
+            ("parameter leaf", [path for layer in self._layers for path in layer.paths]),
+        ):
+            twice = sorted({name for name in seen if seen.count(name) > 1})
+            if twice:
+                raise ValueError(f"Layers: more than one layer has the {what} {twice}.")
+
+    @property
+    def uncovered(self) -> dict[str, str]:
+        """Key path of every parameter leaf that no layer covers, with the reason."""
+        return dict(self._uncovered)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, name: str) -> Layer:
+        for layer in self._layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(f"No layer {name!r}; there are {[layer.name for layer in self._layers]}.")
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Layers) and (self._layers, self._uncovered) == (
+            other._layers,
+            other._uncovered,
+        )
+
+    def __hash__(self) -> int:
+        return hash((self._layers, self._uncovered))
+
+    def __repr__(self) -> str:
+        return f"Layers({list(self._layers)!r}, uncovered={self.uncovered!r})"
+
+    def __str__(self) -> str:
+        header = ("layer", "kind", "kernel", "in", "out", "stack", "shared", "bias", "rows")
+        rows = [header] + [
+            tuple(
+                "-" if cell in (None, ()) else str(cell)
+                for cell in (
+                    *(layer.name, layer.kind, layer.kernel, layer.in_dim, layer.out_dim),
+                    *(layer.stack, layer.shared, layer.bias, layer.rows or None),
+                )
+            )
+            for layer in self._layers
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        lines += [f"uncovered: {path}: {reason}" for path, reason in self._uncovered]
+        return "\n".join(lines)
+
+
+def layer_matrix(layer: Layer, leaves: Mapping[str, jax.Array]) -> jax.Array:
+    """The layer's leaves as one matrix [*stack, rows_of_matrix, out_dim]: the kernel's rows, then the bias's.
+
+    Args:
+      layer: the layer.
+      leaves: its leaves by key path; others are ignored.
+
+    Returns:
+      The matrix, in the leaves' common dtype.
+
+    Raises:
+      ValueError: if a leaf's size is not what the layer says.
+    """
+    parts = []
+    for path, rows, split, axes in _parts(layer, leaves):
+        leaf = jnp.reshape(leaves[path], split)
+        parts.append(jnp.reshape(jnp.transpose(leaf, axes), (*layer.stack, rows, layer.out_dim)))
+    return jnp.concatenate(parts, axis=-2)
+
+
+def layer_leaves(layer: Layer, matrix: jax.Array, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The inverse of `layer_matrix`: the layer's leaves by key path, in shape and dtype of those in `like`."""
+    leaves, first = {}, 0
+    for path, rows, split, axes in _parts(layer, like):
+        part = matrix[..., first : first + rows, :].reshape([split[axis] for axis in axes])
+        back = sorted(range(len(axes)), key=axes.__getitem__)
+        leaves[path] = part.transpose(back).reshape(like[path].shape).astype(like[path].dtype)
+        first += rows
+    return leaves
+
+
+def _parts(layer, leaves):
+    """For each leaf of the layer: key path, rows of the matrix, split shape, order of the split axes."""
+    parts = []
+    for path, rows, split, axes in (
+        (layer.kernel, layer.in_dim, layer.kernel_split, layer.kernel_axes),
+        (layer.bias, 1, None, layer.bias_axes),
+    ):
+        if path is None:
+            continue
+        shape = tuple(leaves[path].shape)
+        if math.prod(shape) != math.prod((*layer.stack, rows, layer.out_dim)):
+            raise ValueError(
+                f"Layer {layer.name!r}: the leaf {path} has shape {shape}, expected the size of stack={layer.stack} × "
+                f"{rows} × out_dim={layer.out_dim}; are these the layers of another model?"
+            )
+        split = split or shape
+        parts.append((path, rows, split, axes or tuple(range(len(split)))))
+    return parts

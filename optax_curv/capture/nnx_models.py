@@ -1,0 +1,40 @@
+"""Flax nnx modules as the first argument of a loss, as `nnx.value_and_grad` takes them. Flax is imported only then."""
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Model(NamedTuple):
+    """A module taken apart.
+
+    Attributes:
+      params: its parameters as pure arrays.
+      grads_like: its parameters as an `nnx.State`, the structure of its gradients.
+      wrap: makes `function(model, ...) -> result` a function of `params`, `-> (result, other state after the call)`.
+      update: writes that other state (batch statistics, random counters) back into the module.
+    """
+
+    params: Any
+    grads_like: Any
+    wrap: Callable
+    update: Callable
+
+
+def take_apart(params) -> Model | None:
+    """The module's parts, or None if `params` is no nnx module."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None or not isinstance(params, nnx.Module):
+        return None
+    graph, state, rest = nnx.split(params, nnx.Param, ...)
+    others = nnx.as_pure(rest)
+
+    def wrap(function):
+        def of_arrays(arrays, *args, **kwargs):
+            model = nnx.merge(graph, arrays, others)
+            result = function(model, *args, **kwargs)
+            return result, nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param)))
+
+        return of_arrays
+
+    return Model(nnx.as_pure(state), state, wrap, lambda after: nnx.update(params, after))

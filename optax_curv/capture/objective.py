@@ -1,0 +1,334 @@
+"""Objectives: a network and a likelihood, from which targets can be drawn and whose Hessian is known."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class Likelihood(Protocol):
+    """What an `Objective` asks of a likelihood; `outputs` are [*leading, O], and rows are independent.
+
+    A user-made one may also have ``hessian_product(outputs, v)``, H v in the shape of `outputs`; without it the
+    product goes through the columns of `hessian_sqrt`.
+    """
+
+    def loss(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+        """The negative log-likelihood of each row, summed over the last axis: [*leading]."""
+        ...
+
+    def sample_cotangent(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
+        """The gradient of each row's loss at a target drawn from the model: [*leading, O]."""
+        ...
+
+    def hessian_sqrt(self, outputs: jax.Array) -> jax.Array:
+        """B with B Bᵀ = the Hessian of each row's loss in its outputs, columns first: [columns, *leading, O]."""
+        ...
+
+
+def _at_least_float32(outputs):
+    return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+
+
+def _diagonal_columns(entries):
+    """The columns of diag(entries): [O, *leading, O] from [*leading, O]."""
+    one_hot = jnp.eye(entries.shape[-1], dtype=entries.dtype)
+    return one_hot.reshape(len(one_hot), *(1,) * (entries.ndim - 1), -1) * entries
+
+
+def _require_targets(likelihood: str, targets, outputs):
+    if jnp.shape(targets) != outputs.shape:
+        raise ValueError(
+            f"Objective: likelihood={likelihood!r} expects targets in the shape of the outputs, {outputs.shape}, "
+            f"got {jnp.shape(targets)}; reshape the targets (a [N] target of one output is [N, 1])."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Categorical:
+    """Softmax cross-entropy: outputs are logits, targets classes [*leading] or probabilities [*leading, O]."""
+
+    def loss(self, outputs, targets):
+        """−log softmax(outputs)[target], or −Σ targets · log softmax(outputs)."""
+        log_p, targets = jax.nn.log_softmax(_at_least_float32(outputs)), jnp.asarray(targets)
+        if targets.shape == outputs.shape:
+            # A class of probability zero costs nothing, also where its logit is -inf.
+            return -jnp.sum(jnp.where(targets == 0, 0, targets * log_p), -1)
+        if targets.shape != outputs.shape[:-1] or not jnp.issubdtype(targets.dtype, jnp.integer):
+            raise ValueError(
+                f"Objective: likelihood='categorical' expects integer targets of shape {outputs.shape[:-1]} or one-hot "
+                f"targets of shape {outputs.shape}, got {targets.dtype} of shape {targets.shape}."
+            )
+        return -jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
+
+    def sample_cotangent(self, key, outputs):
+        """The gradient p − onehot(y), y ~ Categorical(p)."""
+        outputs = _at_least_float32(outputs)
+        drawn = jax.random.categorical(key, outputs)
+        return jax.nn.softmax(outputs) - jax.nn.one_hot(drawn, outputs.shape[-1], dtype=outputs.dtype)
+
+    def hessian_sqrt(self, outputs):
+        """B = diag(√p) − p √pᵀ, for which B Bᵀ = diag(p) − p pᵀ."""
+        p = jax.nn.softmax(_at_least_float32(outputs))
+        root = jnp.sqrt(p)
+        return _diagonal_columns(root) - p * jnp.moveaxis(root, -1, 0)[..., None]
+
+    def hessian_product(self, outputs, v):
+        """(diag(p) − p pᵀ) v."""
+        p = jax.nn.softmax(_at_least_float32(outputs))
+        return p * (v - jnp.sum(p * v, -1, keepdims=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bernoulli:
+    """Sigmoid cross-entropy: outputs are logits, targets lie in [0, 1] and have the shape of the outputs."""
+
+    def loss(self, outputs, targets):
+        """−Σ targets · log σ(outputs) + (1 − targets) · log σ(−outputs)."""
+        _require_targets("bernoulli", targets, outputs)
+        outputs = _at_least_float32(outputs)
+        return jnp.sum(targets * jax.nn.softplus(-outputs) + (1 - targets) * jax.nn.softplus(outputs), -1)
+
+    def sample_cotangent(self, key, outputs):
+        """The gradient p − y, y ~ Bernoulli(p)."""
+        p = jax.nn.sigmoid(_at_least_float32(outputs))
+        return p - jax.random.bernoulli(key, p).astype(p.dtype)
+
+    def hessian_sqrt(self, outputs):
+        """diag(√(p (1 − p)))."""
+        outputs = _at_least_float32(outputs)
+        return _diagonal_columns(jnp.sqrt(jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs)))
+
+    def hessian_product(self, outputs, v):
+        """The product p (1 − p) v."""
+        outputs = _at_least_float32(outputs)
+        return jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs) * v
+
+
+@dataclasses.dataclass(frozen=True)
+class Normal:
+    """Unit-variance normal: outputs are means, the loss is ½ Σ (output − target)² without its constant."""
+
+    def loss(self, outputs, targets):
+        """½ Σ (outputs − targets)²."""
+        _require_targets("normal", targets, outputs)
+        return 0.5 * jnp.sum(jnp.square(_at_least_float32(outputs) - targets), -1)
+
+    def sample_cotangent(self, key, outputs):
+        """The gradient outputs − y, y ~ N(outputs, I)."""
+        return jax.random.normal(key, outputs.shape, jnp.promote_types(outputs.dtype, jnp.float32))
+
+    def hessian_sqrt(self, outputs):
+        """The identity."""
+        return _diagonal_columns(jnp.ones_like(_at_least_float32(outputs)))
+
+    def hessian_product(self, outputs, v):
+        """The product I v."""
+        del outputs
+        return v
+
+
+LIKELIHOODS = {"categorical": Categorical(), "bernoulli": Bernoulli(), "normal": Normal()}
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A loss whose curvature is known: a network, the likelihood of its outputs, and a regularizer.
+
+    With outputs z = predict_fn(params, inputs) of shape [*leading, O] and the loss ℓ of one row (the negative
+    log-likelihood, summed over the last axis),
+
+      L(params) = Σ_r w_r ℓ(z_r, t_r) / Σ_r w_r + regularizer(params),
+
+    a mean over all leading axes where no weights are given. It is an ordinary loss function: ``jax.value_and_grad``,
+    Optax and `value_grad_and_curvature` take it as one. What a plain loss hides, it knows: the Hessian H_r = B_r B_rᵀ
+    of a row's loss in its outputs, hence the Gauss-Newton matrix Σ_r w_r J_rᵀ H_r J_r / Σ_r w_r, which is the Fisher
+    matrix of the three built-in likelihoods, and targets drawn from the model.
+
+    An objective is frozen and hashable, and a pytree without leaves: it may be an argument of a jitted function.
+
+    Args:
+      predict_fn: ``predict_fn(params, inputs) -> outputs``, outputs floating [*leading, O]; the first leading axis
+        counts the examples.
+      likelihood: "categorical" (outputs are logits; targets are integers [*leading], or one-hot or probabilities
+        [*leading, O]), "bernoulli" (outputs are logits, targets [*leading, O] in [0, 1]), "normal" (outputs are means,
+        ½ Σ (output − target)²), or an object with the methods of `Likelihood`.
+      regularizer: ``regularizer(params) -> scalar`` added to the loss. It enters value and gradient only, never the
+        curvature.
+
+    Raises:
+      ValueError: for an unknown likelihood, an object that lacks one of the three methods, or a `predict_fn` or
+        `regularizer` that cannot be called; when called, for targets or weights whose shape does not fit the outputs.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_curv
+      >>> objective = optax_curv.Objective(lambda w, x: x @ w, "categorical")
+      >>> inputs, targets = jnp.eye(3), jnp.array([0, 1, 2])
+      >>> round(float(objective(jnp.zeros((3, 4)), inputs, targets)), 4)  # log 4
+      1.3863
+      >>> mask = jnp.array([1.0, 1.0, 0.0])
+      >>> round(float(objective(10 * jnp.eye(3, 4), inputs, jnp.array([0, 1, 0]), weights=mask)), 3)
+      0.0
+
+    References:
+      Martens, `New Insights and Perspectives on the Natural Gradient Method <https://arxiv.org/abs/1412.1193>`_, §9.2
+      (the generalised Gauss-Newton matrix as a Fisher matrix).
+    """
+
+    predict_fn: Callable[[Any, Any], jax.Array]
+    likelihood: Any
+    regularizer: Callable[[Any], jax.Array] | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        for name, function in (("predict_fn", self.predict_fn), ("regularizer", self.regularizer)):
+            if not callable(function) and (name, function) != ("regularizer", None):
+                raise ValueError(f"Objective: expected a function as {name}, got {function!r}.")
+        if isinstance(self.likelihood, str):
+            if self.likelihood not in LIKELIHOODS:
+                raise ValueError(
+                    f"Objective: unknown likelihood={self.likelihood!r}; expected one of {tuple(LIKELIHOODS)} or an "
+                    "object with the methods loss, sample_cotangent and hessian_sqrt."
+                )
+            object.__setattr__(self, "likelihood", LIKELIHOODS[self.likelihood])
+        missing = [
+            name
+            for name in ("loss", "sample_cotangent", "hessian_sqrt")
+            if not callable(getattr(self.likelihood, name, None))
+        ]
+        if missing or isinstance(self.likelihood, type):
+            raise ValueError(
+                f"Objective: expected a likelihood object with the methods loss, sample_cotangent and hessian_sqrt, "
+                f"got {self.likelihood!r}{f', which lacks {missing}' if missing else '; give an instance of it'}."
+            )
+
+    def __call__(self, params, inputs, targets, *, weights=None) -> jax.Array:
+        """The loss.
+
+        Args:
+          params: the parameters, first argument of `predict_fn`.
+          inputs: the inputs, second argument of `predict_fn`.
+          targets: the targets, in the shape the likelihood asks for.
+          weights: a mask or weight for each example, [N], or each row, [*leading]; fewer axes are broadcast over the
+            later ones. The mean is divided by the sum of the weights, so a mask leaves out rows as if they were not
+            in the batch; where all are zero the mean is zero. Masked rows must be finite.
+
+        Returns:
+          The mean loss plus the regularizer, a scalar, float32 at least.
+        """
+        return self.value_and_outputs(params, inputs, targets, weights=weights)[0]
+
+    def value_and_outputs(self, params, inputs, targets, *, weights=None) -> tuple[jax.Array, jax.Array]:
+        """The loss and the outputs of `predict_fn`."""
+        outputs = self.predict_fn(params, inputs)
+        value = self.loss_of_outputs(outputs, targets, weights)
+        return value if self.regularizer is None else value + self.regularizer(params), outputs
+
+    def loss_of_outputs(self, outputs, targets, weights=None) -> jax.Array:
+        """The mean loss of outputs already computed, without the regularizer: a scalar."""
+        shares = self.row_shares(outputs, weights)
+        losses = self.likelihood.loss(outputs, targets)
+        if jnp.shape(losses) != shares.shape:
+            raise ValueError(
+                f"Objective: expected {self.likelihood!r}.loss to give one number a row, shape {shares.shape}, for "
+                f"outputs of shape {outputs.shape}, got {jnp.shape(losses)}."
+            )
+        return jnp.mean(losses) if weights is None else jnp.sum(shares * losses)
+
+    def row_shares(self, outputs, weights=None) -> jax.Array:
+        """w_r / Σ w, the share of each row of the outputs in the mean: [*leading], float32 at least."""
+        leading = outputs.shape[:-1]
+        if not outputs.ndim or not math.prod(outputs.shape):
+            raise ValueError(
+                f"Objective: expected outputs [*leading, O] with at least one row, got shape {outputs.shape}."
+            )
+        dtype = jnp.promote_types(outputs.dtype, jnp.float32)
+        if weights is None:
+            return jnp.full(leading, 1 / math.prod(leading), dtype)
+        weights = jnp.asarray(weights, dtype)
+        if weights.shape != leading[: weights.ndim]:
+            raise ValueError(
+                f"Objective: expected weights of shape {leading} or of its first axes (outputs have shape "
+                f"{outputs.shape}), got {weights.shape}."
+            )
+        weights = jnp.broadcast_to(weights.reshape(weights.shape + (1,) * (len(leading) - weights.ndim)), leading)
+        total = jnp.sum(weights)
+        return weights / jnp.where(total == 0, 1, total)
+
+    def sampled_cotangents(self, key, outputs, *, samples=1, weights=None) -> jax.Array:
+        """Cotangents c of the outputs with E[Σ_c Jᵀ c (Jᵀ c)ᵀ] = the Gauss-Newton matrix: [samples, *outputs.shape].
+
+        They are √(w_r / Σw / samples) times the gradient of a row's loss at a target drawn from the model.
+        """
+        draw = jax.vmap(self.likelihood.sample_cotangent, in_axes=(0, None))
+        scale = jnp.sqrt(self.row_shares(outputs, weights) / samples)[..., None]
+        return (scale * draw(jax.random.split(key, samples), outputs)).astype(outputs.dtype)
+
+    def exact_cotangents(self, outputs, *, weights=None) -> jax.Array:
+        """Cotangents c for which Σ_c Σ_r (J_rᵀ c_r)(J_rᵀ c_r)ᵀ = the Gauss-Newton matrix: [columns, *outputs.shape].
+
+        They are √(w_r / Σw) times the columns of B_r. Rows that meet inside the network have to be pulled back apart.
+        """
+        scale = jnp.sqrt(self.row_shares(outputs, weights))[..., None]
+        return (scale * self.likelihood.hessian_sqrt(outputs)).astype(outputs.dtype)
+
+    def hessian_product(self, outputs, v, *, weights=None) -> jax.Array:
+        """H v, H the Hessian of the mean loss in the outputs; v and the product have the shape of `outputs`."""
+        if hasattr(self.likelihood, "hessian_product"):
+            curved = self.likelihood.hessian_product(outputs, v)
+        else:
+            columns = self.likelihood.hessian_sqrt(outputs)
+            curved = jnp.sum(columns * jnp.sum(columns * v, -1, keepdims=True), 0)
+        return self.row_shares(outputs, weights)[..., None] * curved
+
+    def gauss_newton_product(self, params, inputs, v, *, weights=None):
+        """Jᵀ H J v of the mean loss, without the regularizer: a tree like `params`.
+
+        Args:
+          params: the parameters.
+          inputs: the inputs.
+          v: a tree like `params`.
+          weights: as in a call of the objective.
+
+        Returns:
+          The product, leaf by leaf in the dtype of `params`.
+        """
+        outputs, push_forward = jax.linearize(lambda p: self.predict_fn(p, inputs), params)
+        curved = self.hessian_product(outputs, push_forward(v), weights=weights)
+        return jax.linear_transpose(push_forward, v)(curved.astype(outputs.dtype))[0]
+
+    def quadratic_model(self, params, inputs, targets, directions, *, weights=None) -> tuple[jax.Array, jax.Array]:
+        """The objective along some directions d_i: L(params + Σ c_i d_i) ≈ L + cᵀ slopes + ½ cᵀ curvature c.
+
+        The curvature C is the Gauss-Newton matrix plus the regularizer's Hessian; it costs one Jacobian product for
+        each direction.
+
+        Args:
+          params: the parameters.
+          inputs: the inputs.
+          targets: the targets.
+          directions: a sequence of k trees like `params`, leaf by leaf in its dtype.
+          weights: as in a call of the objective.
+
+        Returns:
+          slopes ⟨∇L, d_i⟩ [k] and curvature ⟨d_i, C d_j⟩ [k, k], float32 at least.
+        """
+        outputs, push_forward = jax.linearize(lambda p: self.predict_fn(p, inputs), params)
+        tangents = jnp.stack([_at_least_float32(push_forward(d)) for d in directions])
+        outputs = _at_least_float32(outputs)
+        pull = jax.grad(self.loss_of_outputs)(outputs, targets, weights)
+        curved = jax.vmap(lambda v: self.hessian_product(outputs, v, weights=weights))(tangents)
+        axes = tuple(range(1, tangents.ndim))
+        slopes, curvature = jnp.tensordot(tangents, pull, pull.ndim), jnp.tensordot(tangents, curved, (axes, axes))
+        if self.regularizer is not None:
+            hessian_products = [jax.jvp(jax.grad(self.regularizer), (params,), (d,)) for d in directions]
+            slopes += jnp.stack([optax.tree.vdot(hessian_products[0][0], d) for d in directions])
+            curvature += jnp.stack(
+                [jnp.stack([optax.tree.vdot(d, product) for _, product in hessian_products]) for d in directions]
+            )
+        return slopes, curvature

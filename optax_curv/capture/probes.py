@@ -1,0 +1,72 @@
+"""A loss with the product of its Hessian and a random probe."""
+
+import jax
+import jax.numpy as jnp
+
+
+def hessian_probe(loss_fn, params, *args, key, has_aux=False, finite_difference=False, **kwargs):
+    """Value, gradient, a random probe v ~ N(0, I) and the Hessian-vector product Hv, in one linearisation.
+
+    With E[v vᵀ] = I, E[Hv (Hv)ᵀ] = H²: what Newton-type preconditioners are fitted to. Forward-over-reverse, about the
+    cost of three gradients where the gradient alone costs one. `finite_difference=True` is for losses without a second
+    derivative (custom rules, integer tables): Hv ≈ (∇f(θ + εv) - ∇f(θ)) / ε with ε = √eps(dtype) · max(1, rms(θ)), two
+    gradients, and a relative error of about √eps.
+
+    Args:
+      loss_fn: scalar function of (params, *args, **kwargs).
+      params: pytree of floating-point leaves.
+      *args: passed to the loss.
+      key: PRNG key of the probe.
+      has_aux: whether the loss returns (value, aux).
+      finite_difference: see above.
+      **kwargs: passed to the loss.
+
+    Returns:
+      (value, grads, probe, hvp), or ((value, aux), grads, probe, hvp); the last three are like the parameters. With
+      complex leaves the derivative of jax.grad's gradient, the conjugate of the steepest ascent, is taken.
+
+    Raises:
+      TypeError: from jax.grad, for integer parameters or a loss that is not scalar.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax_curv
+      >>> loss = lambda w, scale: 0.5 * jnp.sum(scale * w**2)
+      >>> w, scale = jnp.array([1.0, 2.0]), jnp.array([1.0, 10.0])
+      >>> value, grads, probe, hvp = optax_curv.hessian_probe(loss, w, scale, key=jax.random.key(0))
+      >>> float(value), grads.tolist(), bool(jnp.allclose(hvp, scale * probe))
+      (20.5, [1.0, 20.0], True)
+
+    References:
+      Pearlmutter, *Fast exact multiplication by the Hessian*, Neural Computation 6, 1994.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    probes = [
+        jax.random.normal(jax.random.fold_in(key, i), jnp.shape(leaf), jnp.result_type(leaf))
+        for i, leaf in enumerate(leaves)
+    ]
+
+    def value_and_grad(leaves):
+        return jax.value_and_grad(loss_fn, has_aux=has_aux)(treedef.unflatten(leaves), *args, **kwargs)
+
+    def value_and_leaf_grads(leaves):
+        value, grads = value_and_grad(leaves)
+        return jax.tree.leaves(grads), value
+
+    if not finite_difference:
+        grads, products, value = jax.jvp(value_and_leaf_grads, (leaves,), (probes,), has_aux=True)
+    else:
+        step = _difference_step(leaves)
+        grads, value = value_and_leaf_grads(leaves)
+        ahead, _ = value_and_leaf_grads([x + (step * v).astype(v.dtype) for x, v in zip(leaves, probes, strict=True)])
+        products = [((b - a) / step).astype(a.dtype) for a, b in zip(grads, ahead, strict=True)]
+    return value, treedef.unflatten(grads), treedef.unflatten(probes), treedef.unflatten(products)
+
+
+def _difference_step(leaves):
+    """√eps · max(1, rms of all parameters): balances the rounding of the difference and its second-order error."""
+    size = max(1, sum(jnp.size(x) for x in leaves))
+    rms = jnp.sqrt(
+        sum(jnp.sum(jnp.square(jnp.abs(jnp.asarray(x, jnp.result_type(x, jnp.float32))))) for x in leaves) / size
+    )
+    coarsest = max([float(jnp.finfo(jnp.result_type(x)).eps) for x in leaves], default=1.0)
+    return coarsest**0.5 * jnp.maximum(1, rms)

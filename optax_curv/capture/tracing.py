@@ -1,0 +1,364 @@
+"""The walk over a loss's jaxpr that finds layers by where parameters flow, and the run of it with a tap at each."""
+
+import collections
+import dataclasses
+from collections.abc import Callable
+
+from jax.extend import core
+
+from optax_curv.capture import layouts
+from optax_curv.capture.batch import LOST, propagate
+from optax_curv.capture.jaxpr import (
+    Literal,
+    bodies,
+    hidden_bodies,
+    inlined,
+    run,
+    run_call,
+    run_cond,
+    run_scan,
+)
+from optax_curv.capture.marks import NOTHING, Batch, Found, Mark, Node
+from optax_curv.capture.rules import RULES
+from optax_curv.capture.views import shape_of
+
+WHILE = (
+    "a while_loop around the layer that uses {path}: reverse-mode differentiation does not pass through it; use "
+    "jax.lax.scan, or fori_loop with a number of steps known at trace time."
+)
+ELEMENTWISE = {"add", "sub", "add_any"}
+
+
+class Walk:
+    """Walks a jaxpr and collects the uses of parameter leaves.
+
+    Attributes:
+      batch: number of examples.
+      uses: every use found, in the order of the loss.
+      groups: uses made by one equation.
+      refused: leaves that met the examples in a way no layer describes, with the reason.
+    """
+
+    def __init__(self, paths: list[str], batch: int):
+        self.paths, self.batch = paths, batch
+        self.uses: list[Found] = []
+        self.groups: list[list[int]] = []
+        self.refused: dict[int, str] = {}
+        self._loops: tuple[int, ...] = ()
+        self._branch: tuple[int, int] | None = None
+        self._counts: collections.Counter = collections.Counter()
+        self._node: Node | None = None
+        self._index = 0
+        self._places: dict[int, tuple[Node, int]] = {}
+
+    # -- what rules ask --
+
+    def once(self, variable) -> bool:
+        """Whether a variable is read only once."""
+        return self._counts[variable] == 1
+
+    def examples(self, batch: Batch | None, segments) -> tuple[int, int] | None:
+        """The row that holds the examples, and its inner size."""
+        rows = [piece for role, pieces in segments if role == "row" for piece in pieces]
+        if batch is None:
+            return None
+        if batch.axis is not None:
+            fits = [size for number, size in rows if number == batch.axis and size % (self.batch * batch.inner) == 0]
+            return (batch.axis, batch.inner) if fits else None
+        for number, size in rows:
+            if size == self.batch:
+                return number, 1
+        if rows and rows[0][1] % self.batch == 0:
+            return rows[0][0], rows[0][1] // self.batch
+        return None
+
+    def add_uses(self, uses: list[Found], eqn) -> layouts.View:
+        """Records the uses one equation makes; returns the view of its result as their output."""
+        self.groups.append([])
+        for found in uses:
+            stacked = {slot.loop for slot in found.view.slots}
+            found.loops = tuple((length, depth in stacked) for depth, length in enumerate(self._loops))
+            found.branch = self._branch
+            self.groups[-1].append(len(self.uses))
+            node = self._node
+            assert node is not None
+            self._places[len(self.uses)] = node, self._index
+            node.taps.setdefault(self._index, []).append(len(self.uses))
+            self.uses.append(found)
+        return layouts.whole(len(self.groups) - 1, shape_of(eqn.outvars[0]))
+
+    def move_tap(self, number: int, segments, examples):
+        """Taps a use at the current equation's result instead, whose axes have these roles."""
+        node, index = self._places[number]
+        if node is self._node:
+            node.taps[index].remove(number)
+            node.taps.setdefault(self._index, []).append(number)
+            self._places[number] = node, self._index
+            self.uses[number].output_segments, self.uses[number].examples = segments, examples
+
+    def is_bias(self, number: int, output: layouts.View, shift: Found) -> bool:
+        """Whether a shift lies along exactly the outputs (and the stack) of a use; notes the order of its pieces."""
+        kernel = self.uses[number]
+        slots = [[(s.size, s.index, s.loop) for s in view.slots] for view in (kernel.view, shift.view)]
+        pairs = layouts.matched(output, shift.view)
+        if slots[0] != slots[1] or kernel.kind == "embedding" or pairs is None:
+            return False
+        order = {}
+        for (stride, size), (bias_stride, _) in pairs:
+            role, kernel_stride = layouts.role_at(kernel.output_segments, stride)
+            if stride == 0 or bias_stride < 0 or (role == "row") != (bias_stride == 0):
+                return False
+            if role != "row" and kernel_stride < 0:
+                return False
+            if role != "row":
+                order[role != "stack", -kernel_stride] = role, (bias_stride, size)
+        pieces = [order[key] for key in sorted(order)]
+        if layouts.size_of(piece for _, piece in pieces) != layouts.size_of((*kernel.stack, *kernel.outputs)):
+            return False
+        shift.stack = tuple(piece for role, piece in pieces if role == "stack")
+        shift.outputs = tuple(piece for role, piece in pieces if role != "stack")
+        return True
+
+    # -- the walk --
+
+    def node(self, node: Node, marks: list[Mark], constants=()) -> list[Mark]:
+        """Marks of the results of a node's jaxpr, given those of its operands (and of its constants)."""
+        outer, jaxpr = (self._counts, self._node, self._index), node.jaxpr.jaxpr
+        counts = collections.Counter(v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, Literal))
+        counts.update(v for v in jaxpr.outvars if not isinstance(v, Literal))
+        env: dict[core.Var, Mark] = dict(zip(jaxpr.invars, marks, strict=True))
+        env.update(zip(jaxpr.constvars, constants, strict=False))
+
+        def read(variable):
+            return NOTHING if isinstance(variable, Literal) else env.get(variable, NOTHING)
+
+        for index, eqn in enumerate(jaxpr.eqns):
+            self._counts, self._node, self._index = counts, node, index
+            given = [read(v) for v in eqn.invars]
+            if any(mark is not NOTHING for mark in given):
+                env.update(zip(eqn.outvars, self._equation(eqn, given, node, index), strict=True))
+        self._counts, self._node, self._index = outer
+        return [read(v) for v in jaxpr.outvars]
+
+    def _equation(self, eqn, given, node, index):
+        name = eqn.primitive.name
+        if name == "stop_gradient":
+            return [Mark(batch=given[0].batch)]
+        nodes = tuple(map(Node, bodies(eqn)))
+        if nodes:
+            given = [self._at_boundary(mark) for mark in given]
+            enter = {"scan": self._scan, "cond": self._cond}.get(name, self._call)
+            results = enter(eqn, given, nodes)
+            if any(child.uses() for child in nodes):
+                node.children[index] = nodes
+            return results
+        shapes = [shape_of(v) for v in eqn.invars]
+        batches = propagate(eqn, [mark.batch for mark in given], shapes, self.batch)
+        results = None
+        if any(mark.leaves or mark.output for mark in given) and name in RULES:
+            results = RULES[name](self, eqn, given)
+        if results is None:
+            self._hidden(eqn, given)
+            results = [Mark(derived=self._derived(eqn, given))] * len(eqn.outvars)
+        elif any(mark.derived for mark in given):
+            derived = tuple({entry for mark in given for entry in mark.derived})
+            results = [mark if mark.leaves else mark._replace(derived=derived) for mark in results]
+        return [self._met(eqn, mark._replace(batch=batch)) for mark, batch in zip(results, batches, strict=True)]
+
+    def _derived(self, eqn, given):
+        """Leaves that are now used in a way no layer describes."""
+        entries = dict(entry for mark in given for entry in mark.derived)
+        name = eqn.primitive.name
+        several = sum(bool(mark.leaves or mark.derived) for mark in given) > 1
+        for mark in given:
+            for view in mark.leaves:
+                reason = f"it enters `{name}`, which is no layer"
+                if name == "mul" and several:
+                    reason = "it is multiplied by another parameter before it meets the data"
+                elif view.coefficients:
+                    reason = f"it is multiplied element-wise before it enters `{name}`"
+                elif not view.aligned:
+                    reason = f"it is cut into unequal slices before it enters `{name}`"
+                elif hidden_bodies(eqn):
+                    reason = f"it enters `{name}`, whose own derivative rule hides what is inside"
+                entries.setdefault(view.source, reason)
+        return tuple(entries.items())
+
+    def _met(self, eqn, mark):
+        """Refuses the leaves of a result that depends on the examples too; an added penalty is no such thing."""
+        if mark.batch is None or not mark.derived:
+            return mark
+        if eqn.primitive.name not in ELEMENTWISE:
+            for leaf, reason in mark.derived:
+                self.refused.setdefault(leaf, reason)
+            return mark._replace(derived=())
+        return mark
+
+    def _at_boundary(self, mark):
+        """What a variable keeps when it enters a body: coefficients are variables of the outer jaxpr."""
+        if any(view.coefficients for view in mark.leaves):
+            reason = "it is multiplied element-wise before it enters a function call"
+            derived = tuple((view.source, reason) for view in mark.leaves)
+            return mark._replace(leaves=(), derived=mark.derived + derived, output=None)
+        return mark._replace(output=None)
+
+    def _call(self, eqn, given, nodes):
+        return [self._at_boundary(mark) for mark in self.node(nodes[0], given)]
+
+    def _cond(self, eqn, given, nodes):
+        outer, number = self._branch, len(self.uses)
+        columns = []
+        for k, node in enumerate(nodes):
+            self._branch = outer or (number, k)
+            columns.append([self._at_boundary(mark) for mark in self.node(node, given[1:])])
+        self._branch = outer
+        return [_either(marks) for marks in zip(*columns, strict=True)]
+
+    def _scan(self, eqn, given, nodes):
+        params, body = eqn.params, nodes[0].jaxpr.jaxpr
+        consts, carry = params["num_consts"], params["num_carry"]
+        unchanged = {k for k in range(carry) if body.invars[consts + k] is body.outvars[k]}
+        state = [
+            mark if k in unchanged else mark._replace(leaves=(), derived=mark.derived + _entries(mark))
+            for k, mark in enumerate(given[consts : consts + carry])
+        ]
+        slices = [self._slice(mark) for mark in given[consts + carry :]]
+        self._loops = (*self._loops, params["length"])
+        saved = len(self.uses), len(self.groups), dict(self.refused)
+        while True:  # until the marks of the carry no longer change: only `batch` and `derived` can, and only grow
+            nodes[0].taps.clear()
+            nodes[0].children.clear()
+            results = self.node(nodes[0], [*given[:consts], *state, *slices])
+            grown = [
+                old if k in unchanged else _either((old, new._replace(leaves=(), output=None)))
+                for k, (old, new) in enumerate(zip(state, results[:carry], strict=True))
+            ]
+            if grown == state:
+                break
+            state = grown
+            del self.uses[saved[0] :], self.groups[saved[1] :]
+            self.refused = dict(saved[2])
+        self._loops = self._loops[:-1]
+        over_examples = any(mark.batch is not None and mark.batch.axis == 0 for mark in given[consts + carry :])
+        return state + [self._unsliced(mark, over_examples) for mark in results[carry:]]
+
+    def _slice(self, mark):
+        """The mark of one slice of the leading axis."""
+        sliced = [layouts.enter_loop(view, len(self._loops)) for view in mark.leaves]
+        leaves = tuple(view for view in sliced if view is not None)
+        batch = mark.batch
+        if batch is not None and batch.axis is not None:
+            batch = LOST if batch.axis == 0 else batch._replace(axis=batch.axis - 1)
+        if len(leaves) != len(mark.leaves) or len(leaves) > 1:
+            return Mark(batch=batch, derived=mark.derived + _entries(mark))
+        return Mark(leaves=leaves, batch=batch, derived=mark.derived)
+
+    def _unsliced(self, mark, over_examples):
+        """The mark of the slices stacked again."""
+        batch = mark.batch
+        if batch is not None:
+            axis = batch.axis + 1 if batch.axis is not None else 0 if over_examples else None
+            batch = Batch(axis, batch.inner)
+        return Mark(batch=batch, derived=mark.derived + _entries(mark))
+
+    def _hidden(self, eqn, given):
+        """Refuses a while loop around a layer."""
+        if eqn.primitive.name != "while" or not any(mark.leaves for mark in given):
+            return
+        params, before = eqn.params, len(self.uses)
+        consts = [*given[params["cond_nconsts"] : params["cond_nconsts"] + params["body_nconsts"]]]
+        state = [mark._replace(output=None) for mark in given[params["cond_nconsts"] + params["body_nconsts"] :]]
+        self.node(Node(inlined(params["body_jaxpr"])), consts + state)
+        if len(self.uses) > before:
+            raise ValueError(
+                "value_grad_and_curvature: " + WHILE.format(path=self.paths[self.uses[before].view.source])
+            )
+
+
+def _entries(mark):
+    return tuple((view.source, "it changes from step to step of a scan") for view in mark.leaves)
+
+
+def _either(marks):
+    """What holds for a variable that is one of several."""
+    leaves = marks[0].leaves if all(mark.leaves == marks[0].leaves for mark in marks) else ()
+    batches = [mark.batch for mark in marks if mark.batch is not None]
+    derived = dict(entry for mark in marks for entry in mark.derived)
+    if not leaves:
+        derived |= {view.source: "it is one of several results of a cond" for mark in marks for view in mark.leaves}
+    return Mark(
+        leaves=leaves,
+        joined=marks[0].joined,
+        batch=next((b for b in batches if b.axis is not None), batches[0] if batches else None),
+        derived=tuple(derived.items()),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tap:
+    """What happens at a use when the loss is run again.
+
+    Attributes:
+      key: which probe it reads and writes.
+      operands: variables it is shown.
+      apply: `(output, operands, probe) -> output`, an identity whose derivative writes the probe.
+      loops: for each scan around it, whether the probe is sliced along it.
+    """
+
+    key: str
+    operands: tuple
+    apply: Callable
+    loops: tuple[bool, ...]
+
+
+def run_with_taps(node: Node, operands, taps: dict[int, Tap], probes: dict, depth: int = 0):
+    """Runs a node's jaxpr with taps on the results of some equations.
+
+    Args:
+      node: the jaxpr, and where the uses are.
+      operands: its operands.
+      taps: the tap of each use that has one.
+      probes: the probe of each key, as the taps inside see it.
+      depth: number of scans around.
+
+    Returns:
+      The results.
+    """
+    jaxpr = node.jaxpr
+    env = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
+    env.update(zip(jaxpr.jaxpr.invars, operands, strict=True))
+
+    def read(variable):
+        return variable.val if isinstance(variable, Literal) else env[variable]
+
+    for index, eqn in enumerate(jaxpr.eqns):
+        given = [read(v) for v in eqn.invars]
+        results = _run_equation(eqn, given, node.children.get(index), taps, probes, depth)
+        for number in node.taps.get(index, ()):
+            if number in taps:
+                tap = taps[number]
+                results[0] = tap.apply(results[0], tuple(map(read, tap.operands)), probes[tap.key])
+        env.update(zip(eqn.outvars, results, strict=True))
+    return [read(v) for v in jaxpr.jaxpr.outvars]
+
+
+def _run_equation(eqn, given, nodes, taps, probes, depth):
+    """One equation, entered if there are taps inside."""
+    if nodes is None or not any(use in taps for node in nodes for use in node.uses()):
+        return run(eqn, given)
+    if eqn.primitive.name == "scan":
+        inside = [taps[use] for use in nodes[0].uses() if use in taps]
+        sliced = {tap.key: probes[tap.key] for tap in inside if tap.loops[depth]}
+
+        def step(operands, probe):
+            return run_with_taps(nodes[0], operands, taps, {**probes, **probe}, depth + 1)
+
+        return run_scan(eqn, given, sliced, step)
+
+    def body_of(node):
+        return lambda *operands: run_with_taps(node, operands, taps, probes, depth)
+
+    functions = [body_of(node) for node in nodes]
+    if eqn.primitive.name == "cond":
+        return list(run_cond(eqn, given, functions))
+    return list(run_call(eqn, given, functions[0]))

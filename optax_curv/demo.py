@@ -1,0 +1,262 @@
+"""Trains a Flax network on scikit-learn's handwritten digits, once with each method: ``python -m optax_curv.demo``.
+
+Every method starts from the same weights, sees the same batches and lets its learning rate fall to zero along a cosine.
+The network has 64 tanh units in each of two hidden layers; a quarter of the 1797 images is held out.
+
+The first learning rates are those with the lowest training loss after 300 steps from seed 100 on one grid for all of 1,
+3, 10, 30, …; so are the dampings of kfac (0.01 or 0.1) and branch_fisher (0.1 or 1). Seed 0, the default, had no say.
+"""
+
+import argparse
+import itertools
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optax_curv
+
+BATCH_SIZE = 128
+WIDTHS = (64, 64, 64, 10)
+EVALUATIONS = 20
+
+
+class Problem(NamedTuple):
+    """What the methods share."""
+
+    predict: Callable  # (params, images [N, 64]) -> logits [N, 10]
+    loss: Callable  # (params, images, labels) -> mean loss []
+    params: Any
+    train: tuple[jax.Array, jax.Array]
+    test: tuple[jax.Array, jax.Array]
+
+    @property
+    def batch(self):
+        """A batch to trace with."""
+        return tuple(x[:BATCH_SIZE] for x in self.train)
+
+
+class Method(NamedTuple):
+    """An optimizer and what it wants to know of a batch."""
+
+    optimizer: optax.GradientTransformation
+    measure: Callable  # (params, images, labels) -> (loss, gradients, extra arguments of the optimizer's update)
+
+
+class Run(NamedTuple):
+    """What became of one method."""
+
+    method: str
+    losses: np.ndarray  # [steps], of each batch before the step
+    loss: float
+    accuracy: float
+    seconds: float
+
+
+def _adam(problem: Problem, learning_rate: optax.Schedule) -> Method:
+    return Method(optax.adam(learning_rate), _gradients(problem.loss))
+
+
+def _muon(problem: Problem, learning_rate: optax.Schedule) -> Method:
+    return Method(optax.contrib.muon(learning_rate), _gradients(problem.loss))
+
+
+def _kron_psgd(problem: Problem, learning_rate: optax.Schedule) -> Method:
+    return Method(optax_curv.kron_psgd(learning_rate), _gradients(problem.loss))
+
+
+def _kfac(problem: Problem, learning_rate: optax.Schedule) -> Method:
+    layers = optax_curv.find_layers(problem.loss, problem.params, *problem.batch)
+    measure = optax_curv.value_grad_and_curvature(problem.loss, layers=layers)
+
+    def measured(*args):
+        value, grads, curvature = measure(*args)
+        return value, grads, {"curvature": curvature}
+
+    return Method(optax_curv.kfac(learning_rate, layers, damping=0.01), measured)
+
+
+def _branch_fisher(problem: Problem, learning_rate: optax.Schedule) -> Method:
+    """The branches are the logits of the batch, [128, 10], and the projection is the Jacobian of their mean."""
+
+    def measured(params, images, labels):
+        value, grads, _ = _gradients(problem.loss)(params, images, labels)
+        jacobian = jax.jacrev(lambda params: problem.predict(params, images).mean(0))(params)
+        projection = jax.tree.map(lambda rows: jnp.moveaxis(rows, 0, -1), jacobian)
+        return value, grads, {"branches": problem.predict(params, images), "projection": projection}
+
+    fisher = optax_curv.scale_by_branch_fisher(1.0, complement=True)
+    return Method(optax.chain(fisher, optax.trace(0.9), optax.scale_by_learning_rate(learning_rate)), measured)
+
+
+# With the first learning rate of each; how they were chosen stands at the top.
+METHODS = {
+    "adam": (_adam, 0.03),
+    "muon": (_muon, 0.03),
+    "kron_psgd": (_kron_psgd, 0.01),
+    "kfac": (_kfac, 0.1),
+    "branch_fisher": (_branch_fisher, 1.0),
+}
+
+
+def _gradients(loss: Callable) -> Callable:
+    def measure(params, images, labels):
+        value, grads = jax.value_and_grad(loss)(params, images, labels)
+        return value, grads, {}
+
+    return measure
+
+
+def _problem(seed: int) -> Problem:
+    from flax import nnx
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    rngs = nnx.Rngs(seed)
+    stack = [part for widths in itertools.pairwise(WIDTHS) for part in (nnx.Linear(*widths, rngs=rngs), jnp.tanh)]
+    graph, params = nnx.split(nnx.Sequential(*stack[:-1]))
+
+    def predict(params, images):
+        return nnx.merge(graph, params)(images)
+
+    def loss(params, images, labels):
+        return optax.softmax_cross_entropy_with_integer_labels(predict(params, images), labels).mean()
+
+    images, labels = load_digits(return_X_y=True)
+    parts = train_test_split(images.astype("float32") / 16, labels.astype("int32"), random_state=seed, stratify=labels)
+    images, test_images, labels, test_labels = map(jnp.asarray, parts)
+    return Problem(predict, loss, params, (images, labels), (test_images, test_labels))
+
+
+def _train(name: str, problem: Problem, steps: int, seed: int) -> Run:
+    """One training run: a jitted step over batches drawn afresh in every epoch."""
+    from tqdm import tqdm
+
+    start = time.perf_counter()
+    build, learning_rate = METHODS[name]
+    optimizer, measure = build(problem, optax.cosine_decay_schedule(learning_rate, steps))
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    @jax.jit
+    def step(params, state, batch):
+        value, grads, extra_args = measure(params, *(x[batch] for x in problem.train))
+        updates, state = optimizer.update(grads, state, params, **extra_args)
+        return optax.apply_updates(params, updates), state, value
+
+    @jax.jit
+    def evaluate(params):
+        images, labels = problem.test
+        return problem.loss(params, *problem.train), jnp.mean(problem.predict(params, images).argmax(-1) == labels)
+
+    params, state, losses = problem.params, optimizer.init(problem.params), []
+    with tqdm(_batches(len(problem.train[0]), steps, seed), desc=f"{name:13}", ncols=100) as bar:
+        for batch in bar:
+            params, state, value = step(params, state, batch)
+            losses.append(value)
+            if len(losses) % max(1, steps // EVALUATIONS) == 0:
+                bar.set_postfix_str("loss {:.4f}, test accuracy {:.2%}".format(*map(float, evaluate(params))))
+    loss, accuracy = map(float, evaluate(params))
+    return Run(name, np.asarray(losses), loss, accuracy, time.perf_counter() - start)
+
+
+def _batches(examples: int, steps: int, seed: int) -> np.ndarray:
+    """Indices [steps, batch], without replacement inside an epoch."""
+    rng = np.random.default_rng(seed)
+    per_epoch = examples // BATCH_SIZE
+    epochs = [rng.permutation(examples)[: per_epoch * BATCH_SIZE] for _ in range(-(-steps // per_epoch))]
+    return np.concatenate(epochs).reshape(-1, BATCH_SIZE)[:steps]
+
+
+def _table(runs: list[Run], steps: int) -> str:
+    header = f"{'method':13}  {'steps':>6}  {'loss':>9}  {'test accuracy':>13}  {'seconds':>7}"
+    rows = (f"{r.method:13}  {steps:6}  {r.loss:9.5f}  {r.accuracy:13.2%}  {r.seconds:7.1f}" for r in runs)
+    return "\n".join(
+        (header, *rows, "loss: over the training images, after the last step; seconds: compilation included")
+    )
+
+
+def _plot(runs: list[Run], out: pathlib.Path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    window = min(10, len(runs[0].losses))
+    for run in runs:
+        smooth = np.convolve(run.losses, np.full(window, 1 / window), mode="valid")
+        axes.plot(np.arange(window, len(run.losses) + 1), smooth, label=run.method)
+    axes.set(
+        xlabel="step",
+        ylabel=f"loss of a batch (mean over {window})",
+        yscale="log",
+        title="Digits: cross-entropy in training",
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(out, format="png", dpi=150)
+    pyplot.close(figure)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line, without the usage."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above zero, got {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2**32 - 1, got {text!r}")
+    return int(text)
+
+
+def _writable(text: str) -> pathlib.Path:
+    path = pathlib.Path(text)
+    existed = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write {text!r}: {error.strerror}") from error
+    if not existed:
+        path.unlink()
+    return path
+
+
+def main(arguments: list[str] | None = None):
+    """Parses the command line, trains, prints the table and writes the plot."""
+    parser = _Parser(
+        prog="python -m optax_curv.demo", description="Trains a Flax network on handwritten digits, once a method."
+    )
+    parser.add_argument("--method", nargs="+", action="extend", choices=METHODS, help="which to train (default: all)")
+    parser.add_argument("--steps", type=_count, default=300, help="training steps of each method (default: 300)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of weights, batches and held-out images (default: 0)")
+    parser.add_argument("--out", type=_writable, default="optax_curv_demo.png", help="the plot (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        import matplotlib  # noqa: F401
+        import tqdm  # noqa: F401
+
+        problem = _problem(options.seed)
+    except ImportError as error:
+        parser.error(f"{error}; install what the demo needs: pip install 'optax-curv[demo]'")
+    names = list(dict.fromkeys(options.method or METHODS))
+    runs = [_train(name, problem, options.steps, options.seed) for name in names]
+    print(_table(runs, options.steps))
+    _plot(runs, options.out)
+    print(f"loss curves: {options.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

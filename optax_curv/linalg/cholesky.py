@@ -1,0 +1,167 @@
+"""Cholesky factors that never fail, and solves with triangular matrices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from optax_curv.linalg.checks import per_matrix, require_square, symmetric_part, widen
+
+# From eps · max|a| to n · max|a|, beyond which a symmetric matrix is positive definite (Gershgorin), lie at most
+# 16 + log10(n) steps of ten in float64.
+MAX_ATTEMPTS = 32
+
+
+@jax.jit
+def cholesky(a, damping=0.0) -> tuple[jax.Array, jax.Array]:
+    r"""Factors `a + damping I = L Lᴴ`, with as much more damping as it takes.
+
+    Where the factorisation fails (a pivot that is not positive), the damping is raised to
+    `max(10 damping, eps max|a|)` and tried again, inside the compiled program and for each matrix of a batch on its
+    own. So the factor of a finite matrix is finite, whether the matrix is singular, indefinite or zero. A zero matrix
+    has no scale and gets the damping eps, the machine epsilon.
+
+    The derivative is that of the factor of `a + damping_used I`, with `damping_used` a constant where it was raised.
+
+    Args:
+      a: symmetric or Hermitian matrices [*batch, n, n]. The symmetric part is taken. float16 and bfloat16 are computed
+        and returned as float32.
+      damping: number, or an array that broadcasts to [*batch].
+
+    Returns:
+      The lower triangular factor [*batch, n, n], NaN where `a` or `damping` is not finite, and the damping used
+      [*batch].
+
+    Raises:
+      ValueError: if the matrices are not square, or the damping does not fit the batch.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_curv import linalg
+      >>> factor, damping_used = linalg.cholesky(jnp.array([[4.0, 2.0], [2.0, 1.0]]), 0.01)
+      >>> float(damping_used)
+      0.009999999776482582
+      >>> _, damping_used = linalg.cholesky(-jnp.eye(2))
+      >>> bool(damping_used > 1)
+      True
+    """
+    a = symmetric_part("cholesky", a)
+    return _factorize(a, per_matrix("cholesky", "damping", damping, a))
+
+
+@jax.custom_jvp
+def _factorize(a, damping):
+    eye = jnp.eye(a.shape[-1], dtype=a.dtype)
+    limits = jnp.finfo(a.dtype)
+    largest = jnp.max(jnp.abs(a), axis=(-2, -1), initial=0)
+    first = jnp.where(largest > 0, jnp.maximum(limits.eps * largest, limits.tiny), limits.eps)
+
+    def attempt(carry):
+        damping, factor, done, attempts = carry
+        found = jax.lax.linalg.cholesky(a + damping[..., None, None] * eye, symmetrize_input=False)
+        well = jnp.all(jnp.isfinite(found), axis=(-2, -1)) & jnp.all(jnp.sum(found * eye, axis=-1).real > 0, axis=-1)
+        factor = jnp.where(done[..., None, None], factor, found)
+        raised = jnp.maximum(10 * damping, first)
+        return jnp.where(done | well, damping, raised), factor, done | well, attempts + 1
+
+    start = (damping, jnp.full_like(a, jnp.nan), ~jnp.isfinite(largest + damping), jnp.int32(0))
+    damping, factor, *_ = jax.lax.while_loop(lambda c: jnp.any(~c[2]) & (c[3] < MAX_ATTEMPTS), attempt, start)
+    return factor, damping
+
+
+@_factorize.defjvp
+def _factorize_jvp(primals, tangents):
+    # dL = L Φ(L⁻¹ dA L⁻ᴴ), where Φ takes the lower triangle and half of the diagonal: no second factorisation.
+    (_, damping), (a_dot, damping_dot) = primals, tangents
+    factor, used = _factorize(*primals)
+    used_dot = jnp.where(used == damping, damping_dot, 0)
+    inner = a_dot + used_dot[..., None, None] * jnp.eye(factor.shape[-1], dtype=factor.dtype)
+    inner = _solve(factor, inner, lower=True)
+    inner = _solve(factor, inner, lower=True, left_side=False, transpose_a=True, conjugate_a=True)
+    phi = jnp.tril(inner, -1) + inner * jnp.eye(factor.shape[-1], dtype=factor.dtype) / 2
+    return (factor, used), (jnp.matmul(factor, phi, precision=jax.lax.Precision.HIGHEST), used_dot)
+
+
+_solve = functools.partial(jax.lax.linalg.triangular_solve, left_side=True)
+
+
+@jax.jit
+def cholesky_solve(factor, b) -> jax.Array:
+    """Solves `L Lᴴ x = b` for the lower triangular factor L that `cholesky` returns.
+
+    Args:
+      factor: lower triangular matrices [*batch, n, n].
+      b: one right-hand side [*batch, n] if it has one axis less than `factor`, else k of them [*batch, n, k].
+
+    Returns:
+      The solution, of the shape of `b`.
+
+    Raises:
+      ValueError: if the shapes do not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_curv import linalg
+      >>> factor, _ = linalg.cholesky(jnp.array([[4.0, 0.0], [0.0, 1.0]]))
+      >>> linalg.cholesky_solve(factor, jnp.array([8.0, 3.0])).tolist()
+      [2.0, 3.0]
+    """
+    factor = jnp.asarray(factor)
+    half = triangular_solve(factor, b, lower=True)
+    return triangular_solve(factor.conj(), half, lower=True, transpose=True)
+
+
+@functools.partial(jax.jit, static_argnames=("lower", "transpose", "side"))
+def triangular_solve(t, b, *, lower, transpose=False, side="left", zero_pivot=None) -> jax.Array:
+    """Solves `op(t) x = b` (side "left") or `x op(t) = b` (side "right") for a triangular matrix t.
+
+    Args:
+      t: matrices [*batch, n, n]; only the triangle that `lower` names is read.
+      b: one right-hand side [*batch, n] if it has one axis less than `t`, else k of them: [*batch, n, k] on the left,
+        [*batch, k, n] on the right. The batch axes of `t` and `b` may broadcast. float16 and bfloat16 are computed and
+        returned as float32.
+      lower: whether t is lower triangular.
+      transpose: whether op(t) is the (unconjugated) transpose of t.
+      side: "left" or "right".
+      zero_pivot: None, or a number: substitution gives an entry of x the value zero wherever the pivot's magnitude is
+        at most this, instead of dividing by it.
+
+    Returns:
+      The solution x, of the shape of `b`.
+
+    Raises:
+      ValueError: if the shapes do not fit, or the side is unknown.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_curv import linalg
+      >>> t = jnp.array([[2.0, 1.0], [0.0, 4.0]])
+      >>> linalg.triangular_solve(t, jnp.array([4.0, 8.0]), lower=False).tolist()
+      [1.0, 2.0]
+    """
+    t, b = widen(t), widen(b)
+    require_square("triangular_solve", t)
+    if side not in ("left", "right"):
+        raise ValueError(f"triangular_solve: unknown side={side!r}; expected 'left' or 'right'.")
+    left, vector = side == "left", b.ndim == t.ndim - 1
+    if vector:
+        b = b[..., None] if left else b[..., None, :]
+    axis, n = (-2 if left else -1), t.shape[-1]
+    if b.ndim < 2 or b.shape[axis] != n or not _broadcasts(t.shape[:-2], b.shape[:-2]):
+        given = b.shape if not vector else b[..., 0].shape if left else b[..., 0, :].shape
+        wanted = "[..., n] or [..., n, k]" if left else "[..., n] or [..., k, n]"
+        raise ValueError(f"triangular_solve: b of shape {given} does not fit t of shape {t.shape}; expected {wanted}.")
+    dtype, batch = jnp.promote_types(t.dtype, b.dtype), jnp.broadcast_shapes(t.shape[:-2], b.shape[:-2])
+    if zero_pivot is not None:
+        # An equation x_i = 0 in place of the pivot's own gives what substitution with the guard gives.
+        dead = jnp.abs(jnp.diagonal(t, axis1=-2, axis2=-1)) <= zero_pivot
+        line = dead[..., None, :] if left == transpose else dead[..., None]
+        t = jnp.where(line, jnp.eye(n, dtype=t.dtype), t)
+        b = jnp.where(dead[..., None] if left else dead[..., None, :], 0, b)
+    t, b = (jnp.broadcast_to(x, batch + x.shape[-2:]).astype(dtype) for x in (t, b))
+    x = jax.lax.linalg.triangular_solve(t, b, left_side=left, lower=lower, transpose_a=transpose)
+    return (x[..., 0] if left else x[..., 0, :]) if vector else x
+
+
+def _broadcasts(*shapes) -> bool:
+    return all(1 in sizes or len(set(sizes)) == 1 for sizes in zip(*(s[::-1] for s in shapes), strict=False))

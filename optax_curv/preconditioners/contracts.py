@@ -1,0 +1,94 @@
+"""The contracts that every transformation keeps: numbers, keys, matching trees, and never a poisoned state."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def value_at(value, count, dtype=jnp.float32) -> jax.Array:
+    """A number, array, tracer or schedule at step `count`, in `dtype` (float32 at least)."""
+    dtype = jnp.promote_types(jnp.float32, dtype)
+    return jnp.asarray(value(count) if callable(value) else value, dtype)
+
+
+def require_number(method: str, name: str, value, *, above=None, at_least=None, at_most=None):
+    """Refuses a Python number outside its range; arrays, tracers and schedules pass unseen."""
+    if not isinstance(value, int | float):
+        return
+    if above is not None and not value > above:
+        raise ValueError(f"{method}: expected {name} > {above}, got {name}={value!r}.")
+    if at_least is not None and not value >= at_least:
+        raise ValueError(f"{method}: expected {name} >= {at_least}, got {name}={value!r}.")
+    if at_most is not None and not value <= at_most:
+        raise ValueError(f"{method}: expected {name} <= {at_most}, got {name}={value!r}.")
+
+
+def require_choice(method: str, name: str, value, choices):
+    """Refuses a string that is not one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{method}: unknown {name}={value!r}; expected one of {tuple(choices)}.")
+
+
+def require_params(method: str, params):
+    """Refuses missing parameters in Optax's own words."""
+    if params is None:
+        raise ValueError(
+            f"{method}: You are using a transformation that requires the current value of parameters, but you are not "
+            "passing `params` when calling `update`."
+        )
+
+
+def require_same_leaves(method: str, what: str, tree, reference_name: str, reference):
+    """Refuses a tree whose structure or leaf shapes differ from the reference's."""
+    given, expected = jax.tree.structure(tree), jax.tree.structure(reference)
+    if given != expected:
+        raise ValueError(
+            f"{method}: the tree of {what} differs from that of {reference_name}: got {given}, expected {expected}."
+        )
+    pairs = zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(reference), strict=True)
+    for (path, leaf), other in pairs:
+        if jnp.shape(leaf) != jnp.shape(other):
+            raise ValueError(
+                f"{method}: {what} and {reference_name} differ in shape at "
+                f"{jax.tree_util.keystr(path) or 'the root'}: got {jnp.shape(leaf)}, expected "
+                f"{jnp.shape(other)}."
+            )
+
+
+def require_float_leaves(method: str, params, *, complex_leaves: bool = False):
+    """Refuses integer leaves, and complex ones unless `complex_leaves`, by name."""
+    kind = jnp.inexact if complex_leaves else jnp.floating
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), kind):
+            raise ValueError(
+                f"{method}: the leaf {jax.tree_util.keystr(path) or 'at the root'} has dtype "
+                f"{jnp.result_type(leaf)}, expected a floating-point leaf"
+                f"{' (real or complex)' if complex_leaves else ''}; "
+                "leave it out with optax.masked or optax.partition."
+            )
+
+
+def raw_key(key) -> jax.Array:
+    """An int, int array, typed or raw PRNG key as raw key data (uint32), which any checkpoint can hold."""
+    if not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
+        if jnp.ndim(key):
+            return jnp.array(key, jnp.uint32)
+        key = jax.random.key(jnp.asarray(key).astype(jnp.uint32))
+    return jax.random.key_data(key)
+
+
+def is_finite(*trees: Any) -> jax.Array:
+    """Whether every inexact entry of the trees is finite: bool []."""
+    leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves] or [jnp.bool_(True)]))
+
+
+def skip_unless(good, updates, new_state, state):
+    """The step where `good`; elsewhere a zero update and the old state, its `total_notfinite` one higher.
+
+    `state` is a NamedTuple with an int32 [] field `total_notfinite`.
+    """
+    updates = jax.tree.map(lambda u: jnp.where(good, u, jnp.zeros_like(u)), updates)
+    kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), new_state, state)
+    return updates, kept._replace(total_notfinite=state.total_notfinite + jnp.where(good, 0, 1))

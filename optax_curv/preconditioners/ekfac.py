@@ -1,0 +1,295 @@
+"""EKFAC: K-FAC's eigenbasis with the gradient's own second moments in it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_curv.capture.layers import Layers
+from optax_curv.capture.statistics import KroneckerFactors
+from optax_curv.preconditioners import contracts
+from optax_curv.preconditioners.layerwise import HIGHEST, averaged, layerwise, map_grouped, zero_factors
+
+
+class Eigenbasis(NamedTuple):
+    """Eigenvectors of a layer's factors in their columns; None where the factor is diagonal.
+
+    Attributes:
+      input_basis: U_A, float [*stack, rows, rows], or None.
+      output_basis: U_G, float [*stack, out, out], or None.
+    """
+
+    input_basis: jax.Array | None
+    output_basis: jax.Array | None
+
+
+class ScaleByEKFACState(NamedTuple):
+    """State of `scale_by_ekfac`.
+
+    Attributes:
+      count: steps taken, int32 [].
+      factors: running averages, `KroneckerFactors` by layer.
+      basis: `Eigenbasis` by layer, identities before the first step.
+      moments: running averages of E[(U_Aᵀ a gᵀ U_G)²] by layer, float [*stack, rows, out].
+      fallback: state of the transformation for uncovered leaves.
+      total_notfinite: steps skipped for a gradient or statistic that was not finite, int32 [].
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    factors: dict[str, KroneckerFactors]
+    basis: dict[str, Eigenbasis]
+    moments: dict[str, jax.Array]
+    fallback: optax.OptState
+    total_notfinite: jax.Array
+
+
+def eigenbasis(opt_state) -> dict[str, Eigenbasis]:
+    """The basis in which the next step's moments are to be measured.
+
+    Args:
+      opt_state: the state of `scale_by_ekfac`, alone or anywhere within the state of a chain.
+
+    Returns:
+      `Eigenbasis` by layer, for ``value_grad_and_curvature(..., statistic="eigenbasis")(..., basis=...)``. Its shapes
+      never change, so it may cross `jax.jit`.
+
+    Raises:
+      ValueError: if there is no such state, or more than one.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_curv
+      >>> layer = optax_curv.Layer("dense", "dense", "['w']", None, in_dim=2, out_dim=1)
+      >>> state = optax_curv.ekfac(0.1, optax_curv.Layers([layer])).init({"w": jnp.zeros((2, 1))})
+      >>> print(optax_curv.eigenbasis(state)["dense"].input_basis)
+      [[1. 0.]
+       [0. 1.]]
+    """
+
+    def is_ours(x):
+        return isinstance(x, ScaleByEKFACState)
+
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(x)]
+    if len(found) != 1:
+        raise ValueError(
+            f"eigenbasis: expected one state of scale_by_ekfac in the optimizer's state, found {len(found)}."
+        )
+    return found[0].basis
+
+
+def _rotate(basis, x, transpose=False):
+    """Uᵀ x (or U x) along the rows of a batch [B, m, n]; None leaves x as it is."""
+    return x if basis is None else jnp.matmul(basis.mT if transpose else basis, x, precision=HIGHEST)
+
+
+def _eigen(factors, stacks):
+    """Eigenvalues and eigenvectors by key, one batch for each width; a diagonal factor's are itself and None."""
+    full = {key: f for key, f in factors.items() if f.ndim == len(stacks[key]) + 2}
+    found = map_grouped(jnp.linalg.eigh, {key: stacks[key] for key in full}, full)
+    return {key: tuple(found[key]) if key in full else (f, None) for key, f in factors.items()}
+
+
+def _change_basis(present, factors, basis, moments, first):
+    """The factors' eigenbasis and the moments in it.
+
+    In the first step they are those of the Kronecker product, s_A s_Gᵀ. Later the diagonal matrix of the old moments
+    is written in the new basis and its diagonal kept: M' = (R_A ∘ R_A) M (R_G ∘ R_G)ᵀ with R = U'ᵀ U.
+    """
+    stacks = {(name, side): x.layer.stack for name, x in present.items() for side in (0, 1)}
+    eigen = _eigen({key: factors[key[0]][key[1]] for key in stacks}, stacks)
+    new_basis, new_moments = {}, {}
+    for name in present:
+        (values_a, u_a), (values_g, u_g) = eigen[name, 0], eigen[name, 1]
+        product = jnp.maximum(values_a, 0)[..., :, None] * jnp.maximum(values_g, 0)[..., None, :]
+        old_a, old_g = basis[name]
+        moved = moments[name]
+        if u_a is not None:
+            moved = jnp.matmul(jnp.square(_rotate(u_a, old_a, transpose=True)), moved, precision=HIGHEST)
+        if u_g is not None:
+            moved = jnp.matmul(moved, jnp.square(_rotate(u_g, old_g, transpose=True)).mT, precision=HIGHEST)
+        new_basis[name], new_moments[name] = Eigenbasis(u_a, u_g), jnp.where(first, product, moved)
+    return new_basis, new_moments
+
+
+def _direction(basis, moments, damping, matrix):
+    """U_A [(U_Aᵀ ∇ U_G) / (M + λ)] U_Gᵀ."""
+    inside = _rotate(basis.output_basis, _rotate(basis.input_basis, matrix, transpose=True).mT, transpose=True).mT
+    damped = moments + damping
+    inside = jnp.where(damped > 0, inside / jnp.where(damped > 0, damped, 1), 0)
+    return _rotate(basis.output_basis, _rotate(basis.input_basis, inside).mT).mT
+
+
+def scale_by_ekfac(
+    layers: Layers, damping=1e-3, *, decay=0.95, update_every=1, invert_every=1, kl_clip=None, fallback=None
+) -> optax.GradientTransformationExtraArgs:
+    """Preconditions each layer's gradient by its second moments in the eigenbasis of K-FAC's factors.
+
+    With A = U_A S_A U_Aᵀ, G = U_G S_G U_Gᵀ and M = E[(U_Aᵀ a gᵀ U_G)²], element by element, the direction is
+
+        u = U_A [(U_Aᵀ ∇ U_G) / (M + λ)] U_Gᵀ.
+
+    K-FAC has S_A S_Gᵀ in the place of M; M is the diagonal that is nearest to the Fisher block in this basis. It is
+    measured by the loss's backward pass, in the basis of the state *before* the step:
+
+        capture = optax_curv.value_grad_and_curvature(loss_fn, layers=layers, statistic="eigenbasis")
+        value, grads, curvature = capture(params, batch, basis=optax_curv.eigenbasis(opt_state))
+
+    As the moments are new at every step, old bases are safe.
+
+    Args:
+      layers: from `find_layers`, or made by hand.
+      damping: λ ≥ 0, added to the moments; a number or a schedule.
+      decay: weight of the old factors and moments, in [0, 1]; a number or a schedule.
+      update_every: steps between averaging statistics in.
+      invert_every: steps between eigendecompositions; the first step always has one. Then the moments are carried into
+        the new basis, as far as their diagonal says. Under `jax.vmap` over a hyper-parameter `lax.cond` computes both
+        branches, so longer periods save nothing there.
+      kl_clip: None, or c: all directions are scaled by min(1, sqrt(c / Σ ⟨u, ∇⟩)), without the learning rate.
+      fallback: transformation for leaves that no layer covers; None refuses them.
+
+    Returns:
+      A transformation whose `update` needs `curvature=`, a dict from layer name to `EigenbasisMoments`. With a
+      gradient or statistic that is not finite it returns zeros and keeps its state.
+
+    Raises:
+      ValueError: as `scale_by_kfac`; for a statistic without moments; and for a layer whose leaves are masked in part.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_curv
+      >>> layer = optax_curv.Layer("dense", "dense", "['w']", None, in_dim=2, out_dim=1)
+      >>> tx = optax_curv.scale_by_ekfac(optax_curv.Layers([layer]), damping=0.0)
+      >>> params = {"w": jnp.zeros((2, 1))}
+      >>> a = jnp.diag(jnp.array([4.0, 1.0]))
+      >>> statistic = optax_curv.EigenbasisMoments(a, jnp.eye(1), jnp.int32(1), jnp.array([[4.0], [1.0]]))
+      >>> updates, _ = tx.update({"w": jnp.ones((2, 1))}, tx.init(params), params, curvature={"dense": statistic})
+      >>> updates["w"].ravel().tolist()
+      [0.25, 1.0]
+
+    References:
+      George et al., Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis, 2018, §3 and
+      Algorithm 1. They compute the moments anew after a change of basis; we carry them over, and start from the
+      Kronecker product.
+    """
+    method = "scale_by_ekfac"
+    for name, value, limits in (
+        ("damping", damping, {"at_least": 0}),
+        ("decay", decay, {"at_least": 0, "at_most": 1}),
+        ("update_every", update_every, {"at_least": 1}),
+        ("invert_every", invert_every, {"at_least": 1}),
+    ):
+        contracts.require_number(method, name, value, **limits)
+
+    def init_rule(present):
+        basis, moments = {}, {}
+        for name, x in present.items():
+            layer = x.layer
+            if layer.rows_of_matrix != x.whole.rows_of_matrix:
+                raise ValueError(f"{method}: layer {name!r} is masked in part; mask all of {x.whole.paths} or none.")
+            sides = [
+                jnp.broadcast_to(jnp.eye(shape[-1], dtype=x.dtype), shape)
+                if len(shape) == len(layer.stack) + 2
+                else None
+                for shape in layer.factor_shapes
+            ]
+            basis[name] = Eigenbasis(*sides)
+            moments[name] = jnp.zeros((*layer.stack, layer.rows_of_matrix, layer.out_dim), x.dtype)
+        return {"factors": zero_factors(present), "basis": basis, "moments": moments}
+
+    def measured(x, value):
+        """The moments of one layer's statistic."""
+        name, shape = x.layer.name, (*x.layer.stack, x.layer.rows_of_matrix, x.layer.out_dim)
+        if not hasattr(value, "moments"):
+            raise ValueError(
+                f"{method}: the statistic of layer {name!r} is a {type(value).__name__} without moments. Make it with "
+                'optax_curv.value_grad_and_curvature(loss_fn, statistic="eigenbasis") and pass '
+                "basis=optax_curv.eigenbasis(opt_state) to the function."
+            )
+        if jnp.shape(value.moments) != shape:
+            raise ValueError(
+                f"{method}: the moments of layer {name!r} have shape {jnp.shape(value.moments)}, expected {shape}."
+            )
+        return jnp.asarray(value.moments, x.dtype)
+
+    def update_rule(present, state, matrices, curvature):
+        new = {name: measured(x, curvature[name]) for name, x in present.items()}
+        factors = averaged(method, present, state, curvature, decay, update_every)
+        averaging, first = state.count % update_every == 0, state.count == 0
+        moments = {}
+        for name, x in present.items():
+            weight = jnp.where(first, 0, contracts.value_at(decay, state.count, x.dtype))
+            mean = weight * state.moments[name] + (1 - weight) * new[name]
+            moments[name] = jnp.where(averaging, mean, state.moments[name])
+        basis, moments = jax.lax.cond(
+            state.count % invert_every == 0,
+            lambda: _change_basis(present, factors, state.basis, moments, first),
+            lambda: (state.basis, moments),
+        )
+        directions = {
+            name: _direction(
+                basis[name], moments[name], contracts.value_at(damping, state.count, x.dtype), matrices[name]
+            )
+            for name, x in present.items()
+        }
+        return directions, {"factors": factors, "basis": basis, "moments": moments}
+
+    return layerwise(method, layers, ScaleByEKFACState, init_rule, update_rule, kl_clip=kl_clip, fallback=fallback)
+
+
+def ekfac(
+    learning_rate,
+    layers: Layers,
+    damping=1e-3,
+    *,
+    decay=0.95,
+    update_every=1,
+    invert_every=1,
+    kl_clip=None,
+    fallback=None,
+    momentum=0.9,
+    weight_decay=0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """EKFAC with decoupled weight decay, momentum and a learning rate.
+
+    A chain of `scale_by_ekfac`, `optax.add_decayed_weights`, `optax.trace` and `optax.scale_by_learning_rate`.
+
+    Args:
+      learning_rate: a number or a schedule.
+      layers: see `scale_by_ekfac`, as for `damping` to `fallback`.
+      damping: λ ≥ 0.
+      decay: weight of the old factors and moments.
+      update_every: steps between averaging statistics in.
+      invert_every: steps between eigendecompositions.
+      kl_clip: None, or the bound of Σ ⟨u, ∇⟩.
+      fallback: transformation for uncovered leaves.
+      momentum: decay of the heavy ball.
+      weight_decay: added to the direction, times the parameters, before the momentum.
+
+    Returns:
+      A transformation whose `update` needs `curvature=`.
+
+    Raises:
+      ValueError: as `scale_by_ekfac`.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_curv
+      >>> layer = optax_curv.Layer("dense", "dense", "['w']", None, in_dim=2, out_dim=1)
+      >>> tx = optax_curv.ekfac(0.1, optax_curv.Layers([layer]), invert_every=10)
+      >>> state = tx.init({"w": jnp.zeros((2, 1))})
+
+    References:
+      See `scale_by_ekfac`.
+    """
+    return optax.chain(
+        scale_by_ekfac(
+            layers,
+            damping,
+            decay=decay,
+            update_every=update_every,
+            invert_every=invert_every,
+            kl_clip=kl_clip,
+            fallback=fallback,
+        ),
+        optax.add_decayed_weights(weight_decay),
+        optax.trace(momentum),
+        optax.scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,241 @@
+"""K-FAC: natural gradient with one Kronecker-factored Fisher block for each layer."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_curv.capture.layers import Layers
+from optax_curv.capture.statistics import KroneckerFactors
+from optax_curv.preconditioners import contracts
+from optax_curv.preconditioners.damping import RULES
+from optax_curv.preconditioners.diagnostics import LayerDiagnostics
+from optax_curv.preconditioners.kfac_blocks import Blocks, KroneckerInverse
+from optax_curv.preconditioners.layerwise import averaged, kron_product, layerwise, map_grouped, zero_factors
+from optax_curv.preconditioners.quadratic_model import adapt_damping, scale_by_quadratic_model
+
+INVERSES = ("cholesky", "eigh", "cg")
+# A direction that its layer's current quadratic model finds this much too long or too short means stale inverses.
+STALE_RATIO = 2.0
+
+
+class ScaleByKFACState(NamedTuple):
+    """State of `scale_by_kfac`.
+
+    Attributes:
+      count: steps taken, int32 [].
+      factors: running averages, `KroneckerFactors` by layer.
+      inverses: `KroneckerInverse` by layer; empty under inverse="cg".
+      stale: whether the next step inverts out of turn, bool [].
+      diagnostics: `LayerDiagnostics` of the layers in the order of their names; zeros under inverse="cg".
+      fallback: state of the transformation for uncovered leaves.
+      total_notfinite: steps skipped for a gradient or statistic that was not finite, int32 [].
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    factors: dict[str, KroneckerFactors]
+    inverses: dict[str, KroneckerInverse]
+    stale: jax.Array
+    diagnostics: LayerDiagnostics
+    fallback: optax.OptState
+    total_notfinite: jax.Array
+
+
+def scale_by_kfac(
+    layers: Layers,
+    damping=1e-3,
+    *,
+    decay=0.95,
+    damping_rule="pi",
+    inverse="cholesky",
+    update_every=1,
+    invert_every=1,
+    kl_clip=None,
+    fallback=None,
+) -> optax.GradientTransformationExtraArgs:
+    """Preconditions each layer's gradient by its Kronecker-factored Fisher block.
+
+    With A = E[a aᵀ] of a layer's inputs and G = E[g gᵀ] of its output gradients, averaged over the steps, the direction
+    of the layer seen as a matrix ∇ [rows, out] (the bias is the last row) is
+
+        u = (A + d_A I)⁻¹ ∇ (G + d_G I)⁻¹.
+
+    `update(grads, state, params, curvature=curvature)` takes the statistics of the same step. Between inversions the
+    directions are checked against the *current* factors: a direction longer than the minimiser of its layer's own
+    quadratic model along it is cut to that minimiser, and where the two differ by more than a factor of two the next
+    step inverts out of turn. So long periods are safe, also early on, when the factors move fast.
+
+    Args:
+      layers: from `find_layers`, or made by hand.
+      damping: λ ≥ 0 of each block; a number or a schedule.
+      decay: weight of the old factors in the running averages, in [0, 1]; a number or a schedule. The first step
+        replaces the zero factors.
+      damping_rule: "pi" (d_A = π√λ, d_G = √λ/π with π² = (tr A/d_A)/(tr G/d_G)) or "trace"
+        (max(λ · tr(F)/dim, 1e-10) for each factor F). An element-wise scale or shift takes all of λ at G.
+      inverse: "cholesky", "eigh" (slower, for factors that are far from definite), or "cg" (no inverses: conjugate
+        gradients at every step; for layers too wide to factorise).
+      update_every: steps between averaging statistics in.
+      invert_every: steps between inversions; the first step always inverts. Under `jax.vmap` over a hyper-parameter
+        `lax.cond` computes both branches, so longer periods save nothing there. Without effect under "cg".
+      kl_clip: None, or c: all directions are scaled by min(1, sqrt(c / Σ ⟨u, ∇⟩)), the sum over all layers and
+        without the learning rate.
+      fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`; None refuses them.
+
+    Returns:
+      A transformation whose `update` needs `curvature=`, a dict from layer name to an object with input_factor and
+      output_factor. With a gradient or statistic that is not finite it returns zeros and keeps its state.
+
+    Raises:
+      ValueError: for an unknown choice or a number out of range; in `init` and `update` for layers of another model,
+        uncovered leaves without `fallback`, and a curvature that is missing or does not match the layers.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_curv
+      >>> layer = optax_curv.Layer("dense", "dense", "['w']", None, in_dim=2, out_dim=1)
+      >>> tx = optax_curv.scale_by_kfac(optax_curv.Layers([layer]), damping=0.0)
+      >>> params = {"w": jnp.zeros((2, 1))}
+      >>> state = tx.init(params)
+      >>> statistic = optax_curv.KroneckerFactors(jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(1), jnp.int32(1))
+      >>> updates, state = tx.update({"w": jnp.ones((2, 1))}, state, params, curvature={"dense": statistic})
+      >>> updates["w"].ravel().tolist()
+      [0.25, 1.0]
+
+    References:
+      Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, 2015: eq. (1), §5,
+      §6.3. Grosse and Martens, A Kronecker-factored Approximate Fisher Matrix for Convolution Layers, 2016. The KL clip
+      is Ba et al., Distributed Second-Order Optimization using Kronecker-Factored Approximations, 2017, §5, without
+      the learning rate. The check of stale inverses is ours.
+    """
+    method = "scale_by_kfac"
+    contracts.require_choice(method, "damping_rule", damping_rule, RULES)
+    contracts.require_choice(method, "inverse", inverse, INVERSES)
+    if damping_rule == "pi":  # the floor of "trace" acts on the product, so that any number is meaningful
+        contracts.require_number(method, "damping", damping, at_least=0)
+    contracts.require_number(method, "decay", decay, at_least=0, at_most=1)
+    contracts.require_number(method, "update_every", update_every, at_least=1)
+    contracts.require_number(method, "invert_every", invert_every, at_least=1)
+
+    def init_rule(present):
+        factors = zero_factors(present)
+        dtype = jnp.result_type(jnp.float32, *(x.dtype for x in present.values()))
+        return {
+            "factors": factors,
+            "inverses": {}
+            if inverse == "cg"
+            else {n: KroneckerInverse(*map(jnp.zeros_like, f[:2])) for n, f in factors.items()},
+            "stale": jnp.bool_(False),
+            "diagnostics": LayerDiagnostics(*(jnp.zeros(len(present), dtype) for _ in LayerDiagnostics._fields)),
+        }
+
+    def update_rule(present, state, matrices, curvature):
+        factors = averaged(method, present, state, curvature, decay, update_every)
+        lam = jnp.asarray(damping(state.count) if callable(damping) else damping)
+        blocks = Blocks(present, factors, lam, damping_rule)
+        if inverse == "cg":
+            return blocks.solve_by_cg(matrices), {"factors": factors}
+        due = (state.count % invert_every == 0) | state.stale
+        inverses, diagnostics = jax.lax.cond(
+            due, lambda: blocks.invert(inverse), lambda: (state.inverses, state.diagnostics)
+        )
+        left = {name: x.input_inverse for name, x in inverses.items()}
+        right = {name: x.output_inverse for name, x in inverses.items()}
+        directions = map_grouped(kron_product, blocks.stacks, left, matrices, right)
+        directions, ratio = jax.lax.cond(
+            due,
+            lambda: (directions, jnp.ones_like(diagnostics.model_ratio)),
+            lambda: blocks.checked(directions, matrices),
+        )
+        stale = jnp.any((ratio > STALE_RATIO) | (ratio < 1 / STALE_RATIO))
+        diagnostics = diagnostics._replace(model_ratio=ratio)
+        return directions, {"factors": factors, "inverses": inverses, "stale": stale, "diagnostics": diagnostics}
+
+    return layerwise(method, layers, ScaleByKFACState, init_rule, update_rule, kl_clip=kl_clip, fallback=fallback)
+
+
+def kfac(
+    learning_rate,
+    layers: Layers,
+    damping=None,
+    *,
+    decay=0.95,
+    damping_rule="pi",
+    inverse="cholesky",
+    update_every=1,
+    invert_every=1,
+    kl_clip=None,
+    fallback=None,
+    momentum=0.9,
+    weight_decay=0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """K-FAC with decoupled weight decay, momentum and a learning rate; or with none of them to choose.
+
+    With a learning rate: a chain of `scale_by_kfac`, `optax.add_decayed_weights`, `optax.trace` and
+    `optax.scale_by_learning_rate`.
+
+    With `learning_rate=None`, the adaptive mode: `adapt_damping` around a chain of `scale_by_kfac` and
+    `scale_by_quadratic_model`. Step size and momentum minimise the objective's quadratic model at every step, and the
+    damping of both follows how well that model foretells the change of the objective. `update` then also needs
+    `objective=` (an `Objective`), `batch=` (inputs, targets) and `value=` (the loss already computed).
+
+    Args:
+      learning_rate: a number or a schedule; None for the adaptive mode.
+      layers: see `scale_by_kfac`, as for `damping` to `fallback`.
+      damping: λ ≥ 0; None: 1e-3, and 0.1 as the first one of the adaptive mode.
+      decay: weight of the old factors.
+      damping_rule: "pi" or "trace".
+      inverse: "cholesky", "eigh" or "cg".
+      update_every: steps between averaging statistics in.
+      invert_every: steps between inversions.
+      kl_clip: None, or the bound of Σ ⟨u, ∇⟩.
+      fallback: transformation for uncovered leaves.
+      momentum: decay of the heavy ball; without effect in the adaptive mode.
+      weight_decay: added to the direction, times the parameters, before the momentum.
+
+    Returns:
+      A transformation whose `update` needs `curvature=`.
+
+    Raises:
+      ValueError: as `scale_by_kfac`; and for a weight decay in the adaptive mode, whose model would not know of it.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_curv
+      >>> layer = optax_curv.Layer("dense", "dense", "['w']", None, in_dim=2, out_dim=1)
+      >>> tx = optax_curv.kfac(0.1, optax_curv.Layers([layer]), damping=0.0)
+      >>> params = {"w": jnp.ones((2, 1))}
+      >>> statistic = optax_curv.KroneckerFactors(2 * jnp.eye(2), jnp.eye(1), jnp.int32(1))
+      >>> grads = {"w": 2 * params["w"]}
+      >>> updates, state = tx.update(grads, tx.init(params), params, curvature={"dense": statistic})
+      >>> print(optax.apply_updates(params, updates)["w"].ravel())
+      [0.9 0.9]
+
+    References:
+      Martens and Grosse 2015, §6.4, §6.5 and §7 for the adaptive mode; else see `scale_by_kfac`.
+    """
+    options = {
+        "decay": decay,
+        "damping_rule": damping_rule,
+        "inverse": inverse,
+        "update_every": update_every,
+        "invert_every": invert_every,
+        "kl_clip": kl_clip,
+        "fallback": fallback,
+    }
+    if learning_rate is not None:
+        return optax.chain(
+            scale_by_kfac(layers, 1e-3 if damping is None else damping, **options),
+            optax.add_decayed_weights(weight_decay),
+            optax.trace(momentum),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+    if isinstance(weight_decay, int | float) and weight_decay:
+        raise ValueError(
+            f"kfac: expected no weight decay with learning_rate=None, got {weight_decay=!r}; put it into "
+            "the objective, optax_curv.Objective(..., regularizer=...), where the quadratic model sees it."
+        )
+
+    def damped(lam):
+        direction = scale_by_kfac(layers, lam, **options)
+        return optax.chain(direction, scale_by_quadratic_model(lam), optax.scale_by_learning_rate(1.0))
+
+    return adapt_damping(damped, 0.1 if damping is None else damping)

@@ -1,0 +1,215 @@
+"""How the Kronecker factors Q_i of a preconditioner P = ⊗ QᵢᴴQᵢ move: one update, and a small function a geometry.
+
+Everything here sees one tensor and the tuple of its axis factors, [d, d] dense or [d] diagonal, and is batched by vmap.
+With μ the learning rate, Lᵢ a running bound, N the tensor's size and Uᵢ(X) = X₍ᵢ₎X₍ᵢ₎ᴴ, each step is
+
+    Dᵢ = T1ᵢ - T2ᵢ,    ℓᵢ ≈ ‖T1ᵢ + T2ᵢ‖₂,    Lᵢ ← max(βLᵢ + (1-β)ℓᵢ, ℓᵢ),    Qᵢ ← move(Qᵢ, Dᵢ, μ/Lᵢ).
+
+References:
+  Li, "Stochastic Hessian Fittings with Lie Groups", arXiv:2402.11858.
+  Pooladzandi and Li, "Curvature-Informed SGD via General Purpose Lie-Group Preconditioners", arXiv:2402.04553.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from optax_curv.linalg import kron_matvec, spectral_norm_bound, triangular_solve
+
+Factors = tuple[jax.Array, ...]
+
+PIVOT_FLOOR = 1e-12  # the original's: a smaller pivot of a triangular solve makes that entry zero
+ROTATION_LIMIT = 0.125  # largest ‖aR‖₂ of a Procrustes step; its second-order Taylor error is then below 1/3000
+
+
+def product(a, b):
+    """A product of two factors of one axis, dense or diagonal, at full precision."""
+    return a * b if a.ndim == 1 else jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def adjoint(a):
+    """The adjoint of a dense factor; diagonals are real."""
+    return a if a.ndim == 1 else a.conj().T
+
+
+def second_moment(x, axis, diagonal):
+    """U(X) = X₍ᵢ₎X₍ᵢ₎ᴴ of one axis, [d, d], or its diagonal [d]."""
+    unfolded = jnp.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
+    if diagonal:
+        return jnp.sum(jnp.square(jnp.abs(unfolded)), axis=1)
+    return product(unfolded, unfolded.conj().T)
+
+
+def preconditioners(geometry, factors: Factors) -> Factors:
+    """The axis preconditioners Pᵢ of the factors Qᵢ."""
+    if geometry == "quad4p":
+        return factors
+    if geometry == "right_triangular":  # the original's right factor is Q_R Q_Rᵀ, applied as (·) Q_R Q_Rᵀ
+        left, right = factors
+        return product(adjoint(left), left), product(right, adjoint(right))
+    return tuple(product(adjoint(q), q) for q in factors)
+
+
+def _procrustes(q):
+    """Rotates Q by ``exp(aR)``, R = Qᴴ - Q, towards the symmetric matrix of its polar decomposition.
+
+    To second order tr(exp(aR) Q) = tr Q + a tr(RQ) + a²/2 tr(R²Q); a maximises it with ‖aR‖₂ ≤ `ROTATION_LIMIT`.
+    Since R is skew, tr(RQ) = ‖R‖²_F / 2 ≥ 0: the first-order term always raises the trace.
+    """
+    skew = adjoint(q) - q
+    norm = spectral_norm_bound(skew)
+    skew = skew / jnp.where(norm > 0, norm, 1.0)
+    first = product(skew, q)
+    slope = jnp.real(jnp.trace(first))
+    curvature = jnp.real(jnp.sum(skew.T * first))  # tr(R RQ)
+    angle = jnp.where(curvature < 0, -slope / jnp.where(curvature < 0, curvature, -1.0), ROTATION_LIMIT)
+    angle = jnp.clip(angle, 0.0, ROTATION_LIMIT)
+    return q + angle * (first + 0.5 * angle * product(skew, first))
+
+
+def _move_eq(q, d, rate):
+    return q - rate * product(d if d.ndim == 1 else jnp.triu(d), q)
+
+
+def _move_qep(q, d, rate):
+    return q - rate * product(d, q)
+
+
+def _move_qeq(q, d, rate):
+    return q - rate * product(q, d)
+
+
+def _move_q05eq15(q, d, rate):
+    q = q - rate * product(d, q)
+    return q if q.ndim == 1 else _procrustes(q)
+
+
+def _move_quad(q, d, rate):
+    half = 0.5 * rate * d
+    q = q - product(half, q)
+    q = q - product(q, half)
+    return 0.5 * (q + adjoint(q))
+
+
+def _move_quad4p(p, d, rate):
+    return _move_quad(p, d, 2 * rate)
+
+
+MOVES = {
+    "eq": _move_eq,
+    "qep": _move_qep,
+    "qeq": _move_qeq,
+    "q0.5eq1.5": _move_q05eq15,
+    "quad": _move_quad,
+    "quad4p": _move_quad4p,
+}
+GEOMETRIES = (*MOVES, "right_triangular")
+
+
+def _norm_bound(a):
+    return jnp.max(a) if a.ndim == 1 else spectral_norm_bound(a)
+
+
+def _solve_adjoint(q, x, pivot_floor=0.0):
+    """Q⁻ᴴ x of an upper-triangular or diagonal factor; a pivot not above the floor makes that entry zero."""
+    if q.ndim == 1:
+        usable = jnp.abs(q) > pivot_floor
+        return jnp.where(usable, 1 / jnp.where(usable, q, 1), 0)[:, None] * x
+    return triangular_solve(adjoint(q), x, lower=True, zero_pivot=pivot_floor)
+
+
+def _inverse_adjoint_matvec(factors: Factors, x):
+    """⊗Q⁻ᴴ · x."""
+    for axis, q in enumerate(factors):
+        front = jnp.moveaxis(x, axis, 0)
+        rows = _solve_adjoint(q, front.reshape(front.shape[0], -1))
+        x = jnp.moveaxis(rows.reshape(front.shape), 0, axis)
+    return x
+
+
+def move_factors(geometry, factors: Factors, lipschitz, g, v, rate, lipschitz_decay):
+    """One step of every factor of one tensor.
+
+    Args:
+      geometry: a key of `MOVES`.
+      factors: one [d, d] or [d] for each axis of g.
+      lipschitz: running bounds L, real [axes].
+      g: the gradient, or the Hessian-vector product; never all zero.
+      v: the probe, or None for whitening without one, whose second moment has the expectation (N/d) I.
+      rate: μ.
+      lipschitz_decay: β.
+
+    Returns:
+      (factors, lipschitz) after the step.
+    """
+    if geometry == "eq":
+        a, b = kron_matvec(factors, g), _inverse_adjoint_matvec(factors, v)
+    else:
+        a, b = kron_matvec(preconditioners(geometry, factors), g), v
+    moved, bounds = [], []
+    for axis, q in enumerate(factors):
+        t1 = second_moment(a, axis, q.ndim == 1)
+        if b is None:
+            t2 = (g.size / g.shape[axis]) * (jnp.ones_like(q) if q.ndim == 1 else jnp.eye(q.shape[0], dtype=q.dtype))
+        else:
+            t2 = second_moment(b, axis, q.ndim == 1)
+        if geometry == "qep":  # Uᵢ(QᵢX) = Qᵢ Uᵢ(X) Qᵢᴴ
+            t1, t2 = (product(product(q, t), adjoint(q)) for t in (t1, t2))
+        bound = _norm_bound(t1 + t2)
+        bound = jnp.maximum(lipschitz_decay * lipschitz[axis] + (1 - lipschitz_decay) * bound, bound)
+        step = rate / jnp.maximum(bound, jnp.finfo(bound.dtype).tiny)
+        moved.append(MOVES[geometry](q, t1 - t2, step))
+        bounds.append(bound)
+    return tuple(moved), jnp.stack(bounds)
+
+
+def move_right_triangular(factors: Factors, g, rate, eps):
+    """The original's step Q ← Q - μ Q triu(S)/(‖S‖_F + eps), with S exactly zero where A = B."""
+    left, right = factors
+    a = product(product(left, g), right.T)
+    b = _solve_adjoint(left, _solve_adjoint(right, g.T, PIVOT_FLOOR).T, PIVOT_FLOOR)
+    # A Aᵀ - B Bᵀ as the symmetric part of (A-B)(A+B)ᵀ: the difference of products leaves rounding noise at A = B.
+    s_left = product(a - b, (a + b).T)
+    s_right = product((a - b).T, a + b)
+
+    def move(q, s):
+        s = 0.5 * (s + s.T)
+        return q - rate / (jnp.linalg.norm(s) + eps) * product(q, jnp.triu(s))
+
+    return move(left, s_left), move(right, s_right)
+
+
+def balance(geometry, factors: Factors, lipschitz):
+    """Scales the factors to equal largest magnitudes and an unchanged product; returns them and their bounds."""
+    count = len(factors)
+    norms = jnp.stack([jnp.max(jnp.abs(q)) for q in factors])
+    ratios = norms / jnp.maximum(norms[:, None], jnp.finfo(norms.dtype).tiny)
+    gains = jnp.prod(jnp.sqrt(ratios) if count == 2 else ratios ** (1 / count), axis=1)
+    gains = jnp.where(norms.min() > 0, gains, 1.0)
+    if geometry == "qep":  # whose second moments are those of Q P g
+        lipschitz = lipschitz * gains**2
+    return tuple(q * gain for q, gain in zip(factors, gains, strict=True)), lipschitz
+
+
+def set_scale(geometry, factors: Factors, g, v, damping) -> Factors:
+    """Factors of the scale (mean|v|²)^(1/4) (mean|g|⁴ + damping⁴)^(-1/8) where all are zero and g is not."""
+    magnitude = jnp.abs(g)
+    unset = jnp.stack([jnp.all(q == 0) for q in factors]).all() & (magnitude.max() > 0)
+    peak = jnp.maximum(jnp.maximum(magnitude.max(), damping), jnp.finfo(magnitude.dtype).tiny)  # g⁴ overflows
+    fourth = jnp.mean((magnitude / peak) ** 4) + (damping / peak) ** 4
+    scale = 1 / jnp.sqrt(peak * jnp.sqrt(jnp.sqrt(fourth)))
+    if v is not None:
+        scale = scale * jnp.mean(jnp.square(jnp.abs(v))) ** 0.25
+    return tuple(
+        jnp.where(unset, s, q) for s, q in zip(scaled_identities(geometry, factors, scale), factors, strict=True)
+    )
+
+
+def scaled_identities(geometry, factors, scale) -> Factors:
+    """Factors of the shapes and dtypes of `factors` with the Kronecker product scale · I (its square for P)."""
+    scale = scale ** ((2 if geometry == "quad4p" else 1) / max(1, len(factors)))
+    return tuple(
+        jnp.broadcast_to(scale * (jnp.ones(q.shape) if len(q.shape) == 1 else jnp.eye(q.shape[-1])), q.shape).astype(
+            q.dtype
+        )
+        for q in factors
+    )

@@ -1,0 +1,174 @@
+"""The options of Kronecker PSGD, what is refused, and the layout they give a tree."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from optax_curv.preconditioners import contracts, kron_geometries, kron_layout
+
+METHOD = "scale_by_kron_psgd"
+
+
+class Options(NamedTuple):
+    """The arguments of `scale_by_kron_psgd`, which documents them."""
+
+    precond_lr: Any
+    geometry: str
+    criterion: str
+    b1: Any
+    whiten: str
+    update_probability: Any
+    init_scale: Any
+    damping: Any
+    lipschitz_decay: Any
+    max_dense_dim: int
+    max_skew: float
+    precond_dtype: Any
+    stacked: Any
+    block_size: int | None
+    eps: Any
+    key: Any
+
+    @property
+    def always_updates(self) -> bool:
+        """Whether the factors move at every step, whatever the count."""
+        return is_python_number(self.update_probability, 1)
+
+    @property
+    def caches(self) -> bool:
+        """Whether P is kept for the steps on which Q does not move; for "quad4p" it is the factor itself."""
+        return self.geometry != "quad4p" and not self.always_updates
+
+
+def is_python_number(x, value) -> bool:
+    """Whether x is this number, known while tracing."""
+    return isinstance(x, int | float) and x == value
+
+
+def structural(method: str, name: str, value):
+    """A number that decides shapes; a tracer cannot."""
+    if isinstance(value, Tracer):
+        raise ValueError(
+            f"{method}: {name} decides the shapes of the state and must be a Python number, got a traced {value}; "
+            f"with optax.inject_hyperparams pass static_args=({name!r},)."
+        )
+    return value
+
+
+def check_options(options: Options):
+    """Refuses what cannot be, by name."""
+    require_choice, require_number = contracts.require_choice, contracts.require_number
+    require_choice(METHOD, "geometry", options.geometry, kron_geometries.GEOMETRIES)
+    require_choice(METHOD, "criterion", options.criterion, ("whitening", "newton"))
+    require_choice(METHOD, "whiten", options.whiten, ("gradient", "momentum"))
+    for name in ("precond_lr", "init_scale", "max_dense_dim", "block_size"):
+        require_number(METHOD, name, getattr(options, name), above=0)
+    for name in ("b1", "update_probability", "lipschitz_decay"):
+        require_number(METHOD, name, getattr(options, name), at_least=0, at_most=1)
+    for name in ("damping", "max_skew", "eps"):
+        require_number(METHOD, name, getattr(options, name), at_least=0)
+    for name in ("block_size", "stacked"):
+        structural(METHOD, name, getattr(options, name))
+    if options.criterion == "newton" and (options.geometry == "right_triangular" or options.whiten == "momentum"):
+        raise ValueError(
+            f"{METHOD}: criterion='newton' fits P to Hessian-vector products, which geometry={options.geometry!r} with "
+            f"whiten={options.whiten!r} does not; use another geometry and whiten='gradient'."
+        )
+
+
+def _stack_ndims(stacked, tree):
+    """How many leading axes of each leaf are a stack."""
+    stacked = stacked(tree) if callable(stacked) else stacked
+    try:
+        counts = [int(count) for count in jax.tree.leaves(jax.tree.broadcast(stacked or False, tree))]
+    except ValueError as error:
+        raise ValueError(f"{METHOD}: stacked must be a prefix of the parameters' tree: {error}") from None
+    for (path, leaf), count in zip(jax.tree.leaves_with_path(tree), counts, strict=True):
+        if not 0 <= count <= len(leaf.shape):
+            raise ValueError(
+                f"{METHOD}: stacked={count} leading axes at {jax.tree_util.keystr(path) or 'the root'}, but its shape "
+                f"is {leaf.shape}; expected at most {len(leaf.shape)}."
+            )
+    return counts
+
+
+def _pieces(options, tree):
+    """The pieces of each leaf; the original's rule knows matrices only."""
+    leaves = zip(jax.tree.leaves(tree), _stack_ndims(options.stacked, tree), strict=True)
+    return [
+        kron_layout.pieces_of(position, leaf, stack, options.block_size, options.precond_dtype)
+        if options.geometry != "right_triangular" or len(leaf.shape) - stack == 2
+        else []
+        for position, (leaf, stack) in enumerate(leaves)
+    ]
+
+
+def layout_of_params(options: Options, params) -> kron_layout.Layout:
+    """The layout that `init` decides on."""
+
+    def with_kinds(piece):
+        limit, skew = (structural(METHOD, name, getattr(options, name)) for name in ("max_dense_dim", "max_skew"))
+        size = math.prod(piece.shape)
+        diagonal = [bool(d == 1 or d > limit or d * d > skew * size) for d in piece.shape]
+        if options.geometry == "right_triangular":
+            diagonal = [False, False]
+        return piece._replace(diagonal=tuple(diagonal))
+
+    by_leaf = [[with_kinds(piece) for piece in pieces] for pieces in _pieces(options, params)]
+    return kron_layout.Layout(jax.tree.structure(params), by_leaf)
+
+
+def layout_of_state(options: Options, grads, state) -> kron_layout.Layout:
+    """The gradients' layout with axes dense or diagonal as the state's factors are; refuses those of other shapes."""
+    treedef = jax.tree.structure(grads)
+    try:
+        factors = treedef.flatten_up_to(state.factors)
+    except ValueError as error:
+        raise ValueError(
+            f"{METHOD}: the gradients' tree differs from that of the state's factors, which init made from the "
+            f"parameters: got {treedef}; {error}"
+        ) from None
+
+    def with_kinds(path, pieces, factors):
+        given = [[jnp.shape(q) for q in of_piece] for of_piece in kron_layout.blocks_of(pieces, factors)]
+        known = [
+            p._replace(diagonal=tuple(len(shape) == len(p.stack) + 1 for shape in shapes))
+            for p, shapes in zip(pieces, given, strict=False)
+            if len(shapes) == len(p.shape)
+        ]
+        if [[q.shape for q in p.factors] for p in known] != given or len(known) != len(pieces):
+            raise ValueError(
+                f"{METHOD}: the gradient at {jax.tree_util.keystr(path) or 'the root'} needs factors for shapes "
+                f"{[(*p.stack, *p.shape) for p in pieces]}, the state has factors of shapes {given}; init the state "
+                "with parameters of the gradients' shapes."
+            )
+        return known
+
+    paths = [path for path, _ in jax.tree.leaves_with_path(grads)]
+    by_leaf = [with_kinds(*of_leaf) for of_leaf in zip(paths, _pieces(options, grads), factors, strict=True)]
+    return kron_layout.Layout(treedef, by_leaf)
+
+
+def check_extras(options: Options, grads, state, params, probe, hvp):
+    """Refuses missing extra arguments and trees that differ from the gradients'."""
+    if params is not None:
+        contracts.require_same_leaves(METHOD, "the gradients", grads, "the parameters", params)
+    require_probe(METHOD, options.criterion, probe, hvp)
+    for name, tree in (("probe", probe), ("hvp", hvp)):
+        if tree is not None:
+            contracts.require_same_leaves(METHOD, name, tree, "the gradients", grads)
+    if state.momentum is not None:
+        contracts.require_same_leaves(METHOD, "the gradients", grads, "the state's momentum", state.momentum)
+
+
+def require_probe(method: str, criterion: str, probe, hvp):
+    """Refuses one without the other, and "newton" without both."""
+    if (probe is None) != (hvp is None) or (criterion == "newton" and hvp is None):
+        given = f"probe={'missing' if probe is None else 'given'}, hvp={'missing' if hvp is None else 'given'}"
+        raise ValueError(
+            f"{method}: criterion={criterion!r} got {given}; pass both, as hessian_probe(loss_fn, params, *batch, "
+            "key=key) returns them: update(grads, state, params, probe=probe, hvp=hvp)."
+        )

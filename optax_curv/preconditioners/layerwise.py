@@ -1,0 +1,238 @@
+"""What layer-wise methods share: finding the layers' leaves, reading their statistics, one call for equal shapes."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_curv.capture.layers import Layer, Layers, layer_leaves, layer_matrix
+from optax_curv.capture.statistics import KroneckerFactors
+from optax_curv.preconditioners import contracts
+from optax_curv.preconditioners.kronecker_factors import HIGHEST, average_factors
+
+
+@dataclasses.dataclass(frozen=True)
+class PresentLayer:
+    """A layer as far as a tree holds it: without its kernel or bias where that leaf is masked.
+
+    Attributes:
+      layer: the layer with the paths of this tree and only its present leaves.
+      whole: the layer as described, whose statistics arrive.
+      dtype: of the layer's factors, float32 at least.
+    """
+
+    layer: Layer
+    whole: Layer
+    dtype: jnp.dtype
+
+    def statistic(self, method: str, value) -> tuple[jax.Array, jax.Array]:
+        """Input and output factor of one layer's statistic, in the shapes of `layer.factor_shapes`."""
+        whole, stack = self.whole, self.whole.stack
+        if not (hasattr(value, "input_factor") and hasattr(value, "output_factor")):
+            raise ValueError(
+                f"{method}: the statistic of layer {whole.name!r} is a {type(value).__name__}, expected one with "
+                "input_factor and output_factor as optax_curv.value_grad_and_curvature makes."
+            )
+        factors = []
+        for what, factor, width in (
+            ("input_factor", value.input_factor, whole.rows_of_matrix),
+            ("output_factor", value.output_factor, whole.out_dim),
+        ):
+            if jnp.shape(factor) not in ((*stack, width, width), (*stack, width)):
+                raise ValueError(
+                    f"{method}: the {what} of layer {whole.name!r} has shape {jnp.shape(factor)}, expected "
+                    f"{(*stack, width, width)} or its diagonal {(*stack, width)}."
+                )
+            factors.append(jnp.asarray(factor, self.dtype))
+        rows = slice(whole.in_dim if self.layer.kernel is None else 0, whole.in_dim + (self.layer.bias is not None))
+        full = factors[0].ndim == len(stack) + 2
+        factors[0] = factors[0][..., rows, rows] if full else factors[0][..., rows]
+        return tuple(map(_in_shape, factors, self.layer.factor_shapes))
+
+
+def _in_shape(factor, shape):
+    """A full factor as its diagonal or a diagonal one as a full factor, where `shape` asks for it."""
+    if factor.ndim > len(shape):
+        return jnp.diagonal(factor, axis1=-2, axis2=-1)
+    return factor if factor.ndim == len(shape) else factor[..., None] * jnp.eye(shape[-1], dtype=factor.dtype)
+
+
+def _is_gap(leaf):
+    return leaf is None or isinstance(leaf, optax.MaskedNode)
+
+
+def leaves_by_path(tree) -> dict:
+    """Leaves by key path as `jax.tree_util.keystr` writes it; None and optax.MaskedNode count as leaves."""
+    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_gap)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in flat}
+
+
+def match_layers(method: str, layers: Layers, tree, uncovered_allowed: bool) -> dict[str, PresentLayer]:
+    """The layers that a tree of parameters or updates holds, by name; wholly masked ones are left out."""
+    leaves = leaves_by_path(tree)
+    present, covered = {}, set()
+    for layer in layers:
+        # An nnx.State ends its paths in .value, while nnx.Optimizer hands over pure arrays.
+        paths = [next((q for q in (p, p + ".value", p.removesuffix(".value")) if q in leaves), p) for p in layer.paths]
+        missing = [path for path in paths if path not in leaves]
+        if missing and leaves:
+            raise ValueError(
+                f"{method}: layer {layer.name!r} covers {missing}, which the tree lacks; it has {list(leaves)}. Are "
+                "these the layers of another model? Make them with optax_curv.find_layers from the same parameters."
+            )
+        covered.update(paths)
+        found = dict(zip(layer.paths, paths, strict=True))
+        kernel, bias = (
+            None if path is None or _is_gap(leaves.get(found[path], 0)) else found[path]
+            for path in (layer.kernel, layer.bias)
+        )
+        if kernel is None and bias is None:
+            continue
+        changes: dict = {"kernel": kernel, "bias": bias}
+        if kernel is None:
+            changes |= {"kind": "shift", "in_dim": 0, "kernel_split": None, "kernel_axes": None}
+        dtypes = [leaves[path].dtype for path in (kernel, bias) if path in leaves]
+        dtype = jnp.promote_types(jnp.float32, jnp.result_type(*dtypes or [jnp.float32]))
+        present[layer.name] = PresentLayer(dataclasses.replace(layer, **changes), layer, dtype)
+    gaps = [path for path, leaf in leaves.items() if path not in covered and not _is_gap(leaf)]
+    if gaps and not uncovered_allowed:
+        reasons = [f"{path} ({layers.uncovered[path]})" if path in layers.uncovered else path for path in gaps]
+        raise ValueError(
+            f"{method}: no layer covers {', '.join(reasons)}. Pass fallback=, an Optax transformation for such leaves "
+            "(for instance optax.scale_by_adam()), or leave them out with optax.masked or optax.partition."
+        )
+    return present
+
+
+def read_curvature(method: str, layers: Layers, curvature) -> Mapping:
+    """Refuses a curvature that is missing or not of these layers."""
+    if curvature is None:
+        raise ValueError(
+            f"{method}: the extra argument curvature= is missing. Make it with value, grads, curvature = "
+            "optax_curv.value_grad_and_curvature(loss_fn)(params, ...) and call update(grads, state, params, "
+            "curvature=curvature)."
+        )
+    names = {layer.name for layer in layers}
+    if not isinstance(curvature, Mapping) or set(curvature) != names:
+        given = sorted(curvature) if isinstance(curvature, Mapping) else f"a {type(curvature).__name__}"
+        raise ValueError(
+            f"{method}: curvature must be a dict with the layers {sorted(names)}, got {given}. Make it with "
+            "optax_curv.value_grad_and_curvature from the same layers."
+        )
+    return curvature
+
+
+def zero_factors(present) -> dict[str, KroneckerFactors]:
+    """Factors of the layers before any step."""
+
+    def zeros(x):
+        input_shape, output_shape = x.layer.factor_shapes
+        return KroneckerFactors(jnp.zeros(input_shape, x.dtype), jnp.zeros(output_shape, x.dtype), jnp.int32(0))
+
+    return {name: zeros(x) for name, x in present.items()}
+
+
+def averaged(method, present, state, curvature, decay, update_every) -> dict[str, KroneckerFactors]:
+    """The state's factors with this step's statistics averaged in, where the period says so."""
+    due = state.count % update_every == 0
+    factors = {}
+    for name, x in present.items():
+        old = state.factors[name]
+        input_factor, output_factor = x.statistic(method, curvature[name])
+        decay_now = contracts.value_at(decay, state.count, x.dtype)
+        new = average_factors(old, input_factor, output_factor, decay_now)
+        factors[name] = jax.tree.map(lambda new, old: jnp.where(due, new, old), new, old)
+    return factors
+
+
+def map_grouped(function: Callable, stacks: Mapping[Any, tuple], *columns: Mapping[Any, jax.Array]) -> dict:
+    """Maps a function over every key's arrays [*stack, ...], with one call for all keys of equal trailing shapes.
+
+    `function` sees one leading axis: the slices of every layer of the group, one after the other.
+    """
+    groups: dict = {}
+    for key, stack in stacks.items():
+        arrays = [column[key].reshape(-1, *column[key].shape[len(stack) :]) for column in columns]
+        groups.setdefault(tuple((x.shape[1:], x.dtype) for x in arrays), {})[key] = arrays
+    results = {}
+    for group in groups.values():
+        joined = function(*map(jnp.concatenate, zip(*group.values(), strict=True)))
+        first = 0
+        for key, arrays in group.items():
+            last = first + len(arrays[0])
+
+            def cut(x, rows=slice(first, last), stack=stacks[key]):
+                return x[rows].reshape(*stack, *x.shape[1:])
+
+            results[key] = jax.tree.map(cut, joined)
+            first = last
+    return {key: results[key] for key in stacks}
+
+
+def kron_product(left: jax.Array, x: jax.Array, right: jax.Array) -> jax.Array:
+    """L X R for a batch of matrices [B, m, n], each factor full [B, d, d] or diagonal [B, d], symmetric."""
+    x = jnp.matmul(left, x, precision=HIGHEST) if left.ndim == 3 else left[..., None] * x
+    return jnp.matmul(x, right, precision=HIGHEST) if right.ndim == 3 else x * right[..., None, :]
+
+
+def layerwise(method, layers, state_type, init_rule, update_rule, *, kl_clip, fallback):
+    """The transformation of a rule that acts on layers seen as matrices.
+
+    Args:
+      method: name for error messages.
+      layers: `Layers`.
+      state_type: NamedTuple with the fields count, fallback, total_notfinite and the rule's.
+      init_rule: dict of `PresentLayer` -> the rule's fields.
+      update_rule: (present, state, matrices, curvature) -> (directions, the rule's new fields), both of them by layer.
+      kl_clip: None or c: the directions are scaled by min(1, sqrt(c / Σ ⟨direction, gradient⟩)).
+      fallback: transformation for the leaves that no layer covers, or None.
+    """
+    contracts.require_number(method, "kl_clip", kl_clip, above=0)
+    if not isinstance(layers, Layers):
+        raise ValueError(f"{method}: expected layers from optax_curv.find_layers, got a {type(layers).__name__}.")
+    has_fallback = fallback is not None
+
+    def uncovered(tree):
+        covered = {path for x in match_layers(method, layers, tree, True).values() for path in x.layer.paths}
+        return jax.tree.map_with_path(lambda path, _: jax.tree_util.keystr(path) not in covered, tree)
+
+    others = optax.masked(fallback or optax.identity(), uncovered)
+
+    def init(params):
+        present = match_layers(method, layers, params, has_fallback)
+        others_only = uncovered(params)
+        own = jax.tree.map(lambda other, leaf: None if other else leaf, others_only, params)
+        contracts.require_float_leaves(method, own)
+        leaves = leaves_by_path(own)
+        for x in present.values() if leaves else ():
+            jax.eval_shape(lambda own, layer=x.layer: layer_matrix(layer, own), leaves)
+        # numbers of their own, as a buffer that stands twice in a state cannot be donated
+        counts = {"count": jnp.int32(0), "total_notfinite": jnp.int32(0)}
+        return state_type(**counts, fallback=others.init(params), **init_rule(present))
+
+    def update(updates, state, params=None, *, curvature=None, **extra_args):
+        if params is not None:
+            contracts.require_same_leaves(method, "updates", updates, "params", params)
+        present = match_layers(method, layers, updates, has_fallback)
+        curvature = read_curvature(method, layers, curvature)
+        paths, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_gap)
+        leaves = {jax.tree_util.keystr(path): leaf for path, leaf in paths}
+        matrices = {name: layer_matrix(x.layer, leaves).astype(x.dtype) for name, x in present.items()}
+        directions, fields = update_rule(present, state, matrices, curvature)
+        if kl_clip is not None:
+            decrease = sum(jnp.vdot(directions[name], matrices[name]).real for name in present)
+            # a NaN-free 1 where the decrease is zero, as the root of infinity is infinite
+            scale = jnp.minimum(1, jnp.sqrt(kl_clip / jnp.maximum(decrease, 0)))
+            directions = {name: scale.astype(d.dtype) * d for name, d in directions.items()}
+        for name, x in present.items():
+            leaves |= layer_leaves(x.layer, directions[name], leaves)
+        new_updates = jax.tree.unflatten(treedef, leaves.values())
+        new_updates, fallback_state = others.update(new_updates, state.fallback, params, **extra_args)
+        fields |= {"count": state.count + 1, "fallback": fallback_state}
+        good = contracts.is_finite(updates, curvature)
+        return contracts.skip_unless(good, new_updates, state._replace(**fields), state)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,226 @@
+"""Dense oracles for small models: the matrices that curvature methods approximate, written out.
+
+Every function flattens the parameters in `jax.tree.leaves` order, n numbers in all, computes in their dtype (float64
+under ``jax.enable_x64``), and costs O(n²) memory. They are meant for tests: compare a method with what it stands for.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+
+def _flat_rows(tree):
+    """A tree whose leaves have a leading axis K, as a [K, n] matrix."""
+    return jax.vmap(lambda row: ravel_pytree(row)[0])(tree)
+
+
+def _of_flat(function, params):
+    """`function` of the flattened parameters, and these."""
+    flat, unravel = ravel_pytree(params)
+    return (lambda vector: function(unravel(vector))), flat
+
+
+def _flat_jacobian(objective, params, inputs):
+    """The outputs as rows, [R, O], and their Jacobian in the flat parameters, [R, O, n]."""
+    predict, flat = _of_flat(lambda p: objective.predict_fn(p, inputs), params)
+    outputs, jacobian = predict(flat), jax.jacobian(predict)(flat)
+    return outputs.reshape(-1, outputs.shape[-1]), jacobian.reshape(-1, outputs.shape[-1], flat.size)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def per_example_gradients(loss_fn, params, inputs, targets) -> jax.Array:
+    """The gradient of every example's own loss, one a row.
+
+    Args:
+      loss_fn: ``loss_fn(params, inputs, targets)``, a mean over examples; it is called with batches of one.
+      params: the parameters, n numbers.
+      inputs: array or tree with a leading axis N.
+      targets: array or tree with a leading axis N.
+
+    Returns:
+      The rows g_n, [N, n]; their mean is the gradient of the batch.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_curv import testing
+      >>> loss = lambda w, x, y: jnp.mean(0.5 * (x @ w - y) ** 2)
+      >>> testing.per_example_gradients(loss, jnp.zeros(2), jnp.eye(2), jnp.array([1.0, 2.0]))
+      Array([[-1., -0.],
+             [-0., -2.]], dtype=float32)
+    """
+
+    def gradient(x, y):
+        x, y = jax.tree.map(lambda leaf: leaf[None], (x, y))
+        return ravel_pytree(jax.grad(loss_fn)(params, x, y))[0]
+
+    return jax.vmap(gradient)(inputs, targets)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def dense_hessian(loss_fn, params, *args) -> jax.Array:
+    """The Hessian of ``loss_fn(params, *args)`` in the flat parameters: [n, n].
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_curv import testing
+      >>> testing.dense_hessian(lambda p: p["a"] ** 2 * p["b"], {"a": jnp.float32(1), "b": jnp.float32(3)})
+      Array([[6., 2.],
+             [2., 0.]], dtype=float32)
+    """
+    loss, flat = _of_flat(lambda p: loss_fn(p, *args), params)
+    return jax.hessian(loss)(flat)
+
+
+@jax.jit
+def dense_gauss_newton(objective, params, inputs, targets) -> jax.Array:
+    """The generalised Gauss-Newton matrix Σ_r J_rᵀ H_r J_r / R of an objective's mean loss.
+
+    H_r is taken by `jax.hessian` from the likelihood's `loss`, apart from its `hessian_sqrt`.
+
+    Args:
+      objective: an `optax_curv.Objective`; its regularizer does not enter.
+      params: the parameters, n numbers.
+      inputs: the inputs of the batch.
+      targets: the targets of the batch.
+
+    Returns:
+      The matrix, [n, n], symmetric and, for a convex loss, positive semi-definite.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_curv
+      >>> from optax_curv import testing
+      >>> objective = optax_curv.Objective(lambda w, x: x @ w, "normal")
+      >>> testing.dense_gauss_newton(objective, jnp.zeros((2, 1)), jnp.diag(jnp.array([1.0, 2.0])), jnp.ones((2, 1)))
+      Array([[0.5, 0. ],
+             [0. , 2. ]], dtype=float32)
+    """
+    outputs, jacobian = _flat_jacobian(objective, params, inputs)
+    leading = jnp.shape(objective.predict_fn(params, inputs))[:-1]
+    targets = jnp.reshape(targets, (len(outputs), *jnp.shape(targets)[len(leading) :]))
+    hessians = jax.vmap(jax.hessian(objective.likelihood.loss))(outputs, targets)
+    return jnp.einsum("rin,rij,rjm->nm", jacobian, hessians, jacobian, precision="highest") / len(outputs)
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def dense_fisher(objective, params, inputs, targets=None, kind="exact") -> jax.Array:
+    """The Fisher matrix of an objective.
+
+    - "exact": Σ_r J_rᵀ B_r B_rᵀ J_r / R, with B_r the likelihood's `hessian_sqrt`: the expectation over targets drawn
+      from the model, on the scale of the mean loss, and equal to `dense_gauss_newton` where B_r B_rᵀ is the Hessian.
+    - "empirical": Σ_n g_n g_nᵀ / N, with g_n the gradient of example n's own loss at its own target.
+
+    Args:
+      objective: an `optax_curv.Objective`; its regularizer does not enter.
+      params: the parameters, n numbers.
+      inputs: the inputs of the batch.
+      targets: the targets of the batch; only "empirical" needs them.
+      kind: "exact" or "empirical".
+
+    Returns:
+      The matrix, [n, n], symmetric and positive semi-definite.
+
+    Raises:
+      ValueError: for another `kind`, or "empirical" without targets.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_curv
+      >>> from optax_curv import testing
+      >>> objective = optax_curv.Objective(lambda w, x: x @ w, "bernoulli")
+      >>> w, x = jnp.zeros((1, 1)), jnp.array([[2.0], [2.0]])
+      >>> float(testing.dense_fisher(objective, w, x)[0, 0])  # x² p (1 − p)
+      1.0
+      >>> float(testing.dense_fisher(objective, w, x, jnp.ones((2, 1)), kind="empirical")[0, 0])  # x² (p − 1)²
+      1.0
+    """
+    if kind == "exact":
+        outputs, jacobian = _flat_jacobian(objective, params, inputs)
+        columns = objective.likelihood.hessian_sqrt(outputs)
+        rows = jnp.einsum("cri,rin->crn", columns, jacobian, precision="highest").reshape(-1, jacobian.shape[-1])
+        return jnp.matmul(rows.T, rows, precision="highest") / len(outputs)
+    if kind != "empirical":
+        raise ValueError(f"dense_fisher: unknown {kind=}; expected 'exact' or 'empirical'.")
+    if targets is None:
+        raise ValueError("dense_fisher: kind='empirical' needs targets, got None.")
+
+    def loss(p, x, y):
+        return objective.loss_of_outputs(objective.predict_fn(p, x), y)
+
+    gradients = per_example_gradients(loss, params, inputs, targets)
+    return jnp.matmul(gradients.T, gradients, precision="highest") / len(gradients)
+
+
+@functools.partial(jax.jit, static_argnames="centered")
+def dense_covariance(branches, centered=True) -> jax.Array:
+    """The covariance of K samples, as the branch methods take it.
+
+    Args:
+      branches: an array [K, D], or a tree whose leaves have a leading axis K.
+      centered: remove the mean and divide by max(1, K − 1); otherwise divide by max(1, K).
+
+    Returns:
+      The covariance, [D, D].
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_curv import testing
+      >>> testing.dense_covariance(jnp.array([[1.0, 0.0], [3.0, 0.0]]))
+      Array([[2., 0.],
+             [0., 0.]], dtype=float32)
+    """
+    rows = _flat_rows(branches)
+    if centered:
+        rows = rows - jnp.sum(rows, 0) / max(1, len(rows))
+    return jnp.matmul(rows.T, rows, precision="highest") / max(1, len(rows) - centered)
+
+
+@jax.jit
+def matrix_with_spectrum(key, eigenvalues) -> jax.Array:
+    """A random symmetric matrix with the given eigenvalues: U diag(eigenvalues) Uᵀ, U a random rotation.
+
+    Args:
+      key: PRNG key.
+      eigenvalues: the spectrum, [n].
+
+    Returns:
+      The matrix, [n, n], exactly symmetric, in the dtype of `eigenvalues`.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from optax_curv import testing
+      >>> matrix = testing.matrix_with_spectrum(jax.random.key(0), jnp.array([1.0, 2.0, 4.0]))
+      >>> jnp.round(jnp.linalg.eigvalsh(matrix), 4)
+      Array([1., 2., 4.], dtype=float32)
+    """
+    eigenvalues = jnp.asarray(eigenvalues)
+    basis = jnp.linalg.qr(jax.random.normal(key, (eigenvalues.size,) * 2, eigenvalues.dtype))[0]
+    matrix = jnp.matmul(basis * eigenvalues, basis.T, precision="highest")
+    return (matrix + matrix.T) / 2
+
+
+@functools.partial(jax.jit, static_argnames=("n", "dtype"))
+def random_spd(key, n, condition=10.0, *, dtype=None) -> jax.Array:
+    """A random symmetric positive definite matrix, its eigenvalues from 1 / condition to 1, even in the logarithm.
+
+    Args:
+      key: PRNG key.
+      n: size.
+      condition: ratio of the largest eigenvalue to the smallest.
+      dtype: the dtype; None: JAX's default float.
+
+    Returns:
+      The matrix, [n, n].
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from optax_curv import testing
+      >>> matrix = testing.random_spd(jax.random.key(0), 3, 100.0)
+      >>> round(float(jnp.linalg.cond(matrix)))
+      100
+    """
+    return matrix_with_spectrum(key, jnp.logspace(-jnp.log10(jnp.asarray(condition, dtype)), 0, n, dtype=dtype))

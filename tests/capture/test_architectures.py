@@ -1,0 +1,102 @@
+"""Every architecture: full coverage, exact gradients, and factors equal to those of single examples.
+
+The oracle is `jax.grad` of one example at a time: the rows of a layer must sum to its gradient, and with the rows of
+each example apart the factors follow from their definitions, without any of the batched arithmetic.
+"""
+
+import architectures
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optax_curv import find_layers, value_grad_and_curvature
+from optax_curv.capture.layers import layer_matrix
+
+EXACT = 1e-10  # relative to the largest entry, float64: the same sums in another order
+ROUNDING = 1e-14  # absolute: sums of numbers of order one that cancel (a key's bias has no gradient)
+FLOAT32 = 1e-6  # absolute, where a part of the model computes in float32
+QUICK_COMPILATION = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+ELEMENTWISE = ("scale", "shift")
+
+
+def assert_equal_up_to_rounding(given, expected, what, rounding=ROUNDING):
+    given, expected = np.asarray(given), np.asarray(expected)
+    assert given.shape == expected.shape, what
+    np.testing.assert_allclose(given, expected, rtol=0, atol=EXACT * np.abs(expected).max() + rounding, err_msg=what)
+
+
+def everything(loss, params, args):
+    """All that is compared, in one compilation; the raw rows and gradients of single examples lead with an axis N."""
+
+    def single(*example):
+        example = [x[None] for x in example]
+        return value_grad_and_curvature(loss, statistic="raw")(params, *example)[1:]
+
+    return {
+        "expand": value_grad_and_curvature(loss)(params, *args),
+        "reduce": value_grad_and_curvature(loss, sharing="reduce")(params, *args)[2],
+        "single": jax.vmap(single)(*args),
+        "single_grads": jax.vmap(lambda *x: jax.grad(loss)(params, *(y[None] for y in x)))(*args),
+    }
+
+
+def by_path(tree):
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def rows(layer, raw):
+    """Inputs as float rows: one-hot for an embedding, 1 for element-wise layers."""
+    if layer.kind in ELEMENTWISE:
+        return jnp.ones((*raw.inputs.shape, 1))
+    if raw.inputs.ndim == raw.output_grads.ndim - 1:
+        return jax.nn.one_hot(raw.inputs, layer.in_dim)
+    return raw.inputs
+
+
+def outer(x, full):
+    """Mean over the leading axis of x xᵀ, or its diagonal."""
+    moments = np.mean(np.einsum("n...i,n...j->n...ij", x, x), axis=0)
+    return moments if full else np.diagonal(moments, axis1=-2, axis2=-1)
+
+
+@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
+def test_architecture(x64, name):
+    loss, params, *args = architectures.ARCHITECTURES[name]()
+    layers = find_layers(loss, params, *args)
+    assert sorted(layers.uncovered) == architectures.UNCOVERED.get(name, [])
+
+    measured = jax.jit(lambda p, a: everything(loss, p, a), compiler_options=QUICK_COMPILATION)(params, args)
+    single_grads, raw_of_single = by_path(measured["single_grads"]), measured["single"][1]
+    for path, grad in by_path(measured["expand"][1]).items():
+        expected = np.mean(single_grads[path], axis=0)
+        rounding = FLOAT32 if name in architectures.FLOAT32_INSIDE else ROUNDING
+        assert_equal_up_to_rounding(grad, expected, f"gradient of {path}", rounding)
+    for layer in layers:
+        matrix = jax.vmap(lambda leaves, layer=layer: layer_matrix(layer, leaves))(
+            {path: single_grads[path] for path in layer.paths}
+        )
+        a, g = rows(layer, raw_of_single[layer.name]), raw_of_single[layer.name].output_grads
+        summed = np.einsum("n...ri,n...rj->n...ij", a, g)
+        assert_equal_up_to_rounding(summed, matrix, f"rows of {layer.name} sum to each example's gradient")
+        if name not in architectures.SHARED_SEED:
+            assert_factors(layer, measured, a, g, matrix)
+
+
+def assert_factors(layer, measured, a, g, matrix):
+    """Both sharings' factors from the rows [N, *stack, R of one example, ·] and gradients of single examples."""
+    expand, reduce = measured["expand"][2][layer.name], measured["reduce"][layer.name]
+    assert (expand.input_factor.shape, expand.output_factor.shape) == layer.factor_shapes
+    full_input, full_output = (len(shape) == len(layer.stack) + 2 for shape in layer.factor_shapes)
+    if layer.kind in ELEMENTWISE:
+        for factors in (expand, reduce):
+            np.testing.assert_array_equal(factors.input_factor, 1.0)
+            assert_equal_up_to_rounding(factors.output_factor, outer(matrix[..., 0, :], full_output), layer.name)
+        return
+    assert_equal_up_to_rounding(reduce.input_factor, outer(np.mean(a, axis=-2), full_input), f"reduce A {layer.name}")
+    assert_equal_up_to_rounding(reduce.output_factor, outer(np.sum(g, axis=-2), full_output), f"reduce G {layer.name}")
+    uses = a.shape[-2]
+    a, g = np.moveaxis(a, -2, 1), np.moveaxis(g, -2, 1)
+    a, g = a.reshape(-1, *a.shape[2:]), g.reshape(-1, *g.shape[2:])
+    assert_equal_up_to_rounding(expand.input_factor, outer(a, full_input), f"expand A {layer.name}")
+    assert_equal_up_to_rounding(expand.output_factor, uses * outer(g, full_output), f"expand G {layer.name}")

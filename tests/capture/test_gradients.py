@@ -1,0 +1,121 @@
+"""Value, gradients and curvature of plain losses, against sums written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optax_curv import find_layers, value_grad_and_curvature
+
+EXACT = 1e-12  # relative, float64: the same sums in another order
+
+
+def network(dtype=jnp.float64):
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "first": {"kernel": jax.random.normal(keys[0], (3, 4), dtype), "bias": jnp.ones(4, dtype)},
+        "last": {"kernel": jax.random.normal(keys[1], (4, 2), dtype), "bias": jnp.zeros(2, dtype)},
+    }
+    return params, jax.random.normal(keys[2], (5, 3), dtype), jax.random.normal(keys[3], (5, 2), dtype)
+
+
+def loss(params, x, y):
+    hidden = jnp.tanh(x @ params["first"]["kernel"] + params["first"]["bias"])
+    return jnp.mean(jnp.sum((hidden @ params["last"]["kernel"] + params["last"]["bias"] - y) ** 2, axis=-1))
+
+
+def per_example_grads(params, x, y):
+    return jax.vmap(lambda x, y: jax.grad(loss)(params, x[None], y[None]))(x, y)
+
+
+def matrices(grads, name):
+    """Per-example gradients of one layer as matrices [N, rows, out], the bias last."""
+    return np.concatenate([grads[name]["kernel"], np.asarray(grads[name]["bias"])[:, None]], axis=1)
+
+
+def test_value_and_gradients_are_those_of_jax_bit_for_bit(x64):
+    params, x, y = network()
+    value, grads, _ = value_grad_and_curvature(loss)(params, x, y)
+    expected = jax.value_and_grad(loss)(params, x, y)
+    jax.tree.map(np.testing.assert_array_equal, (value, grads), expected)
+
+
+def test_factors_are_those_of_single_examples(x64):
+    params, x, y = network()
+    curvature = value_grad_and_curvature(loss)(params, x, y)[2]
+    hidden = np.tanh(x @ params["first"]["kernel"] + params["first"]["bias"])
+    inputs = {"first": x, "last": hidden}
+    for name, grads in ((name, matrices(per_example_grads(params, x, y), name)) for name in inputs):
+        a = np.concatenate([inputs[name], np.ones((5, 1))], axis=1)
+        g = grads[:, -1]  # the bias's gradient is the output's
+        np.testing.assert_allclose(curvature[name].input_factor, a.T @ a / 5, rtol=EXACT)
+        np.testing.assert_allclose(curvature[name].output_factor, g.T @ g / 5, rtol=EXACT)
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_the_diagonal_is_that_of_the_per_example_fisher(x64, sharing):
+    params, x, y = network()
+    diagonal = value_grad_and_curvature(loss, statistic="diagonal", sharing=sharing)(params, x, y)[2]
+    grads = per_example_grads(params, x, y)
+    for name in params:
+        np.testing.assert_allclose(diagonal[name], np.mean(matrices(grads, name) ** 2, axis=0), rtol=EXACT)
+
+
+def test_eigenbasis_moments_are_those_of_rotated_gradients(x64):
+    params, x, y = network()
+    factors = value_grad_and_curvature(loss)(params, x, y)[2]
+    basis = {n: (jnp.linalg.eigh(f.input_factor)[1], jnp.linalg.eigh(f.output_factor)[1]) for n, f in factors.items()}
+    moments = value_grad_and_curvature(loss, statistic="eigenbasis")(params, x, y, basis=basis)[2]
+    grads = per_example_grads(params, x, y)
+    for name, (left, right) in basis.items():
+        rotated = np.einsum("ai,nab,bj->nij", left, matrices(grads, name), right)
+        np.testing.assert_allclose(moments[name].moments, np.mean(rotated**2, axis=0), rtol=1e-9)
+
+
+def test_raw_samples_are_inputs_and_per_example_output_gradients(x64):
+    params, x, y = network()
+    raw = value_grad_and_curvature(loss, statistic="raw")(params, x, y)[2]
+    grads = per_example_grads(params, x, y)
+    for name in params:
+        products = np.einsum("ni,nj->nij", raw[name].inputs, raw[name].output_grads)
+        np.testing.assert_allclose(products, matrices(grads, name), rtol=EXACT)
+
+
+def test_duplicating_the_batch_changes_no_factor(x64):
+    params, x, y = network()
+    once = value_grad_and_curvature(loss)(params, x, y)[2]
+    twice = value_grad_and_curvature(loss)(params, jnp.tile(x, (2, 1)), jnp.tile(y, (2, 1)))[2]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=EXACT), once, twice)
+
+
+def test_auxiliary_results_and_keywords_pass():
+    params, x, y = network(jnp.float32)
+
+    def with_aux(params, x, *, y, name):
+        return loss(params, x, y), {"name": name, "x": x}
+
+    (value, aux), grads, curvature = value_grad_and_curvature(with_aux, has_aux=True)(params, x, y=y, name="word")
+    assert aux["name"] == "word" and (aux["x"] == x).all() and value == loss(params, x, y)
+    assert list(curvature) == list(grads) == ["first", "last"]
+
+
+def test_a_subset_of_layers_is_measured():
+    params, x, y = network(jnp.float32)
+    layers = find_layers(loss, params, x, y)
+    chosen = type(layers)([layers["last"]])
+    assert list(value_grad_and_curvature(loss, layers=chosen)(params, x, y)[2]) == ["last"]
+
+
+def test_errors_say_what_to_do():
+    params, x, y = network(jnp.float32)
+    with pytest.raises(ValueError, match=r"shape \(5, 2\), expected a scalar"):
+        value_grad_and_curvature(lambda p, x, y: x @ p["first"]["kernel"][:, :2])(params, x, y)
+    with pytest.raises(ValueError, match=r"\['n'\] has dtype int32"):
+        value_grad_and_curvature(lambda p: 0.0)({"n": jnp.arange(3)})
+    with pytest.raises(ValueError, match="pass optax_curv"):
+        value_grad_and_curvature(loss, fisher="exact")
+    with pytest.raises(ValueError, match="unknown statistic='fisher'"):
+        value_grad_and_curvature(loss, statistic="fisher")
+    others = find_layers(lambda p, x: jnp.mean(x @ p["w"]), {"w": jnp.ones((3, 2))}, x)
+    with pytest.raises(ValueError, match="another model"):
+        value_grad_and_curvature(loss, layers=others)(params, x, y)

@@ -1,0 +1,120 @@
+"""What the walk finds, what it refuses, and what it says about it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from optax_curv import find_layers, value_grad_and_curvature
+
+X = jax.ShapeDtypeStruct((5, 3), jnp.float32)
+W = jax.ShapeDtypeStruct((3, 3), jnp.float32)
+
+
+def reason(loss, params=W, *args):
+    """Why the only parameter is in no layer."""
+    layers = find_layers(loss, params, *(args or (X,)))
+    assert not list(layers)
+    (said,) = layers.uncovered.values()
+    return said
+
+
+def test_abstract_arrays_suffice_and_layers_are_hashable():
+    def loss(p, x):
+        return jnp.mean(x @ p)
+
+    assert hash(find_layers(loss, W, X)) == hash(find_layers(loss, W, X))
+    assert find_layers(loss, W, X) == find_layers(loss, W, x=X)
+
+
+def test_a_parameter_the_loss_ignores_is_named():
+    layers = find_layers(lambda p, x: jnp.mean(x @ p["used"]), {"used": W, "idle": W}, X)
+    assert layers.uncovered == {"['idle']": "the loss does not depend on it; leave it out of the parameters"}
+    assert "does not depend" in reason(lambda p, x: jnp.mean(x @ lax.stop_gradient(p)))
+
+
+def test_reasons_name_what_stands_in_the_way():
+    mask = jnp.tri(3)
+    assert "multiplied element-wise before it enters `dot_general`" in reason(lambda p, x: jnp.mean(x @ (p * mask)))
+    assert "`tanh`" in reason(lambda p, x: jnp.mean(x @ jnp.tanh(p)))
+    assert "another parameter" not in reason(lambda p, x: jnp.mean(x @ (p @ p)))
+    pairs = jnp.ones((5, 3, 3))
+    assert "different axes" in reason(lambda p, x: jnp.mean(x @ p) + jnp.mean(jnp.einsum("nij,ij->n", pairs, p)))
+    assert "unequal slices" in reason(lambda p, x: jnp.mean(x @ p[:, :2]))
+
+
+def test_a_custom_rule_hides_the_layer():
+    @jax.custom_vjp
+    def dense(w, x):
+        return x @ w
+
+    dense.defvjp(lambda w, x: (x @ w, (w, x)), lambda kept, g: (kept[1].T @ g, g @ kept[0].T))
+    assert "whose own derivative rule hides" in reason(lambda p, x: jnp.mean(dense(p, x)))
+
+
+def test_a_penalty_does_not_uncover_a_layer():
+    layers = find_layers(lambda p, x: jnp.mean(jnp.tanh(x @ p)) + jnp.sum(p**2), W, X)
+    assert len(layers) == 1 and not layers.uncovered
+
+
+def test_a_while_loop_around_a_layer_is_an_error():
+    def loss(p, x):
+        return jnp.mean(lax.while_loop(lambda h: jnp.sum(h) < 9, lambda h: h @ p, x))
+
+    with pytest.raises(ValueError, match=r"while_loop around the layer .* use jax\.lax\.scan"):
+        find_layers(loss, W, X)
+
+
+def test_a_batch_size_nobody_shows_is_an_error():
+    x = jnp.ones((5, 3))
+    with pytest.raises(ValueError, match="give batch_size="):
+        value_grad_and_curvature(lambda p: jnp.mean(x @ p))(jnp.ones((3, 3)))
+
+
+def test_batch_size_scales_the_output_factor():
+    x, p = jnp.ones((4, 3)), jnp.ones((3, 1))
+    factors = [value_grad_and_curvature(lambda p: jnp.mean(x @ p), batch_size=n)(p)[2]["params"] for n in (1, 4)]
+    np.testing.assert_allclose(4 * factors[0].output_factor, factors[1].output_factor)
+
+
+def test_names_are_short_and_unique():
+    params = {"a": {"kernel": W, "bias": jax.ShapeDtypeStruct((3,), jnp.float32)}, "b": [W, W], "norm": {"scale": W}}
+
+    def loss(p, x):
+        h = (x @ p["a"]["kernel"] + p["a"]["bias"]) @ p["b"][0] @ p["b"][1]
+        return jnp.mean(h @ p["norm"]["scale"])
+
+    assert [layer.name for layer in find_layers(loss, params, X)] == ["a", "b/0", "b/1", "norm"]
+
+
+def test_side_effects_beside_a_layer_stay(capsys):
+    def loss(p, x):
+        def step(h, _):
+            jax.debug.print("seen {}", jnp.sum(h))
+            return jnp.tanh(h @ p), None
+
+        return jnp.mean(lax.scan(step, x, None, length=2)[0])
+
+    args = jnp.eye(3), jnp.ones((5, 3))
+    grads = value_grad_and_curvature(loss)(*args)[1]
+    jax.effects_barrier()
+    assert capsys.readouterr().out.count("seen") >= 2
+    np.testing.assert_allclose(grads, jax.grad(loss)(*args), rtol=1e-6)
+
+
+def test_a_table_of_a_deep_transformer_needs_no_arrays():
+    width, depth = 8, 12
+    shapes = {"q": (width, width), "k": (width, width), "v": (width, width), "up": (width, 16), "down": (16, width)}
+    blocks = [{n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()} for _ in range(depth)]
+
+    def loss(p, x):
+        for block in p:
+            q, k, v = (x @ block[n] for n in "qkv")
+            x = x + jax.nn.softmax(q @ jnp.swapaxes(k, -1, -2)) @ v
+            x = x + jax.nn.gelu(x @ block["up"]) @ block["down"]
+        return jnp.mean(x)
+
+    layers = find_layers(loss, blocks, jax.ShapeDtypeStruct((2, 4, width), jnp.float32))
+    assert len(layers) == depth * len(shapes) and str(layers).count("\n") == depth * len(shapes)
+    assert all(layer.rows == 8 for layer in layers)

@@ -1,0 +1,390 @@
+"""Kronecker PSGD against theory: fixed points, invariances, and what a state survives."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_curv
+
+GEOMETRIES = ("q0.5eq1.5", "eq", "qep", "qeq", "quad", "quad4p")
+WHITENING_ERROR = 0.35  # ‖P H - I‖₂ after 2000 steps of rate 0.5 → 0; Li's implementation reaches 0.10-0.24
+NEWTON_ERROR = 1e-8
+STEPS = 2000
+
+
+# Small matrices take longer to compile than to run.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def spd(size, condition, seed):
+    """A symmetric positive definite matrix of that condition."""
+    basis, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((size, size)))
+    return jnp.asarray((basis * np.geomspace(1.0, 1.0 / condition, size)) @ basis.T)
+
+
+def full_preconditioner(factors, geometry):
+    """P as one matrix."""
+    axes = factors if geometry == "quad4p" else [q @ q.T if q.ndim == 0 else q.conj().T @ q for q in factors]
+    whole = axes[0]
+    for axis in axes[1:]:
+        whole = jnp.kron(whole, axis)
+    return whole
+
+
+def run(tx, params, signal, steps, newton=False, seed=1):
+    """The state after `steps` updates by `signal(v)`, v ~ N(0, I), in one compiled scan."""
+
+    def step(state, key):
+        v = jax.random.normal(key, params.shape, params.dtype)
+        extra = {"probe": v, "hvp": signal(v)} if newton else {}
+        return tx.update(signal(v), state, **extra)[1], None
+
+    keys = jax.random.split(jax.random.key(seed), steps)
+    return quick_jit(lambda state: jax.lax.scan(step, state, keys)[0])(tx.init(params))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_whitening_reaches_the_inverse_root_of_the_covariance(geometry, x64):
+    """For G = H1 V H2 the fixed point is P = (E[vec G vec Gᵀ])^(-1/2) = H1⁻¹ ⊗ H2⁻¹."""
+    h1, h2 = spd(5, 10.0, 1), spd(7, 10.0, 2)
+    rate = optax.linear_schedule(0.5, 0.0, STEPS)
+    tx = optax_curv.scale_by_kron_psgd(rate, geometry=geometry, max_skew=np.inf)
+    state = run(tx, jnp.zeros((5, 7)), lambda v: h1 @ v @ h2, STEPS)
+    error = full_preconditioner(state.factors, geometry) @ jnp.kron(h1, h2) - jnp.eye(35)
+    assert jnp.linalg.norm(error, 2) < WHITENING_ERROR
+
+
+@pytest.mark.parametrize("geometry", ["q0.5eq1.5", "qeq", "quad"])
+def test_newton_reaches_the_inverse_hessian(geometry, x64):
+    """Condition 10, n = 10, no noise: P = |H|⁻¹ by step 1000."""
+    hessian = spd(10, 10.0, 3)
+    tx = optax_curv.scale_by_kron_psgd(0.5, geometry=geometry, criterion="newton", max_skew=np.inf, damping=0.0)
+    state = run(tx, jnp.zeros(10), lambda v: hessian @ v, 1000, newton=True)
+    error = full_preconditioner(state.factors, geometry) @ hessian - jnp.eye(10)
+    assert jnp.linalg.norm(error, 2) < NEWTON_ERROR
+
+
+def test_the_original_rule_never_leaves_the_identity():
+    """Its probe is the gradient: at Q = I, A = B, so S = 0 for ever, and it is no preconditioner."""
+    tx = optax_curv.scale_by_kron_psgd(geometry="right_triangular")
+    state = run(tx, jnp.zeros((6, 4)), lambda v: v * jnp.geomspace(1e-3, 1e3, 4), 50)
+    for q in state.factors:
+        assert jnp.array_equal(q, jnp.eye(len(q)))
+
+
+def first_update(tx, grads, steps=1):
+    state = tx.init(grads)
+    update = quick_jit(tx.update)
+    for _ in range(steps):
+        updates, state = update(grads, state)
+    return updates, state
+
+
+def gradients(*shapes, seed=0, dtype=float):
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return [jax.random.normal(k, shape, dtype) for k, shape in zip(keys, shapes, strict=True)]
+
+
+ROUNDING = 1e-9  # between two orders of float64 sums over some steps
+
+
+def test_leaves_stacks_and_blocks_share_one_arithmetic(x64):
+    """Three leaves of a shape, one stacked leaf and one leaf in blocks get the same updates."""
+    leaves = gradients((4, 6), (4, 6), (4, 6))
+    options = {"damping": 0.0, "max_skew": 2.0}
+    alone = [first_update(optax_curv.scale_by_kron_psgd(**options), g, 3)[0] for g in leaves]
+    together, _ = first_update(optax_curv.scale_by_kron_psgd(**options), leaves, 3)
+    tx = optax_curv.scale_by_kron_psgd(stacked=True, **options)
+    stacked, stacked_state = first_update(tx, jnp.stack(leaves), 3)
+    tx = optax_curv.scale_by_kron_psgd(block_size=6, **options)
+    blocks, blocks_state = first_update(tx, jnp.concatenate(leaves, axis=1), 3)
+    np.testing.assert_allclose(jnp.stack(together), jnp.stack(alone), rtol=ROUNDING)
+    np.testing.assert_allclose(stacked, jnp.stack(alone), rtol=ROUNDING)
+    np.testing.assert_allclose(blocks, jnp.concatenate(alone, axis=1), rtol=ROUNDING)
+    assert [q.shape for q in stacked_state.factors] == [(3, 4, 4), (3, 6, 6)]
+    assert [[q.shape for q in block] for block in blocks_state.factors] == [[(4, 4), (6, 6)]] * 3
+
+
+def test_axes_are_diagonal_where_small_long_or_skewed():
+    leaves = {"a": jnp.zeros((8, 6)), "b": jnp.zeros((1, 5)), "c": jnp.zeros(()), "d": jnp.zeros((3, 3, 2))}
+    state = optax_curv.scale_by_kron_psgd().init(leaves)
+    assert [q.shape for q in state.factors["a"]] == [(8,), (6, 6)]
+    assert [q.shape for q in state.factors["b"]] == [(1,), (5,)]
+    assert [q.shape for q in state.factors["c"]] == [(1,)]
+    assert [q.shape for q in state.factors["d"]] == [(3, 3), (3, 3), (2, 2)]
+    state = optax_curv.scale_by_kron_psgd(max_dense_dim=7, max_skew=2.0).init(leaves)
+    assert [q.shape for q in state.factors["a"]] == [(8,), (6, 6)]
+
+
+def test_uneven_blocks_are_not_padded():
+    state = optax_curv.scale_by_kron_psgd(block_size=4, max_skew=np.inf).init(jnp.zeros((9, 3)))
+    assert [[q.shape for q in block] for block in state.factors] == [[(3, 3), (3, 3)]] * 3
+    tx = optax_curv.scale_by_kron_psgd(block_size=4)
+    updates, _ = first_update(tx, jnp.ones((9, 5)))
+    assert jnp.all(updates > 0)
+
+
+@pytest.mark.parametrize("geometry", ["q0.5eq1.5", "eq", "qep", "quad4p"])
+def test_scaled_gradients_with_scaled_factors_give_the_same_bits(geometry):
+    """P is equivariant: g → 16 g with Q → Q/4 leaves P g unchanged for 200 steps."""
+
+    tx = optax_curv.scale_by_kron_psgd(geometry=geometry, damping=0.0, max_skew=np.inf, init_scale=1.0)
+    state = tx.init(jnp.zeros((3, 4)))
+    noise = jax.random.normal(jax.random.key(0), (200, 3, 4))
+
+    @quick_jit
+    def steps(state, grads):
+        return jax.lax.scan(lambda state, g: tx.update(g, state)[::-1], state, grads)[1]
+
+    base = steps(state, noise)
+    left, right = state.factors
+    scaled = steps(state._replace(factors=((0.0625 if geometry == "quad4p" else 0.25) * left, right)), 16 * noise)
+    assert jnp.all(jnp.isfinite(base)) and jnp.any(base[0] != base[-1])
+    assert jnp.array_equal(base, scaled)
+
+
+@pytest.mark.parametrize("init_scale", [None, 1.0])
+def test_a_leaf_that_wakes_late_moves_at_once(init_scale):
+    """1500 zero gradients leave P finite and bounded by 1/damping, and the next gradient is answered."""
+    tx = optax_curv.scale_by_kron_psgd(init_scale=init_scale)
+    state = run(tx, jnp.zeros((4, 3)), jnp.zeros_like, 1500)
+    assert (
+        jnp.max(jnp.abs(full_preconditioner([jnp.diag(q) if q.ndim == 1 else q for q in state.factors], "q"))) < 1.3e9
+    )
+    updates, state = quick_jit(tx.update)(jnp.ones((4, 3)), state)
+    assert jnp.all(jnp.isfinite(updates)) and jnp.all(updates != 0)
+    if init_scale is None:
+        assert jnp.allclose(updates, 1.0, rtol=0.2)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1.0, 1e15])
+def test_the_first_gradient_sets_the_scale(magnitude):
+    """Whatever its magnitude, the first preconditioned gradient has entries near one."""
+    tx = optax_curv.scale_by_kron_psgd(damping=0.0)
+    g = magnitude * gradients((6, 6))[0]
+    updates, state = first_update(tx, g)
+    assert state.total_notfinite == 0
+    assert 0.3 < float(jnp.sqrt(jnp.mean(updates**2))) < 3.0
+
+
+@pytest.mark.parametrize("geometry", ["q0.5eq1.5", "eq", "quad"])
+def test_cauchy_gradients_leave_the_factors_sound(geometry):
+    tx = optax_curv.scale_by_kron_psgd(geometry=geometry, max_skew=np.inf)
+    state = run(tx, jnp.zeros((4, 3)), lambda v: v / (v[::-1] + 1e-12), STEPS)
+    left, right = state.factors
+    spectrum = jnp.linalg.eigvalsh(full_preconditioner((left, right), geometry))
+    assert jnp.all(jnp.isfinite(spectrum)) and spectrum[0] > 0
+    if geometry == "quad":
+        assert jnp.array_equal(left, left.T) and jnp.array_equal(right, right.T)
+    if geometry == "eq":
+        assert jnp.array_equal(left, jnp.triu(left)) and jnp.array_equal(right, jnp.triu(right))
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counter(bad):
+    tx = optax_curv.scale_by_kron_psgd(b1=0.9)
+    grads = {"w": gradients((4, 3))[0], "b": jnp.ones(3)}
+    _, state = first_update(tx, grads, 2)
+    updates, after = quick_jit(tx.update)({**grads, "b": jnp.array([1.0, bad, 1.0])}, state)
+    assert all(jnp.all(u == 0) for u in jax.tree.leaves(updates))
+    assert after.total_notfinite == 1
+    assert jax.tree.all(
+        jax.tree.map(jnp.array_equal, after._replace(total_notfinite=0), state._replace(total_notfinite=0))
+    )
+
+
+def test_replaced_factors_are_applied_though_p_is_cached():
+    """The update is ⊗QᵀQ · g of the factors in the state, also where nothing has moved them."""
+    tx = optax_curv.scale_by_kron_psgd(update_probability=0.0, max_skew=np.inf)
+    g = gradients((4, 3))[0]
+    _, state = first_update(tx, g, 2)
+    update = quick_jit(tx.update)
+    for seed in (1, 2):
+        factors = tuple(gradients((4, 4), (3, 3), seed=seed))
+        updates, state = update(g, state._replace(factors=factors))
+        expected = factors[0].T @ factors[0] @ g @ factors[1].T @ factors[1]
+        np.testing.assert_allclose(updates, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_update_probability_is_how_often_factors_move():
+    tx = optax_curv.scale_by_kron_psgd(update_probability=lambda count: jnp.where(count < 5, 1.0, 0.25))
+    state = tx.init(jnp.zeros((4, 3)))
+
+    def step(state, g):
+        moved = tx.update(g, state)[1]
+        return moved, jnp.any(moved.factors[1] != state.factors[1])
+
+    grads = jax.random.normal(jax.random.key(0), (405, 4, 3))
+    _, moved = quick_jit(lambda grads: jax.lax.scan(step, state, grads))(grads)
+    assert jnp.all(moved[:5])
+    assert 60 <= int(moved[5:].sum()) <= 140  # binomial(400, 1/4): 100 ± 4.6 standard deviations
+
+
+def test_momentum_is_preconditioned_and_may_be_what_is_whitened():
+    g1, g2 = gradients((4, 3), (4, 3))
+    averages = [g1, (0.9 * 0.1 * g1 + 0.1 * g2) / (1 - 0.9**2)]
+    for whiten, signals in (("gradient", [g1, g2]), ("momentum", averages)):
+        tx = optax_curv.scale_by_kron_psgd(b1=0.9, whiten=whiten, damping=0.0)
+        plain = optax_curv.scale_by_kron_psgd(damping=0.0)
+        state, plain_state = tx.init(g1), plain.init(g1)
+        for g, signal in zip([g1, g2], signals, strict=True):
+            updates, state = quick_jit(tx.update)(g, state)
+            _, plain_state = quick_jit(plain.update)(signal, plain_state)
+        diagonal, dense = plain_state.factors
+        expected = (diagonal**2)[:, None] * averages[-1] @ dense.T @ dense
+        np.testing.assert_allclose(updates, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("geometry", ["q0.5eq1.5", "eq"])
+def test_every_rank_and_dtype_passes(geometry):
+    leaves = {
+        "scalar": jnp.ones((), jnp.bfloat16),
+        "vector": jnp.ones(5),
+        "tensor": jnp.ones((2, 3, 4)) * jnp.arange(1.0, 5),
+        "complex": jnp.ones((3, 3), jnp.complex64) * (1 + 2j),
+        "empty": jnp.ones((0, 3)),
+        "none": None,
+    }
+    tx = optax_curv.scale_by_kron_psgd(geometry=geometry, b1=0.9)
+    state = tx.init(leaves)
+    update = quick_jit(tx.update)
+    for _ in range(3):
+        updates, after = update(leaves, state)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+        state = after
+    assert state.total_notfinite == 0
+    assert jax.tree.map(lambda u: (u.shape, u.dtype), updates) == jax.tree.map(lambda g: (g.shape, g.dtype), leaves)
+    assert all(jnp.all(jnp.isfinite(u)) and jnp.all(u != 0) for u in jax.tree.leaves(updates))
+
+
+def test_complex_gradients_are_whitened(x64):
+    """G = H1 V H2 with complex Hermitian H1."""
+    random = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(random.standard_normal((4, 4)) + 1j * random.standard_normal((4, 4)))
+    h1, h2 = jnp.asarray((basis * np.geomspace(1, 0.2, 4)) @ basis.conj().T), spd(3, 3.0, 1)
+    tx = optax_curv.scale_by_kron_psgd(optax.linear_schedule(0.5, 0.0, 1000), max_skew=np.inf)
+    state = run(tx, jnp.zeros((4, 3), jnp.complex128), lambda v: h1 @ v @ h2, 1000)
+    error = full_preconditioner(state.factors, "q") @ jnp.kron(h1, h2) - jnp.eye(12)
+    assert jnp.linalg.norm(error, 2) < WHITENING_ERROR
+
+
+def test_short_factors_keep_their_dtype_and_follow():
+    g = gradients((8, 8))[0]
+    tx = optax_curv.scale_by_kron_psgd(precond_dtype="bfloat16")
+    updates, state = first_update(tx, g, 3)
+    exact, _ = first_update(optax_curv.scale_by_kron_psgd(), g, 3)
+    assert {q.dtype for q in state.factors} == {jnp.dtype(jnp.bfloat16)}
+    assert updates.dtype == jnp.float32
+    assert jnp.linalg.norm(updates - exact) < 0.1 * jnp.linalg.norm(exact)
+
+
+def test_a_sweep_over_rates_is_a_vmap():
+    g = gradients((4, 3))[0]
+
+    def final(rate):
+        tx = optax_curv.scale_by_kron_psgd(rate, update_probability=0.9)
+        return tx.update(g, tx.update(g, tx.init(g))[1])[0]
+
+    rates = jnp.array([0.01, 0.1])
+    np.testing.assert_allclose(quick_jit(jax.vmap(final))(rates), [quick_jit(final)(rate) for rate in rates], rtol=1e-4)
+
+
+def test_hyperparameters_may_be_injected():
+    tx = optax.inject_hyperparams(optax_curv.scale_by_kron_psgd)(precond_lr=0.2, damping=0.0)
+    g = gradients((4, 3))[0]
+    state = tx.init(g)
+    updates, _ = quick_jit(tx.update)(g, state)
+    expected, _ = first_update(optax_curv.scale_by_kron_psgd(0.2, damping=0.0), g)
+    np.testing.assert_allclose(updates, expected, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"max_dense_dim decides.*static_args=\('max_dense_dim',\)"):
+        jax.eval_shape(tx.init, g)
+
+
+def test_init_needs_shapes_only_and_wrappers_pass_through():
+    params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+    tx = optax_curv.kron_psgd(0.1)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    assert jax.tree.map(jnp.shape, tx.init(abstract)) == jax.tree.map(jnp.shape, tx.init(params))
+    for wrapped in (optax.masked(tx, {"w": True, "b": False}), optax.MultiSteps(tx, 2)):
+        updates, _ = quick_jit(wrapped.update)(params, wrapped.init(params), params)
+        assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+    for empty in ({}, None, ()):
+        assert tx.update(empty, tx.init(empty))[0] == empty
+
+
+def test_the_alias_is_the_chain_it_says():
+    g, params = gradients((4, 3), (4, 3))
+    tx = optax_curv.kron_psgd(0.1, weight_decay=0.01, max_rms=0.5, max_abs=0.8)
+    updates, _ = quick_jit(tx.update)(g, tx.init(params), params)
+    whitened, _ = first_update(optax_curv.scale_by_kron_psgd(b1=0.9), g)
+    clipped = whitened * jnp.minimum(1, 0.8 / jnp.max(jnp.abs(whitened)))
+    clipped = clipped / jnp.maximum(1, jnp.sqrt(jnp.mean(clipped**2)) / 0.5)
+    np.testing.assert_allclose(updates, -0.1 * (clipped + 0.01 * params), rtol=1e-5)
+
+
+def test_the_newton_alias_solves_a_quadratic():
+    hessian = spd(6, 100.0, 0).astype(jnp.float32)
+    loss = lambda w: 0.5 * w @ hessian @ w  # noqa: E731
+    tx = optax_curv.kron_psgd(0.5, b1=0.0, criterion="newton", precond_lr=0.5, max_skew=np.inf)
+
+    def step(carry, key):
+        w, state = carry
+        _, grads, probe, hvp = optax_curv.hessian_probe(loss, w, key=key)
+        updates, state = tx.update(grads, state, w, probe=probe, hvp=hvp)
+        return (optax.apply_updates(w, updates), state), None
+
+    start = (jnp.ones(6), tx.init(jnp.ones(6)))
+    keys = jax.random.split(jax.random.key(0), 300)
+    (w, _), _ = quick_jit(lambda start: jax.lax.scan(step, start, keys))(start)
+    assert loss(w) < 1e-10 * loss(jnp.ones(6))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precond_lr": 0.0}, r"precond_lr > 0, got precond_lr=0.0"),
+        ({"precond_lr": -1}, r"precond_lr > 0"),
+        ({"geometry": "square"}, r"unknown geometry='square'; expected one of .*'q0.5eq1.5'"),
+        ({"criterion": "hessian"}, r"unknown criterion='hessian'"),
+        ({"whiten": "noise"}, r"unknown whiten='noise'"),
+        ({"b1": 1.5}, r"b1 <= 1"),
+        ({"update_probability": 2.0}, r"update_probability <= 1"),
+        ({"init_scale": 0.0}, r"init_scale > 0"),
+        ({"block_size": 0}, r"block_size > 0"),
+        ({"geometry": "right_triangular", "criterion": "newton"}, r"use another geometry"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        optax_curv.scale_by_kron_psgd(**options)
+
+
+def test_bad_trees_are_refused():
+    tx = optax_curv.scale_by_kron_psgd()
+    with pytest.raises(ValueError, match=r"leaf \['n'\] has dtype int32"):
+        tx.init({"n": jnp.arange(3)})
+    state = tx.init({"w": jnp.ones((4, 3))})
+    with pytest.raises(ValueError, match=r"tree differs from that of the state's factors"):
+        tx.update({"v": jnp.ones((4, 3))}, state)
+    with pytest.raises(
+        ValueError, match=r"\['w'\] needs factors for shapes \[\(3, 4\)\], the state has .*\(4,\), \(3, 3\)"
+    ):
+        tx.update({"w": jnp.ones((3, 4))}, state)
+    with pytest.raises(ValueError, match=r"got probe=given, hvp=missing; pass both, as hessian_probe"):
+        tx.update({"w": jnp.ones((4, 3))}, state, probe={"w": jnp.ones((4, 3))})
+    newton = optax_curv.scale_by_kron_psgd(criterion="newton")
+    with pytest.raises(ValueError, match=r"criterion='newton' got probe=missing, hvp=missing"):
+        newton.update({"w": jnp.ones((4, 3))}, state)
+    with pytest.raises(ValueError, match=r"hvp and the gradients differ in shape at \['w'\]: got \(3, 4\)"):
+        newton.update({"w": jnp.ones((4, 3))}, state, probe={"w": jnp.ones((4, 3))}, hvp={"w": jnp.ones((3, 4))})
+    with pytest.raises(ValueError, match=r"stacked=3 leading axes at the root, but its shape is \(4, 3\)"):
+        optax_curv.scale_by_kron_psgd(stacked=3).init(jnp.ones((4, 3)))
+
+
+def test_the_schedule_is_flat_then_decays_to_its_floor():
+    schedule = optax_curv.flat_then_decay(flat_steps=10, decay=0.1, floor=0.2)
+    np.testing.assert_allclose([schedule(i) for i in (0, 10, 20, 1000)], [1, 1, np.exp(-1), 0.2], rtol=1e-6)

@@ -1,0 +1,209 @@
+"""Branch Fisher in parameter space: natural gradient and Gauss-Newton against dense matrices in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_curv
+
+FLOAT64 = 1e-8  # relative to the dense solution
+FLOAT32 = 1e-4
+CLOSED_FORM = 1e-9
+ONE_STEP = 1e-7  # a linear least-squares problem of condition 10 with damping 1e-10
+
+SHAPES = {"a": (3,), "b": (2, 2), "c": ()}
+SIZE = 8
+
+
+def tree(array):
+    """[..., 8] -> a tree of [..., *shape]."""
+    parts, start = {}, 0
+    for name, shape in SHAPES.items():
+        size = int(np.prod(shape))
+        parts[name] = jnp.asarray(array[..., start : start + size].reshape((*array.shape[:-1], *shape)))
+        start += size
+    return parts
+
+
+def flat(parts):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(parts)])
+
+
+def low_rank(count, rank, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(count, rank)) @ rng.normal(size=(rank, SIZE)), rng.normal(size=SIZE)
+
+
+def dense_direction(rows, gradient, damping, centered):
+    """(F + λI)⁻¹ g by the singular values of the rows, which loses nothing at small λ."""
+    rows = (rows - rows.mean(0)) / np.sqrt(max(1, len(rows) - 1)) if centered else rows / np.sqrt(len(rows))
+    _, s, vt = np.linalg.svd(rows, full_matrices=True)
+    eigenvalues = np.zeros(SIZE)
+    eigenvalues[: len(s)] = s**2 * (s > 1e-12 * s.max(initial=0))
+    return vt.T @ ((vt @ gradient) / (eigenvalues + damping))
+
+
+@pytest.mark.parametrize("solver", ["woodbury", "cholesky", "cg"])
+@pytest.mark.parametrize(
+    ("count", "rank", "centered"), [(3, 3, False), (8, 8, False), (20, 8, True), (20, 3, False), (1, 1, True)]
+)
+def test_every_solver_equals_the_dense_one_over_thirteen_decades_of_damping(solver, count, rank, centered, x64):
+    rows, gradient = low_rank(count, rank)
+
+    def one(damping):
+        tx = optax_curv.scale_by_branch_fisher(damping, solver=solver, max_iters=400, tol=0.0, centered=centered)
+        return tx.update(tree(gradient), tx.init(tree(gradient)), branches=tree(rows))[0]
+
+    dampings = np.array([1e-10, 1e-6, 1e-3, 1.0, 1e3])
+    found = jax.jit(jax.vmap(one))(dampings)
+    for i, damping in enumerate(dampings):
+        dense = dense_direction(rows, gradient, damping, centered)
+        error = np.abs(flat(jax.tree.map(lambda x: x[i], found)) - dense).max()  # noqa: B023
+        assert error < FLOAT64 * np.abs(dense).max()
+
+
+@pytest.mark.parametrize("solver", ["woodbury", "cholesky"])
+def test_float32_and_mixed_dtypes_stay_near_and_keep_their_dtype(solver):
+    rows, gradient = low_rank(5, 5)
+    grads = tree(gradient.astype(np.float32)) | {"a": jnp.asarray(gradient[:3], jnp.bfloat16)}
+    tx = optax_curv.scale_by_branch_fisher(1e-2, solver=solver, centered=False, momentum=0.5)
+    state = tx.init(grads)
+    direction, after = jax.jit(tx.update)(grads, state, branches=tree(rows.astype(np.float32)))
+    dense = dense_direction(rows, flat(jax.tree.map(lambda g: g.astype(jnp.float32), grads)), 1e-2, False)
+    assert jax.tree.map(jnp.result_type, direction) == jax.tree.map(jnp.result_type, grads)
+    assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
+    np.testing.assert_allclose(flat(after.previous), dense, atol=FLOAT32 * np.abs(dense).max())
+
+
+def test_gauss_newton_solves_linear_least_squares_in_one_step(x64):
+    rng = np.random.default_rng(0)
+    inputs, targets = rng.normal(size=(30, SIZE)), rng.normal(size=30)
+    params = tree(rng.normal(size=SIZE))
+
+    def residual(params, batch):
+        return batch[0] @ jnp.concatenate([params["a"], params["b"].ravel(), params["c"][None]]) - batch[1]
+
+    value_grad_and_rows = optax_curv.residual_rows(residual)
+    tx = optax_curv.branch_fisher(1.0, 1e-10, solver="auto", centered=False)
+
+    @jax.jit
+    def step(params):
+        _, grads, rows = value_grad_and_rows(params, (inputs, targets))
+        updates, _ = tx.update(grads, tx.init(params), params, branches=rows)
+        return optax.apply_updates(params, updates)
+
+    solution = np.linalg.lstsq(inputs, targets)[0]
+    np.testing.assert_allclose(flat(step(params)), solution, atol=ONE_STEP)
+
+
+def expected_fisher_rows(log_prob, theta, outcomes):
+    """Rows √(K p_y) ∇ log p(y), whose mean outer product is the Fisher matrix."""
+    probability = jnp.exp(jax.vmap(log_prob, (None, 0))(theta, outcomes))
+    scores = jax.vmap(jax.grad(log_prob), (None, 0))(theta, outcomes)
+    return jnp.sqrt(len(outcomes) * probability)[:, None] * scores
+
+
+def test_natural_gradients_equal_their_closed_forms(x64):
+    gradient, damping = np.array([0.3, -0.7, 0.2]), 1e-12
+    tx = optax_curv.scale_by_branch_fisher(damping, solver="cholesky", centered=False)
+
+    def direction(rows, g):
+        return np.asarray(jax.jit(tx.update)({"t": g}, tx.init({"t": g}), branches={"t": rows})[0]["t"])
+
+    logits = jnp.array([0.5, -1.0, 2.0])
+    p = 1 / (1 + np.exp(-logits))  # three Bernoulli variables: F = p (1 - p)
+    corners = jnp.array(np.meshgrid(*[[0.0, 1.0]] * 3)).reshape(3, -1).T
+    rows = expected_fisher_rows(lambda t, y: jnp.sum(y * t - jnp.logaddexp(t, 0)), logits, corners)
+    np.testing.assert_allclose(direction(rows, gradient), gradient / (p * (1 - p)), rtol=CLOSED_FORM)
+
+    free = jnp.array([0.2, -0.4, 0.1])  # a categorical with the last logit fixed: F = diag(p) - p pᵀ
+    rows = expected_fisher_rows(lambda t, y: jax.nn.log_softmax(jnp.append(t, 0.0))[y], free, jnp.arange(4))
+    p = np.asarray(jax.nn.softmax(jnp.append(free, 0.0)))
+    np.testing.assert_allclose(direction(rows, gradient), gradient / p[:3] + gradient.sum() / p[3], rtol=CLOSED_FORM)
+
+    # A Gaussian's mean and log scale: F = diag(1 / σ², 2), its rows at ±√3 σ and 0 (exact quadrature of degree 5).
+    sigma = 0.5
+    nodes, weights = sigma * np.sqrt(3) * np.array([-1, 0, 1]), np.array([1, 4, 1]) / 6
+    scores = np.stack([nodes / sigma**2, nodes**2 / sigma**2 - 1], axis=1)
+    rows = jnp.asarray(np.sqrt(3 * weights)[:, None] * scores)
+    np.testing.assert_allclose(direction(rows, gradient[:2]), gradient[:2] * [sigma**2, 0.5], rtol=CLOSED_FORM)
+
+
+def test_the_direction_does_not_depend_on_linear_coordinates(x64):
+    rows, gradient = low_rank(30, SIZE)
+    mixing = np.random.default_rng(5).normal(size=(SIZE, SIZE))  # θ = mixing φ: gradients in φ are mixingᵀ g
+    tx = optax_curv.scale_by_branch_fisher(1e-13, solver="cholesky", centered=False)
+    step = jax.jit(tx.update)
+    theta, _ = step(tree(gradient), tx.init(tree(gradient)), branches=tree(rows))
+    phi, _ = step(tree(gradient @ mixing), tx.init(tree(gradient)), branches=tree(rows @ mixing))
+    np.testing.assert_allclose(mixing @ flat(phi), flat(theta), rtol=1e-6)
+
+
+def test_momentum_is_the_published_spring_recursion(x64):
+    damping, decay, rng = 0.01, 0.9, np.random.default_rng(0)
+    tx = optax_curv.scale_by_branch_fisher(damping, solver="woodbury", centered=False, momentum=decay)
+    state, step, phi = tx.init(tree(np.zeros(SIZE))), jax.jit(tx.update), np.zeros(SIZE)
+    for _ in range(4):
+        rows, epsilon = rng.normal(size=(5, SIZE)), rng.normal(size=5)
+        scaled = rows / np.sqrt(5)  # Ō of the paper; the gradient is Ōᵀ ε̄
+        zeta = np.linalg.solve(scaled @ scaled.T + damping * np.eye(5), epsilon - decay * scaled @ phi)
+        phi = scaled.T @ zeta + decay * phi
+        direction, state = step(tree(scaled.T @ epsilon), state, branches=tree(rows))
+        np.testing.assert_allclose(flat(direction), phi, rtol=0, atol=FLOAT64)
+    assert int(state.count) == 4
+
+
+def test_a_sweep_over_damping_and_momentum_equals_single_runs():
+    rows, gradient = (x.astype(np.float32) for x in low_rank(5, 5))
+
+    def run(damping, momentum):
+        tx = optax_curv.scale_by_branch_fisher(damping, solver="auto", momentum=momentum)
+        state = tx.init(tree(gradient))
+        for _ in range(2):
+            direction, state = tx.update(tree(gradient), state, branches=tree(rows))
+        return direction
+
+    swept = jax.jit(jax.vmap(run))(jnp.array([0.1, 1.0]), jnp.array([0.0, 0.9]))
+    for i, pair in enumerate([(0.1, 0.0), (1.0, 0.9)]):
+        alone = flat(jax.jit(run)(*pair))
+        np.testing.assert_allclose(flat(jax.tree.map(lambda x: x[i], swept)), alone, rtol=FLOAT32)  # noqa: B023
+    plain = optax_curv.scale_by_branch_fisher(0.1, solver="auto")
+    expected, _ = jax.jit(plain.update)(tree(gradient), plain.init(tree(gradient)), branches=tree(rows))
+    np.testing.assert_allclose(flat(jax.tree.map(lambda x: x[0], swept)), flat(expected), rtol=FLOAT32)
+
+
+def test_a_nan_row_gives_a_zero_update_and_leaves_the_state():
+    rows, gradient = (x.astype(np.float32) for x in low_rank(5, 5))
+    tx = optax_curv.scale_by_branch_fisher(0.1, solver="auto", momentum=0.9)
+    step = jax.jit(tx.update)
+    _, state = step(tree(gradient), tx.init(tree(gradient)), branches=tree(rows))
+    rows[2, 1] = np.nan
+    updates, after = step(tree(gradient), state, branches=tree(rows))
+    assert not np.any(flat(updates))
+    jax.tree.map(np.testing.assert_array_equal, after, state._replace(total_notfinite=jnp.int32(1)))
+
+
+def test_rows_of_a_single_array_of_parameters(x64):
+    rng = np.random.default_rng(0)
+    rows, gradient = rng.normal(size=(4, 2, 3)), jnp.asarray(rng.normal(size=(2, 3)))
+    tx = optax_curv.scale_by_branch_fisher(0.1, solver="auto")
+    bare, _ = tx.update(gradient, tx.init(gradient), branches=rows)
+    wrapped, _ = tx.update({"w": gradient}, tx.init({"w": gradient}), branches={"w": rows})
+    np.testing.assert_array_equal(bare, wrapped["w"])
+
+
+def test_bad_rows_are_refused():
+    rows, gradient = (x.astype(np.float32) for x in low_rank(5, 5))
+    tx, grads, rows = optax_curv.scale_by_branch_fisher(), tree(gradient), tree(rows)
+    state = tx.init(grads)
+    for wrong in ({"a": rows["a"]}, rows | {"b": rows["b"][:3]}, rows | {"a": rows["a"][:, :2]}):
+        with pytest.raises(ValueError, match=r"branches in parameter space have the shapes .* leading axis K in front"):
+            tx.update(grads, state, branches=wrong)
+    with pytest.raises(ValueError, match=r"no rows \(K = 0\)"):
+        tx.update(grads, state, branches=jax.tree.map(lambda x: x[:0], rows))
+    with pytest.raises(ValueError, match=r"expected real branches, got complex"):
+        tx.update(grads, state, branches=jax.tree.map(lambda x: x * 1j, rows))
+    with pytest.raises(ValueError, match=r"parameter space take no projection"):
+        tx.update(grads, state, branches=rows, projection=jnp.ones((SIZE, 2)))

@@ -1,0 +1,74 @@
+import importlib.metadata
+import inspect
+import pathlib
+import resource
+import subprocess
+import sys
+
+import pytest
+
+import optax_curv
+from optax_curv import linalg
+
+PACKAGE = pathlib.Path(optax_curv.__file__).parent
+IMPORT_TIME_LIMIT = 1.3
+ROUNDS = 5
+PUBLIC = {
+    f"{module.__name__}.{name}": value
+    for module in (optax_curv, linalg)
+    for name, value in vars(module).items()
+    if not name.startswith("_") and not inspect.ismodule(value)
+}
+
+
+def run(program):
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+
+
+def seconds_to_import(module):
+    """CPU time of the user, which other processes disturb least."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    run(f"import {module}")
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+
+
+def test_import_needs_none_of_the_extras():
+    loaded = run("import sys, optax_curv; print(*sys.modules)").split()
+    assert not {"flax", "sklearn", "matplotlib", "tqdm", "scipy.optimize", "pytest"} & set(loaded)
+
+
+def test_import_takes_little_longer_than_that_of_optax():
+    rounds = [(seconds_to_import("optax"), seconds_to_import("optax_curv")) for _ in range(ROUNDS)]
+    ours, optax = min(ours for _, ours in rounds), min(optax for optax, _ in rounds)
+    assert ours <= IMPORT_TIME_LIMIT * optax
+
+
+def test_version_is_that_of_the_installed_distribution():
+    assert importlib.metadata.version("optax-curv") == optax_curv.__version__
+
+
+def test_type_information_is_packaged():
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_every_public_name_is_re_exported_by_name():
+    """`from x import y as y`, which type checkers take for an export, one name a line."""
+    for module in (optax_curv, linalg):
+        lines = [line for line in inspect.getsource(module).splitlines() if line.startswith("from ")]
+        exported = {line.split()[-1] for line in lines}
+        assert all(line.split()[-3] == line.split()[-1] for line in lines)
+        names = {name for name in PUBLIC if name.rpartition(".")[0] == module.__name__}
+        assert names == {f"{module.__name__}.{name}" for name in exported if hasattr(vars(module)[name], "__module__")}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_says_what_it_is_and_functions_show_it(name):
+    documentation = inspect.getdoc(PUBLIC[name]) or ""
+    assert len(documentation) > 30 and "TODO" not in documentation
+    if not inspect.isclass(PUBLIC[name]):
+        assert "Examples:" in documentation and ">>>" in documentation
+
+
+def test_no_file_is_longer_than_a_reader_can_hold():
+    long = {path.name: n for path in PACKAGE.rglob("*.py") if (n := len(path.read_text().splitlines())) > 400}
+    assert not long
