@@ -183,7 +183,7 @@ def linen_norms():
 @architecture
 def nnx_dense():
     return pure(
-        nnx.Sequential(nnx.Linear(D, 5, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(5, 2, rngs=nnx.Rngs(1))),
+        lambda: nnx.Sequential(nnx.Linear(D, 5, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(5, 2, rngs=nnx.Rngs(1))),
         normal(0, N, D),
     )
 
@@ -201,7 +201,8 @@ def nnx_conv():
 @architecture
 def nnx_attention():
     return pure(
-        nnx.MultiHeadAttention(2, D, decode=False, dtype=jnp.result_type(float), rngs=nnx.Rngs(0)), normal(0, N, T, D)
+        lambda: nnx.MultiHeadAttention(2, D, decode=False, dtype=jnp.result_type(float), rngs=nnx.Rngs(0)),
+        normal(0, N, T, D),
     )
 
 
@@ -222,7 +223,8 @@ def nnx_gru():
 @architecture
 def nnx_optimized_lstm():
     return pure(
-        nnx.RNN(nnx.OptimizedLSTMCell(D, 5, param_dtype=jnp.result_type(float), rngs=nnx.Rngs(0))), normal(0, N, T, D)
+        lambda: nnx.RNN(nnx.OptimizedLSTMCell(D, 5, param_dtype=jnp.result_type(float), rngs=nnx.Rngs(0))),
+        normal(0, N, T, D),
     )
 
 
@@ -230,7 +232,8 @@ def nnx_optimized_lstm():
 def nnx_embed_norm():
     def build():
         rngs = nnx.Rngs(0)
-        return nnx.Sequential(nnx.Embed(7, D, rngs=rngs), nnx.LayerNorm(D, rngs=rngs), nnx.Linear(D, 2, rngs=rngs))
+        embed = nnx.Embed(7, D, param_dtype=jnp.result_type(float), rngs=rngs)
+        return nnx.Sequential(embed, nnx.LayerNorm(D, rngs=rngs), nnx.Linear(D, 2, rngs=rngs))
 
     return pure(build, tokens(0, N, T))
 

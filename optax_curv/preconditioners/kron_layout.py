@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-LIKE_FACTORS = ("factors", "lipschitz", "preconditioners")  # the state's trees with one entry a piece
+LIKE_FACTORS = ("factors", "lipschitz", "preconditioners")  # the state's trees with one entry a piece; P if cached
 
 
 class Piece(NamedTuple):
@@ -144,7 +144,7 @@ class Layout:
 
     def join_state(self, state):
         """The state with its trees like the factors by group; what is kept in less than float32 is widened to it."""
-        trees = {name: getattr(state, name) for name in LIKE_FACTORS if getattr(state, name) is not None}
+        trees = _trees_like_factors(state)
         return state._replace(**{name: self._join(self._by_piece(tree)) for name, tree in trees.items()})
 
     def split_state(self, state, like):
@@ -153,7 +153,7 @@ class Layout:
         def tree(by_group, like):
             return jax.tree.map(lambda x, y: x.astype(y.dtype), self._nest(iter(self._split(by_group))), like)
 
-        groups = {name: getattr(state, name) for name in LIKE_FACTORS if getattr(state, name) is not None}
+        groups = _trees_like_factors(state)
         return state._replace(**{name: tree(of_name, getattr(like, name)) for name, of_name in groups.items()})
 
     def rounded(self, by_group: list) -> list:
@@ -204,6 +204,11 @@ class Layout:
                     lambda x, part=part, stack=stack: x[part].reshape(*stack, *x.shape[1:]), tree
                 )
         return by_piece
+
+
+def _trees_like_factors(state) -> dict:
+    """The state's trees like the factors by name; that of an empty tree may be None, but the cached P has a mark."""
+    return {name: getattr(state, name) for name in LIKE_FACTORS[: 2 + (state.fingerprint is not None)]}
 
 
 def blocks_of(pieces: list[Piece], tree) -> tuple:

@@ -15,7 +15,7 @@ from optax_curv.capture.layers import layer_matrix
 
 EXACT = 1e-10  # relative to the largest entry, float64: the same sums in another order
 ROUNDING = 1e-14  # absolute: sums of numbers of order one that cancel (a key's bias has no gradient)
-FLOAT32 = 1e-6  # absolute, where a part of the model computes in float32
+FLOAT32 = 1e-5  # absolute, where a softmax of the model computes in float32, on numbers up to ten
 QUICK_COMPILATION = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 ELEMENTWISE = ("scale", "shift")
 
@@ -67,10 +67,10 @@ def test_architecture(x64, name):
     assert sorted(layers.uncovered) == architectures.UNCOVERED.get(name, [])
 
     measured = jax.jit(lambda p, a: everything(loss, p, a), compiler_options=QUICK_COMPILATION)(params, args)
+    rounding = FLOAT32 if name in architectures.FLOAT32_INSIDE else ROUNDING
     single_grads, raw_of_single = by_path(measured["single_grads"]), measured["single"][1]
     for path, grad in by_path(measured["expand"][1]).items():
         expected = np.mean(single_grads[path], axis=0)
-        rounding = FLOAT32 if name in architectures.FLOAT32_INSIDE else ROUNDING
         assert_equal_up_to_rounding(grad, expected, f"gradient of {path}", rounding)
     for layer in layers:
         matrix = jax.vmap(lambda leaves, layer=layer: layer_matrix(layer, leaves))(
@@ -78,12 +78,12 @@ def test_architecture(x64, name):
         )
         a, g = rows(layer, raw_of_single[layer.name]), raw_of_single[layer.name].output_grads
         summed = np.einsum("n...ri,n...rj->n...ij", a, g)
-        assert_equal_up_to_rounding(summed, matrix, f"rows of {layer.name} sum to each example's gradient")
+        assert_equal_up_to_rounding(summed, matrix, f"rows of {layer.name} sum to each example's gradient", rounding)
         if name not in architectures.SHARED_SEED:
-            assert_factors(layer, measured, a, g, matrix)
+            assert_factors(layer, measured, a, g, matrix, rounding)
 
 
-def assert_factors(layer, measured, a, g, matrix):
+def assert_factors(layer, measured, a, g, matrix, rounding):
     """Both sharings' factors from the rows [N, *stack, R of one example, ·] and gradients of single examples."""
     expand, reduce = measured["expand"][2][layer.name], measured["reduce"][layer.name]
     assert (expand.input_factor.shape, expand.output_factor.shape) == layer.factor_shapes
@@ -91,12 +91,18 @@ def assert_factors(layer, measured, a, g, matrix):
     if layer.kind in ELEMENTWISE:
         for factors in (expand, reduce):
             np.testing.assert_array_equal(factors.input_factor, 1.0)
-            assert_equal_up_to_rounding(factors.output_factor, outer(matrix[..., 0, :], full_output), layer.name)
+            assert_equal_up_to_rounding(
+                factors.output_factor, outer(matrix[..., 0, :], full_output), layer.name, rounding
+            )
         return
-    assert_equal_up_to_rounding(reduce.input_factor, outer(np.mean(a, axis=-2), full_input), f"reduce A {layer.name}")
-    assert_equal_up_to_rounding(reduce.output_factor, outer(np.sum(g, axis=-2), full_output), f"reduce G {layer.name}")
+    assert_equal_up_to_rounding(
+        reduce.input_factor, outer(np.mean(a, axis=-2), full_input), f"reduce A {layer.name}", rounding
+    )
+    assert_equal_up_to_rounding(
+        reduce.output_factor, outer(np.sum(g, axis=-2), full_output), f"reduce G {layer.name}", rounding
+    )
     uses = a.shape[-2]
     a, g = np.moveaxis(a, -2, 1), np.moveaxis(g, -2, 1)
     a, g = a.reshape(-1, *a.shape[2:]), g.reshape(-1, *g.shape[2:])
-    assert_equal_up_to_rounding(expand.input_factor, outer(a, full_input), f"expand A {layer.name}")
-    assert_equal_up_to_rounding(expand.output_factor, uses * outer(g, full_output), f"expand G {layer.name}")
+    assert_equal_up_to_rounding(expand.input_factor, outer(a, full_input), f"expand A {layer.name}", rounding)
+    assert_equal_up_to_rounding(expand.output_factor, uses * outer(g, full_output), f"expand G {layer.name}", rounding)
