@@ -1,12 +1,17 @@
-"""Executes percent-format notebooks from top to bottom: python .ci/execute_notebooks.py NOTEBOOK..."""
+"""Executes percent-format notebooks and keeps their outputs: execute_notebooks.py FOLDER NOTEBOOK..."""
 
+import pathlib
 import sys
 import time
 
 import jupytext
+import nbformat
 from nbclient import NotebookClient
 
-for path in sys.argv[1:]:
+folder = pathlib.Path(sys.argv[1])
+folder.mkdir(parents=True, exist_ok=True)
+for path in map(pathlib.Path, sys.argv[2:]):
     start = time.perf_counter()
-    NotebookClient(jupytext.read(path), timeout=600, kernel_name="python3").execute()
+    notebook = NotebookClient(jupytext.read(path), timeout=600, kernel_name="python3").execute()
+    nbformat.write(notebook, folder / f"{path.stem}.ipynb")
     print(f"{path}: {time.perf_counter() - start:.0f} s")

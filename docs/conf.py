@@ -1,0 +1,38 @@
+"""Sphinx: the API reference from docstrings, and the notebooks as `.ci/execute_notebooks.py` has executed them."""
+
+import re
+
+import optax_curv
+
+project = "optax_curv"
+author = "The optax_curv authors"
+version = release = optax_curv.__version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
+exclude_patterns = ["build", "jupyter_execute"]
+html_theme = "furo"
+html_title = f"optax_curv {version}"
+default_role = "literal"  # `names` in docstrings
+autodoc_typehints = "none"  # docstrings say more than Any
+autodoc_member_order = "bysource"
+napoleon_numpy_docstring = False
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"
+suppress_warnings = ["myst.xref_missing", "mystnb.unknown_mime_type"]  # the README links to files of the repository
+
+
+def escape_plain_marks(app, what, name, obj, options, lines):
+    """Docstrings are written to be read as they are: [*stack, n] and |H| are no markup, and `name`s is a plural."""
+    for number, line in enumerate(lines):
+        parts = line.split("`")
+        if not line.lstrip().startswith((">>>", "...")):
+            parts[::2] = [
+                re.sub(r"(?<!\\)([*|])(?=\S)|(?<=\S)\|", lambda found: "\\" + found[0], p) for p in parts[::2]
+            ]
+            parts[2::2] = ["\\ " + p if p[:1].isalpha() else p for p in parts[2::2]]
+        lines[number] = "`".join(parts)
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", escape_plain_marks, priority=400)  # before napoleon
