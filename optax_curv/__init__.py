@@ -1,5 +1,6 @@
 """Curvature for Optax: second-order methods as pure gradient transformations."""
 
+from optax_curv import diagnostics as diagnostics
 from optax_curv import linalg as linalg
 from optax_curv.capture.gradients import find_layers as find_layers
 from optax_curv.capture.gradients import value_grad_and_curvature as value_grad_and_curvature
