@@ -68,13 +68,13 @@ def _spliced(eqn):
     made = {v for e in body.jaxpr.eqns for v in e.outvars}
     if body.consts or len(arithmetic) > 1 or not made.issuperset(results) or len(set(results)) != len(results):
         return [eqn]
-    fresh, names = core.gensym(), dict(zip(body.jaxpr.invars, eqn.invars, strict=True))
+    names = dict(zip(body.jaxpr.invars, eqn.invars, strict=True))
     names |= dict(zip(results, eqn.outvars, strict=True))
     spliced = []
     for inner in body.jaxpr.eqns:
         for v in inner.outvars:
             if v not in names:
-                names[v] = fresh(v.aval)
+                names[v] = core.Var(v.aval)
         operands = [v if isinstance(v, Literal) else names[v] for v in inner.invars]
         spliced.append(inner.replace(invars=operands, outvars=[names[v] for v in inner.outvars]))
     return spliced
@@ -100,7 +100,8 @@ def hidden_bodies(eqn) -> tuple[core.ClosedJaxpr, ...]:
     """The bodies of an equation that cannot: its own derivative rule, or a loop of unknown length, would be lost."""
     if eqn.primitive.name in (*CALLS, "scan", "cond"):
         return ()
-    return tuple(map(closed, core.jaxprs_in_params(eqn.params)))
+    params = [v for value in eqn.params.values() for v in (value if isinstance(value, tuple) else (value,))]
+    return tuple(closed(v) for v in params if isinstance(v, core.Jaxpr | core.ClosedJaxpr))
 
 
 def output_shapes(eqn) -> list[tuple[int, ...]]:
