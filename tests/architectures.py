@@ -47,9 +47,9 @@ def linen(module, *inputs):
 
 def pure(build, *inputs):
     graph, shapes, rest = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
-    params = filled(nnx.as_pure(shapes))
+    params = filled(nnx.pure(shapes))
     # what is left are random keys and counters that nothing here draws from
-    rest = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if x.dtype == jnp.uint32 else KEY, nnx.as_pure(rest))
+    rest = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if x.dtype == jnp.uint32 else KEY, nnx.pure(rest))
     return lambda params, *inputs: mean_square(nnx.merge(graph, params, rest)(*inputs)), params, *inputs
 
 

@@ -27,14 +27,14 @@ def take_apart(params) -> Model | None:
     if nnx is None or not isinstance(params, nnx.Module):
         return None
     graph, state, rest = nnx.split(params, nnx.Param, ...)
-    others = nnx.as_pure(rest)
+    others = nnx.pure(rest)
 
     def wrap(function):
         def of_arrays(arrays, *args, **kwargs):
             model = nnx.merge(graph, arrays, others)
             result = function(model, *args, **kwargs)
-            return result, nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param)))
+            return result, nnx.pure(nnx.state(model, nnx.Not(nnx.Param)))
 
         return of_arrays
 
-    return Model(nnx.as_pure(state), state, wrap, lambda after: nnx.update(params, after))
+    return Model(nnx.pure(state), state, wrap, lambda after: nnx.update(params, after))
