@@ -1,5 +1,6 @@
 """The contracts that every transformation keeps: numbers, keys, matching trees, and never a poisoned state."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -67,6 +68,23 @@ def require_float_leaves(method: str, params, *, complex_leaves: bool = False):
                 f"{' (real or complex)' if complex_leaves else ''}; "
                 "leave it out with optax.masked or optax.partition."
             )
+
+
+def tuples_at_leaves(tree, like):
+    """A tree that has tuples in the place of the leaves of `like`, out of one that `nnx.Optimizer` has kept.
+
+    It keeps each leaf's place as a variable, in which a tuple becomes the mapping of its positions. A tree that does
+    not fit `like` is returned as it is, for the caller to refuse.
+    """
+
+    def tuples(x):
+        return tuple(tuples(x[position]) for position in sorted(x)) if isinstance(x, Mapping) else x
+
+    treedef = jax.tree.structure(like)
+    try:
+        return treedef.unflatten(map(tuples, treedef.flatten_up_to(tree)))
+    except ValueError:
+        return tree
 
 
 def raw_key(key) -> jax.Array:

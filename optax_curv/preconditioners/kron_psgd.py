@@ -10,6 +10,7 @@ import optax
 from optax_curv.linalg import kron_matvec
 from optax_curv.preconditioners import contracts, kron_geometries
 from optax_curv.preconditioners.chain_pieces import clip_by_max_abs
+from optax_curv.preconditioners.kron_layout import LIKE_FACTORS
 from optax_curv.preconditioners.kron_options import (
     METHOD,
     Options,
@@ -315,6 +316,7 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
     del extra_args
     grads = updates
     check_extras(options, grads, state, params, probe, hvp)
+    state = state._replace(**{name: contracts.tuples_at_leaves(getattr(state, name), grads) for name in LIKE_FACTORS})
     layout = layout_of_state(options, grads, state)
     state = state._replace(factors=layout.as_kept(state.factors))
     momentum, direction = momentum_and_direction(options.b1, grads, state)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import optax_curv
 
@@ -388,3 +389,15 @@ def test_bad_trees_are_refused():
 def test_the_schedule_is_flat_then_decays_to_its_floor():
     schedule = optax_curv.flat_then_decay(flat_steps=10, decay=0.1, floor=0.2)
     np.testing.assert_allclose([schedule(i) for i in (0, 10, 20, 1000)], [1, 1, np.exp(-1), 0.2], rtol=1e-6)
+
+
+def test_an_nnx_optimizer_takes_the_same_steps_as_a_tree():
+    model, tx = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), optax_curv.scale_by_kron_psgd(update_probability=0.5, block_size=2)
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    state, optimizer = tx.init(params), nnx.Optimizer(model, tx, wrt=nnx.Param)
+    for _ in range(2):
+        grads = jax.tree.map(lambda x: jnp.sin(7 * x) + 0.1, nnx.state(model, nnx.Param))
+        optimizer.update(model, grads)
+        updates, state = tx.update(nnx.as_pure(grads), state)
+        params = optax.apply_updates(params, updates)
+    jax.tree.map(np.testing.assert_array_equal, nnx.as_pure(nnx.state(model, nnx.Param)), params)
