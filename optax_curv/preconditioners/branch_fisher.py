@@ -225,7 +225,7 @@ _dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def branch_fisher(
-    learning_rate,
+    learning_rate: optax.ScalarOrSchedule,
     damping=1e-3,
     *,
     max_iters=8,

@@ -11,6 +11,7 @@ import optax
 
 from optax_curv import linalg
 from optax_curv.preconditioners import state_branches
+from optax_curv.preconditioners.contracts import static
 
 
 class ScaleByBranchKFACState(NamedTuple):
@@ -32,7 +33,7 @@ class ScaleByBranchKFACState(NamedTuple):
 def scale_by_branch_kfac(
     damping=1e-3,
     *,
-    blocks: int = 4,
+    blocks: int = static(4),
     projection: str = "gaussian",
     complement: bool = False,
     centered: bool = True,
@@ -141,10 +142,10 @@ def _take(x, index):
 
 
 def branch_kfac(
-    learning_rate,
+    learning_rate: optax.ScalarOrSchedule,
     damping=1e-3,
     *,
-    blocks: int = 4,
+    blocks: int = static(4),
     projection: str = "gaussian",
     complement: bool = False,
     centered: bool = True,

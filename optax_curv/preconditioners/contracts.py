@@ -5,12 +5,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def value_at(value, count, dtype=jnp.float32) -> jax.Array:
     """A number, array, tracer or schedule at step `count`, in `dtype` (float32 at least)."""
     dtype = jnp.promote_types(jnp.float32, dtype)
     return jnp.asarray(value(count) if callable(value) else value, dtype)
+
+
+def static(number) -> Any:
+    """A default that decides the state's shapes, as a NumPy scalar.
+
+    `optax.inject_hyperparams` traces every Python number, defaults too, but leaves NumPy scalars as they are.
+    """
+    return np.int32(number) if isinstance(number, int) else np.float32(number)
 
 
 def require_number(method: str, name: str, value, *, above=None, at_least=None, at_most=None):

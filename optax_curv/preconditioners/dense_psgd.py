@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.preconditioners import contracts
+from optax_curv.preconditioners.contracts import static
 from optax_curv.preconditioners.kron_psgd import scale_by_kron_psgd
 
 
@@ -52,9 +53,9 @@ def scale_by_dense_psgd(
     *,
     geometry="q0.5eq1.5",
     criterion="whitening",
-    b1=0.0,
+    b1=static(0.0),
     whiten="gradient",
-    update_probability=1.0,
+    update_probability=static(1.0),
     init_scale=None,
     damping=1e-9,
     lipschitz_decay=0.9,
@@ -118,7 +119,7 @@ def scale_by_dense_psgd(
 
 
 def dense_psgd(
-    learning_rate,
+    learning_rate: optax.ScalarOrSchedule,
     b1=0.9,
     *,
     weight_decay=0.0,
@@ -126,7 +127,7 @@ def dense_psgd(
     geometry="q0.5eq1.5",
     criterion="whitening",
     whiten="gradient",
-    update_probability=1.0,
+    update_probability=static(1.0),
     init_scale=None,
     damping=1e-9,
     lipschitz_decay=0.9,

@@ -236,7 +236,7 @@ def scale_by_ekfac(
 
 
 def ekfac(
-    learning_rate,
+    learning_rate: optax.ScalarOrSchedule,
     layers: Layers,
     damping=1e-3,
     *,

@@ -154,7 +154,7 @@ def scale_by_kfac(
 
 
 def kfac(
-    learning_rate,
+    learning_rate: optax.ScalarOrSchedule | None,
     layers: Layers,
     damping=None,
     *,

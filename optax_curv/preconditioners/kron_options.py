@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from optax_curv.preconditioners import contracts, kron_geometries, kron_layout
@@ -45,7 +46,7 @@ class Options(NamedTuple):
 
 def is_python_number(x, value) -> bool:
     """Whether x is this number, known while tracing."""
-    return isinstance(x, int | float) and x == value
+    return isinstance(x, int | float | np.number) and bool(x == value)
 
 
 def structural(method: str, name: str, value):

@@ -10,6 +10,7 @@ import optax
 from optax_curv.linalg import kron_matvec
 from optax_curv.preconditioners import contracts, kron_geometries
 from optax_curv.preconditioners.chain_pieces import clip_by_max_abs
+from optax_curv.preconditioners.contracts import static
 from optax_curv.preconditioners.kron_layout import LIKE_FACTORS
 from optax_curv.preconditioners.kron_options import (
     METHOD,
@@ -53,14 +54,14 @@ def scale_by_kron_psgd(
     *,
     geometry="q0.5eq1.5",
     criterion="whitening",
-    b1=0.0,
+    b1=static(0.0),
     whiten="gradient",
-    update_probability=1.0,
+    update_probability=static(1.0),
     init_scale=None,
     damping=1e-9,
     lipschitz_decay=0.9,
-    max_dense_dim=8192,
-    max_skew=1.0,
+    max_dense_dim=static(8192),
+    max_skew=static(1.0),
     precond_dtype="float32",
     stacked=None,
     block_size=None,
@@ -165,7 +166,7 @@ def scale_by_kron_psgd(
 
 
 def kron_psgd(
-    learning_rate,
+    learning_rate: optax.ScalarOrSchedule,
     b1=0.9,
     *,
     weight_decay=0.0,
@@ -176,12 +177,12 @@ def kron_psgd(
     geometry="q0.5eq1.5",
     criterion="whitening",
     whiten="gradient",
-    update_probability=1.0,
+    update_probability=static(1.0),
     init_scale=None,
     damping=1e-9,
     lipschitz_decay=0.9,
-    max_dense_dim=8192,
-    max_skew=1.0,
+    max_dense_dim=static(8192),
+    max_skew=static(1.0),
     precond_dtype="float32",
     stacked=None,
     block_size=None,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.preconditioners import contracts, kron_geometries
+from optax_curv.preconditioners.contracts import static
 from optax_curv.preconditioners.dense_psgd import on_flat_vector
 from optax_curv.preconditioners.kron_options import is_python_number, require_probe, structural
 from optax_curv.preconditioners.kron_steps import BALANCE_PROBABILITY, momentum_and_direction
@@ -214,9 +215,9 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
 def scale_by_lra_psgd(
     precond_lr=0.1,
     *,
-    rank=10,
+    rank=static(10),
     criterion="whitening",
-    b1=0.0,
+    b1=static(0.0),
     whiten="gradient",
     update_probability=1.0,
     init_scale=None,
@@ -279,12 +280,12 @@ def scale_by_lra_psgd(
 
 
 def lra_psgd(
-    learning_rate,
+    learning_rate: optax.ScalarOrSchedule,
     b1=0.9,
     *,
     weight_decay=0.0,
     precond_lr=0.1,
-    rank=10,
+    rank=static(10),
     criterion="whitening",
     whiten="gradient",
     update_probability=1.0,
