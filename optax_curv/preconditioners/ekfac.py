@@ -82,45 +82,61 @@ def _rotate(basis, x, transpose=False):
     return x if basis is None else jnp.matmul(basis.mT if transpose else basis, x, precision=HIGHEST)
 
 
-def _eigen(factors, stacks):
+def _eigen(factors, stacks, sharding):
     """Eigenvalues and eigenvectors by key, one batch for each width; a diagonal factor's are itself and None."""
     full = {key: f for key, f in factors.items() if f.ndim == len(stacks[key]) + 2}
-    found = map_grouped(jnp.linalg.eigh, {key: stacks[key] for key in full}, full)
+    found = map_grouped(jnp.linalg.eigh, {key: stacks[key] for key in full}, full, sharding=sharding)
     return {key: tuple(found[key]) if key in full else (f, None) for key, f in factors.items()}
 
 
-def _change_basis(present, factors, basis, moments, first):
+def _carried(new_a, old_a, new_g, old_g, moments):
+    """The moments of one basis in another, (R_A ∘ R_A) M (R_G ∘ R_G)ᵀ with R = U'ᵀ U; None stands for the identity."""
+    if new_a is not None:
+        moments = jnp.matmul(jnp.square(_rotate(new_a, old_a, transpose=True)), moments, precision=HIGHEST)
+    if new_g is not None:
+        moments = jnp.matmul(moments, jnp.square(_rotate(new_g, old_g, transpose=True)).mT, precision=HIGHEST)
+    return moments
+
+
+def _change_basis(present, factors, basis, moments, first, sharding):
     """The factors' eigenbasis and the moments in it.
 
     In the first step they are those of the Kronecker product, s_A s_Gᵀ. Later the diagonal matrix of the old moments
-    is written in the new basis and its diagonal kept: M' = (R_A ∘ R_A) M (R_G ∘ R_G)ᵀ with R = U'ᵀ U.
+    is written in the new basis and its diagonal kept.
     """
     stacks = {(name, side): x.layer.stack for name, x in present.items() for side in (0, 1)}
-    eigen = _eigen({key: factors[key[0]][key[1]] for key in stacks}, stacks)
-    new_basis, new_moments = {}, {}
+    eigen = _eigen({key: factors[key[0]][key[1]] for key in stacks}, stacks, sharding)
+    new_basis = {name: Eigenbasis(eigen[name, 0][1], eigen[name, 1][1]) for name in present}
+    pairs = [{name: x[side] for name, x in bases.items()} for side in (0, 1) for bases in (new_basis, basis)]
+    moved = map_grouped(_carried, _stacks(present), *pairs, moments, sharding=sharding)
+    new_moments = {}
     for name in present:
-        (values_a, u_a), (values_g, u_g) = eigen[name, 0], eigen[name, 1]
-        product = jnp.maximum(values_a, 0)[..., :, None] * jnp.maximum(values_g, 0)[..., None, :]
-        old_a, old_g = basis[name]
-        moved = moments[name]
-        if u_a is not None:
-            moved = jnp.matmul(jnp.square(_rotate(u_a, old_a, transpose=True)), moved, precision=HIGHEST)
-        if u_g is not None:
-            moved = jnp.matmul(moved, jnp.square(_rotate(u_g, old_g, transpose=True)).mT, precision=HIGHEST)
-        new_basis[name], new_moments[name] = Eigenbasis(u_a, u_g), jnp.where(first, product, moved)
+        values_a, values_g = (jnp.maximum(eigen[name, side][0], 0) for side in (0, 1))
+        new_moments[name] = jnp.where(first, values_a[..., :, None] * values_g[..., None, :], moved[name])
     return new_basis, new_moments
 
 
-def _direction(basis, moments, damping, matrix):
-    """U_A [(U_Aᵀ ∇ U_G) / (M + λ)] U_Gᵀ."""
-    inside = _rotate(basis.output_basis, _rotate(basis.input_basis, matrix, transpose=True).mT, transpose=True).mT
-    damped = moments + damping
+def _stacks(present):
+    return {name: x.layer.stack for name, x in present.items()}
+
+
+def _direction(u_a, u_g, damped, matrix):
+    """U_A [(U_Aᵀ ∇ U_G) / (M + λ)] U_Gᵀ, with the damped moments M + λ."""
+    inside = _rotate(u_g, _rotate(u_a, matrix, transpose=True).mT, transpose=True).mT
     inside = jnp.where(damped > 0, inside / jnp.where(damped > 0, damped, 1), 0)
-    return _rotate(basis.output_basis, _rotate(basis.input_basis, inside).mT).mT
+    return _rotate(u_g, _rotate(u_a, inside).mT).mT
 
 
 def scale_by_ekfac(
-    layers: Layers, damping=1e-3, *, decay=0.95, update_every=1, invert_every=1, kl_clip=None, fallback=None
+    layers: Layers,
+    damping=1e-3,
+    *,
+    decay=0.95,
+    update_every=1,
+    invert_every=1,
+    kl_clip=None,
+    fallback=None,
+    factor_sharding=None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions each layer's gradient by its second moments in the eigenbasis of K-FAC's factors.
 
@@ -146,6 +162,7 @@ def scale_by_ekfac(
         branches, so longer periods save nothing there.
       kl_clip: None, or c: all directions are scaled by min(1, sqrt(c / Σ ⟨u, ∇⟩)), without the learning rate.
       fallback: transformation for leaves that no layer covers; None refuses them.
+      factor_sharding: how the work is divided over devices, see `scale_by_kfac`.
 
     Returns:
       A transformation whose `update` needs `curvature=`, a dict from layer name to `EigenbasisMoments`. With a
@@ -221,18 +238,18 @@ def scale_by_ekfac(
             moments[name] = jnp.where(averaging, mean, state.moments[name])
         basis, moments = jax.lax.cond(
             state.count % invert_every == 0,
-            lambda: _change_basis(present, factors, state.basis, moments, first),
+            lambda: _change_basis(present, factors, state.basis, moments, first, factor_sharding),
             lambda: (state.basis, moments),
         )
-        directions = {
-            name: _direction(
-                basis[name], moments[name], contracts.value_at(damping, state.count, x.dtype), matrices[name]
-            )
-            for name, x in present.items()
+        damped = {
+            name: moments[name] + contracts.value_at(damping, state.count, x.dtype) for name, x in present.items()
         }
+        sides = [{name: x[side] for name, x in basis.items()} for side in (0, 1)]
+        directions = map_grouped(_direction, _stacks(present), *sides, damped, matrices, sharding=factor_sharding)
         return directions, {"factors": factors, "basis": basis, "moments": moments}
 
-    return layerwise(method, layers, ScaleByEKFACState, init_rule, update_rule, kl_clip=kl_clip, fallback=fallback)
+    options = {"kl_clip": kl_clip, "fallback": fallback, "factor_sharding": factor_sharding}
+    return layerwise(method, layers, ScaleByEKFACState, init_rule, update_rule, **options)
 
 
 def ekfac(
@@ -245,6 +262,7 @@ def ekfac(
     invert_every=1,
     kl_clip=None,
     fallback=None,
+    factor_sharding=None,
     momentum=0.9,
     weight_decay=0.0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -254,13 +272,14 @@ def ekfac(
 
     Args:
       learning_rate: a number or a schedule.
-      layers: see `scale_by_ekfac`, as for `damping` to `fallback`.
+      layers: see `scale_by_ekfac`, as for `damping` to `factor_sharding`.
       damping: λ ≥ 0.
       decay: weight of the old factors and moments.
       update_every: steps between averaging statistics in.
       invert_every: steps between eigendecompositions.
       kl_clip: None, or the bound of Σ ⟨u, ∇⟩.
       fallback: transformation for uncovered leaves.
+      factor_sharding: how the work is divided over devices.
       momentum: decay of the heavy ball.
       weight_decay: added to the direction, times the parameters, before the momentum.
 
@@ -288,6 +307,7 @@ def ekfac(
             invert_every=invert_every,
             kl_clip=kl_clip,
             fallback=fallback,
+            factor_sharding=factor_sharding,
         ),
         optax.add_decayed_weights(weight_decay),
         optax.trace(momentum),

@@ -53,6 +53,7 @@ def scale_by_kfac(
     invert_every=1,
     kl_clip=None,
     fallback=None,
+    factor_sharding=None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions each layer's gradient by its Kronecker-factored Fisher block.
 
@@ -81,6 +82,9 @@ def scale_by_kfac(
       kl_clip: None, or c: all directions are scaled by min(1, sqrt(c / Σ ⟨u, ∇⟩)), the sum over all layers and
         without the learning rate.
       fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`; None refuses them.
+      factor_sharding: None, or a `jax.sharding.NamedSharding` whose first entry names mesh axes, such as
+        ``NamedSharding(mesh, PartitionSpec(("data", "model")))``. Factors of equal widths are then inverted and applied
+        on their devices in turn, and kept divided along the first axis that the number of devices divides.
 
     Returns:
       A transformation whose `update` needs `curvature=`, a dict from layer name to an object with input_factor and
@@ -131,7 +135,7 @@ def scale_by_kfac(
     def update_rule(present, state, matrices, curvature):
         factors = averaged(method, present, state, curvature, decay, update_every)
         lam = jnp.asarray(damping(state.count) if callable(damping) else damping)
-        blocks = Blocks(present, factors, lam, damping_rule)
+        blocks = Blocks(present, factors, lam, damping_rule, factor_sharding)
         if inverse == "cg":
             return blocks.solve_by_cg(matrices), {"factors": factors}
         due = (state.count % invert_every == 0) | state.stale
@@ -140,7 +144,7 @@ def scale_by_kfac(
         )
         left = {name: x.input_inverse for name, x in inverses.items()}
         right = {name: x.output_inverse for name, x in inverses.items()}
-        directions = map_grouped(kron_product, blocks.stacks, left, matrices, right)
+        directions = map_grouped(kron_product, blocks.stacks, left, matrices, right, sharding=factor_sharding)
         directions, ratio = jax.lax.cond(
             due,
             lambda: (directions, jnp.ones_like(diagnostics.model_ratio)),
@@ -150,7 +154,8 @@ def scale_by_kfac(
         diagnostics = diagnostics._replace(model_ratio=ratio)
         return directions, {"factors": factors, "inverses": inverses, "stale": stale, "diagnostics": diagnostics}
 
-    return layerwise(method, layers, ScaleByKFACState, init_rule, update_rule, kl_clip=kl_clip, fallback=fallback)
+    options = {"kl_clip": kl_clip, "fallback": fallback, "factor_sharding": factor_sharding}
+    return layerwise(method, layers, ScaleByKFACState, init_rule, update_rule, **options)
 
 
 def kfac(
@@ -165,6 +170,7 @@ def kfac(
     invert_every=1,
     kl_clip=None,
     fallback=None,
+    factor_sharding=None,
     momentum=0.9,
     weight_decay=0.0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -180,7 +186,7 @@ def kfac(
 
     Args:
       learning_rate: a number or a schedule; None for the adaptive mode.
-      layers: see `scale_by_kfac`, as for `damping` to `fallback`.
+      layers: see `scale_by_kfac`, as for `damping` to `factor_sharding`.
       damping: λ ≥ 0; None: 1e-3, and 0.1 as the first one of the adaptive mode.
       decay: weight of the old factors.
       damping_rule: "pi" or "trace".
@@ -189,6 +195,7 @@ def kfac(
       invert_every: steps between inversions.
       kl_clip: None, or the bound of Σ ⟨u, ∇⟩.
       fallback: transformation for uncovered leaves.
+      factor_sharding: how the work is divided over devices.
       momentum: decay of the heavy ball; without effect in the adaptive mode.
       weight_decay: added to the direction, times the parameters, before the momentum.
 
@@ -220,6 +227,7 @@ def kfac(
         "invert_every": invert_every,
         "kl_clip": kl_clip,
         "fallback": fallback,
+        "factor_sharding": factor_sharding,
     }
     if learning_rate is not None:
         return optax.chain(

@@ -89,7 +89,8 @@ class Blocks:
     are layers would take most of the time to compile.
     """
 
-    def __init__(self, present, factors, damping, rule):
+    def __init__(self, present, factors, damping, rule, sharding=None):
+        self.sharding = sharding
         self.present = {name: present[name] for name in sorted(present)}
         self.stacks = {name: x.layer.stack for name, x in self.present.items()}
         self.a = {name: factors[name].input_factor for name in self.present}
@@ -132,7 +133,11 @@ class Blocks:
         widths = {key: f.shape[-1] for key, f in keyed.items() if f.ndim == len(stacks[key]) + 2}
         common = _common_widths(widths.values())
         keyed |= {key: _padded(keyed[key], common[width]) for key, width in widths.items()}
-        results = map_grouped(lambda factor, damping: _inverse(factor, damping, method), stacks, keyed, damping)
+
+        def inverse(factor, damping):
+            return _inverse(factor, damping, method)
+
+        results = map_grouped(inverse, stacks, keyed, damping, sharding=self.sharding)
         found = {key: x[..., : widths[key], : widths[key]] if key in widths else x for key, (x, *_) in results.items()}
         inverses = {name: KroneckerInverse(found[name, "a"], found[name, "g"]) for name in self.stacks}
         figures = [
@@ -147,7 +152,8 @@ class Blocks:
         def solve(a, damping_a, g, damping_g, x):
             return _solve_by_cg(g, damping_g, _solve_by_cg(a, damping_a, x).mT).mT
 
-        return map_grouped(solve, self.stacks, self.a, self.damping_a, self.g, self.damping_g, matrices)
+        columns = (self.a, self.damping_a, self.g, self.damping_g, matrices)
+        return map_grouped(solve, self.stacks, *columns, sharding=self.sharding)
 
     def checked(self, directions, matrices):
         """The directions, none longer than the minimiser of its layer's model along it; and how the two compare.
@@ -165,7 +171,7 @@ class Blocks:
             return u / jnp.maximum(1, ratio)[:, None, None], ratio
 
         columns = (self.a, self.damping_a, self.g, self.damping_g, directions, matrices)
-        results = map_grouped(check, self.stacks, *columns)
+        results = map_grouped(check, self.stacks, *columns, sharding=self.sharding)
         ratio = self._joined({name: ratio for name, (_, ratio) in results.items()})
         high, low = self._largest(ratio), 1 / self._largest(1 / jnp.maximum(ratio, jnp.finfo(ratio.dtype).tiny))
         return {name: u for name, (u, _) in results.items()}, jnp.where(high * low > 1, high, low)

@@ -9,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from optax_curv.preconditioners import contracts, kron_geometries, kron_layout
+from optax_curv.preconditioners.distribution import require_sharding
 
 METHOD = "scale_by_kron_psgd"
 
@@ -30,6 +31,7 @@ class Options(NamedTuple):
     precond_dtype: Any
     stacked: Any
     block_size: int | None
+    factor_sharding: Any
     eps: Any
     key: Any
 
@@ -71,6 +73,7 @@ def check_options(options: Options):
         require_number(METHOD, name, getattr(options, name), at_least=0, at_most=1)
     for name in ("damping", "max_skew", "eps"):
         require_number(METHOD, name, getattr(options, name), at_least=0)
+    require_sharding(METHOD, options.factor_sharding)
     for name in ("block_size", "stacked"):
         structural(METHOD, name, getattr(options, name))
     if options.criterion == "newton" and (options.geometry == "right_triangular" or options.whiten == "momentum"):

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.linalg import kron_matvec
-from optax_curv.preconditioners import contracts, kron_geometries
+from optax_curv.preconditioners import contracts, kron_geometries, kron_layout
 from optax_curv.preconditioners.chain_pieces import clip_by_max_abs
 from optax_curv.preconditioners.contracts import static
+from optax_curv.preconditioners.distribution import as_kept, divided
 from optax_curv.preconditioners.kron_layout import LIKE_FACTORS
 from optax_curv.preconditioners.kron_options import (
     METHOD,
@@ -65,6 +66,7 @@ def scale_by_kron_psgd(
     precond_dtype="float32",
     stacked=None,
     block_size=None,
+    factor_sharding=None,
     eps=1e-8,
     key=0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -115,6 +117,10 @@ def scale_by_kron_psgd(
       stacked: how many leading axes of a leaf count layers, each with factors of its own: an int or bool for all
         leaves, a tree of them that is a prefix of the parameters', or a function of the parameters that returns one.
       block_size: longer axes are cut into the fewest blocks of nearly equal length, each with factors of its own.
+      factor_sharding: None, or a `jax.sharding.NamedSharding` whose first entry names mesh axes, such as
+        ``NamedSharding(mesh, PartitionSpec(("data", "model")))``. Leaves and blocks of equal shape then move and apply
+        their factors on their devices in turn, and factors are kept divided along the first axis that the number of
+        devices divides.
       eps: floor of the normaliser of "right_triangular" only.
       key: int or PRNG key.
 
@@ -158,6 +164,7 @@ def scale_by_kron_psgd(
         precond_dtype=precond_dtype,
         stacked=stacked,
         block_size=block_size,
+        factor_sharding=factor_sharding,
         eps=eps,
         key=key,
     )
@@ -186,6 +193,7 @@ def kron_psgd(
     precond_dtype="float32",
     stacked=None,
     block_size=None,
+    factor_sharding=None,
     eps=1e-8,
     key=0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -216,6 +224,7 @@ def kron_psgd(
       precond_dtype: see there.
       stacked: see there.
       block_size: see there.
+      factor_sharding: see there.
       eps: see there.
       key: see there.
 
@@ -249,6 +258,7 @@ def kron_psgd(
         precond_dtype=precond_dtype,
         stacked=stacked,
         block_size=block_size,
+        factor_sharding=factor_sharding,
         eps=eps,
         key=key,
     )
@@ -299,9 +309,9 @@ def _init(options, params) -> Any:
         return kron_geometries.scaled_identities(options.geometry, piece.factors, jnp.asarray(scale, piece.real_dtype))
 
     def momentum_of(leaf):
-        return jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
+        return jnp.zeros_like(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
 
-    return ScaleByKronPsgdState(
+    state = ScaleByKronPsgdState(
         count=jnp.zeros([], jnp.int32),
         key=contracts.raw_key(options.key),
         factors=layout.build(factors_of),
@@ -311,6 +321,13 @@ def _init(options, params) -> Any:
         fingerprint=jnp.zeros([], jnp.uint32) if options.caches else None,
         total_notfinite=jnp.zeros([], jnp.int32),
     )
+    return _as_kept(options, state)
+
+
+def _as_kept(options, state):
+    """The state with its factors and what belongs to them divided over devices."""
+    trees = {name: as_kept(getattr(state, name), options.factor_sharding) for name in kron_layout.LIKE_FACTORS}
+    return state._replace(**trees)
 
 
 def _update(options, updates, state, params=None, *, probe=None, hvp=None, **extra_args):
@@ -333,7 +350,8 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
     factors = layout.rounded(factors)
     applied, fingerprint = applied_factors(options, factors, old.preconditioners, state.fingerprint)
     applied = layout.rounded(applied) if options.caches else applied
-    directions = [jax.vmap(kron_matvec)(p, x) for p, x in zip(applied, tensors, strict=True)]
+    apply = divided(jax.vmap(kron_matvec), options.factor_sharding)
+    directions = [apply(p, x) for p, x in zip(applied, tensors, strict=True)]
     rest = layout.without_pieces(direction)
 
     new = ScaleByKronPsgdState(
@@ -349,4 +367,4 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
     # A bound is not finite wherever a second moment is not, so the factors need not be read.
     good = contracts.is_finite(rest, tensors, signals, probes, lipschitz, directions)
     (directions, rest), new = contracts.skip_unless(good, (directions, rest), new, old)
-    return layout.leaves(directions, rest, grads), layout.split_state(new, state)
+    return layout.leaves(directions, rest, grads), _as_kept(options, layout.split_state(new, state))

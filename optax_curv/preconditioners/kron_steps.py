@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_curv.preconditioners import contracts, kron_geometries
+from optax_curv.preconditioners.distribution import as_kept, divided
 from optax_curv.preconditioners.kron_options import Options
 
 BALANCE_PROBABILITY = 0.01  # as in psgd_torch: the factors' scales drift slowly apart
@@ -27,7 +28,7 @@ def _set_scale(options, count, factors, lipschitz, signal, probe):
     """The factors of a group, of the right scale where they were not set."""
     damping = contracts.value_at(options.damping, count, lipschitz.dtype)
     of_one = functools.partial(kron_geometries.set_scale, options.geometry, damping=damping)
-    return jax.vmap(of_one)(factors, signal, probe)
+    return divided(jax.vmap(of_one), options.factor_sharding)(factors, signal, probe)
 
 
 def _move(options, count, factors, lipschitz, signal, probe, noise):
@@ -36,7 +37,7 @@ def _move(options, count, factors, lipschitz, signal, probe, noise):
     rate = contracts.value_at(options.precond_lr, count, real)
     if options.geometry == "right_triangular":
         move = functools.partial(kron_geometries.move_right_triangular, rate=rate, eps=jnp.asarray(options.eps, real))
-        return jax.vmap(move)(factors, signal), lipschitz
+        return divided(jax.vmap(move), options.factor_sharding)(factors, signal), lipschitz
     noise, normal_probe = noise
     damping = contracts.value_at(options.damping, count, real)
     signal = signal + (damping + jnp.finfo(real).eps * jnp.abs(signal)) * noise
@@ -44,7 +45,7 @@ def _move(options, count, factors, lipschitz, signal, probe, noise):
         probe = normal_probe
     decay = jnp.asarray(options.lipschitz_decay, real)
     move = functools.partial(kron_geometries.move_factors, options.geometry, rate=rate, lipschitz_decay=decay)
-    return jax.vmap(move)(factors, lipschitz, signal, probe)
+    return divided(jax.vmap(move), options.factor_sharding)(factors, lipschitz, signal, probe)
 
 
 def _noises(options, signals, key):
@@ -53,7 +54,7 @@ def _noises(options, signals, key):
         return [None] * len(signals)
     shapes = [(1 + (options.geometry == "eq"), 1 + jnp.iscomplexobj(signal), *signal.shape) for signal in signals]
     ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
-    draw = jax.random.normal(key, (ends[-1] if ends else 0,), jnp.float32)
+    draw = as_kept(jax.random.normal(key, (ends[-1] if ends else 0,), jnp.float32), options.factor_sharding)
 
     def noise(signal, shape, end):
         parts = draw[end - math.prod(shape) : end].reshape(shape).astype(jnp.finfo(signal.dtype).dtype)
@@ -67,7 +68,8 @@ def _balance(options, factors, lipschitz, key):
     """All groups balanced now and then, for "qep", whose steps see the factors' scales, always."""
 
     def balanced(factors, lipschitz):
-        balance = jax.vmap(functools.partial(kron_geometries.balance, options.geometry))
+        balance = functools.partial(kron_geometries.balance, options.geometry)
+        balance = divided(jax.vmap(balance), options.factor_sharding)
         groups = [balance(*of_group) for of_group in zip(factors, lipschitz, strict=True)]
         return [q for q, _ in groups], [bounds for _, bounds in groups]
 
@@ -118,7 +120,8 @@ def applied_factors(options: Options, factors, cached, fingerprint):
     """(P of each group, fingerprint of the factors): what is cached serves until a bit of the factors changes."""
 
     def computed(factors):
-        return [jax.vmap(functools.partial(kron_geometries.preconditioners, options.geometry))(q) for q in factors]
+        of_one = functools.partial(kron_geometries.preconditioners, options.geometry)
+        return [divided(jax.vmap(of_one), options.factor_sharding)(q) for q in factors]
 
     if not options.caches:
         return computed(factors), None

@@ -1,6 +1,7 @@
 """What layer-wise methods share: finding the layers' leaves, reading their statistics, one call for equal shapes."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import optax
 from optax_curv.capture.layers import Layer, Layers, layer_leaves, layer_matrix
 from optax_curv.capture.statistics import KroneckerFactors
 from optax_curv.preconditioners import contracts
+from optax_curv.preconditioners.distribution import as_kept, divided, require_sharding
 from optax_curv.preconditioners.kronecker_factors import HIGHEST, average_factors
 
 
@@ -148,21 +150,25 @@ def averaged(method, present, state, curvature, decay, update_every) -> dict[str
     return factors
 
 
-def map_grouped(function: Callable, stacks: Mapping[Any, tuple], *columns: Mapping[Any, jax.Array]) -> dict:
+def map_grouped(function: Callable, stacks: Mapping[Any, tuple], *columns: Mapping[Any, Any], sharding=None) -> dict:
     """Maps a function over every key's arrays [*stack, ...], with one call for all keys of equal trailing shapes.
 
-    `function` sees one leading axis: the slices of every layer of the group, one after the other.
+    `function` sees one leading axis: the slices of every layer of the group, one after the other. A column may hold
+    None. With `sharding` the devices divide that axis among them.
     """
+    function = divided(function, sharding)
     groups: dict = {}
     for key, stack in stacks.items():
-        arrays = [column[key].reshape(-1, *column[key].shape[len(stack) :]) for column in columns]
-        groups.setdefault(tuple((x.shape[1:], x.dtype) for x in arrays), {})[key] = arrays
+        found = [column[key] for column in columns]
+        arrays = [x if x is None else x.reshape(-1, *x.shape[len(stack) :]) for x in found]
+        kind = tuple(x if x is None else (x.shape[1:], x.dtype) for x in arrays)
+        groups.setdefault(kind, {})[key] = arrays
     results = {}
     for group in groups.values():
-        joined = function(*map(jnp.concatenate, zip(*group.values(), strict=True)))
+        joined = function(*(x[0] if x[0] is None else jnp.concatenate(x) for x in zip(*group.values(), strict=True)))
         first = 0
-        for key, arrays in group.items():
-            last = first + len(arrays[0])
+        for key in group:
+            last = first + math.prod(stacks[key])
 
             def cut(x, rows=slice(first, last), stack=stacks[key]):
                 return x[rows].reshape(*stack, *x.shape[1:])
@@ -178,7 +184,7 @@ def kron_product(left: jax.Array, x: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.matmul(x, right, precision=HIGHEST) if right.ndim == 3 else x * right[..., None, :]
 
 
-def layerwise(method, layers, state_type, init_rule, update_rule, *, kl_clip, fallback):
+def layerwise(method, layers, state_type, init_rule, update_rule, *, kl_clip, fallback, factor_sharding):
     """The transformation of a rule that acts on layers seen as matrices.
 
     Args:
@@ -189,8 +195,10 @@ def layerwise(method, layers, state_type, init_rule, update_rule, *, kl_clip, fa
       update_rule: (present, state, matrices, curvature) -> (directions, the rule's new fields), both of them by layer.
       kl_clip: None or c: the directions are scaled by min(1, sqrt(c / Σ ⟨direction, gradient⟩)).
       fallback: transformation for the leaves that no layer covers, or None.
+      factor_sharding: how the state keeps the rule's fields, see `distribution`.
     """
     contracts.require_number(method, "kl_clip", kl_clip, above=0)
+    require_sharding(method, factor_sharding)
     if not isinstance(layers, Layers):
         raise ValueError(f"{method}: expected layers from optax_curv.find_layers, got a {type(layers).__name__}.")
     has_fallback = fallback is not None
@@ -211,7 +219,7 @@ def layerwise(method, layers, state_type, init_rule, update_rule, *, kl_clip, fa
             jax.eval_shape(lambda own, layer=x.layer: layer_matrix(layer, own), leaves)
         # numbers of their own, as a buffer that stands twice in a state cannot be donated
         counts = {"count": jnp.int32(0), "total_notfinite": jnp.int32(0)}
-        return state_type(**counts, fallback=others.init(params), **init_rule(present))
+        return state_type(**counts, fallback=others.init(params), **as_kept(init_rule(present), factor_sharding))
 
     def update(updates, state, params=None, *, curvature=None, **extra_args):
         if params is not None:
@@ -231,7 +239,7 @@ def layerwise(method, layers, state_type, init_rule, update_rule, *, kl_clip, fa
             leaves |= layer_leaves(x.layer, directions[name], leaves)
         new_updates = jax.tree.unflatten(treedef, leaves.values())
         new_updates, fallback_state = others.update(new_updates, state.fallback, params, **extra_args)
-        fields |= {"count": state.count + 1, "fallback": fallback_state}
+        fields = as_kept(fields, factor_sharding) | {"count": state.count + 1, "fallback": fallback_state}
         good = contracts.is_finite(updates, curvature)
         return contracts.skip_unless(good, new_updates, state._replace(**fields), state)
 

@@ -1,12 +1,11 @@
 """Optax's own suites from the installed package, with this library's optimizers in the place of Optax's.
 
-The suites' lists of optimizers are bound when they are imported, through `absl.testing.parameterized.product`: a copy of
-each is imported while ours stand there. What cannot apply is told in `NOT_APPLICABLE`, and nowhere else. One optimizer
-of each kind runs by default; OPTAX_SUITES=all in the environment runs every one.
+The suites' lists of optimizers are bound when they are imported, through `absl.testing.parameterized.product`: a copy
+of each is imported while ours stand there. What cannot apply is told in `NOT_APPLICABLE`, and nowhere else.
+One optimizer of each kind runs by default; OPTAX_SUITES=all in the environment runs every one.
 """
 
 import importlib.util
-import inspect
 import itertools
 import os
 from collections.abc import Callable

@@ -1,0 +1,70 @@
+"""Flax: a linen `TrainState` that hands extra arguments to the optimizer, and how `nnx.Optimizer` does so by itself.
+
+With nnx nothing is needed: `nnx.Optimizer.update(model, grads, **extra)` forwards what follows the gradients.
+
+    >>> import jax, jax.numpy as jnp, optax_curv
+    >>> from flax import nnx
+    >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    >>> graphdef, params = nnx.split(model)
+    >>> def loss_fn(params, x, y):
+    ...     return jnp.mean((nnx.merge(graphdef, params)(x) - y) ** 2)
+    >>> batch = jnp.ones((4, 3)), jnp.ones((4, 2))
+    >>> layers = optax_curv.find_layers(loss_fn, params, *batch)
+    >>> optimizer = nnx.Optimizer(model, optax_curv.kfac(0.1, layers), wrt=nnx.Param)
+    >>> capture = optax_curv.value_grad_and_curvature(loss_fn, layers=layers)
+    >>> value, grads, curvature = capture(params, *batch)
+    >>> _ = optimizer.update(model, grads, curvature=curvature)
+    >>> int(optimizer.step[...])
+    1
+
+A checkpoint of either is an ordinary one: every state of this library is a tree of arrays, its random keys are raw key
+data, and a run that continues from it continues bit for bit.
+"""
+
+import dataclasses
+import functools
+
+import optax
+
+try:
+    from flax.training import train_state
+except ImportError as error:  # Flax is an extra
+    raise ImportError("optax_curv.flax needs Flax: pip install 'optax-curv[flax]'.") from error
+
+
+class TrainState(train_state.TrainState):
+    """Flax's linen `TrainState`, whose `apply_gradients` hands extra arguments to the optimizer's `update`.
+
+    Flax's own takes every further argument for a field to replace. Here only those that are fields (of a subclass, such
+    as batch statistics) are replaced, and all others reach `tx.update`: `curvature=`, `branches=`, `probe=`, `value=`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax_curv
+      >>> import flax.linen as nn
+      >>> from optax_curv.flax import TrainState
+      >>> model, batch = nn.Dense(2), (jnp.ones((4, 3)), jnp.ones((4, 2)))
+      >>> params = model.init(jax.random.key(0), batch[0])
+      >>> loss_fn = lambda params, x, y: jnp.mean((model.apply(params, x) - y) ** 2)
+      >>> layers = optax_curv.find_layers(loss_fn, params, *batch)
+      >>> state = TrainState.create(apply_fn=model.apply, params=params, tx=optax_curv.kfac(0.1, layers))
+      >>> value, grads, curvature = optax_curv.value_grad_and_curvature(loss_fn, layers=layers)(state.params, *batch)
+      >>> state = state.apply_gradients(grads=grads, curvature=curvature)
+      >>> state.step
+      1
+    """
+
+    def apply_gradients(self, *, grads, **extra_args):
+        """The state after one update.
+
+        Args:
+          grads: gradients of `params`.
+          **extra_args: fields to replace, and extra arguments of the optimizer's `update`.
+
+        Returns:
+          The new state, its `step` one higher.
+        """
+        names = {field.name for field in dataclasses.fields(self)}
+        fields = {name: extra_args.pop(name) for name in names & extra_args.keys()}
+        update = functools.partial(optax.with_extra_args_support(self.tx).update, **extra_args)
+        told = self.replace(tx=optax.GradientTransformationExtraArgs(self.tx.init, update))
+        return super(TrainState, told).apply_gradients(grads=grads, **fields).replace(tx=self.tx)
