@@ -35,6 +35,9 @@ from optax_curv.preconditioners.ekfac import ScaleByEKFACState as ScaleByEKFACSt
 from optax_curv.preconditioners.ekfac import eigenbasis as eigenbasis
 from optax_curv.preconditioners.ekfac import ekfac as ekfac
 from optax_curv.preconditioners.ekfac import scale_by_ekfac as scale_by_ekfac
+from optax_curv.preconditioners.gauss_newton import ScaleByGaussNewtonState as ScaleByGaussNewtonState
+from optax_curv.preconditioners.gauss_newton import gauss_newton as gauss_newton
+from optax_curv.preconditioners.gauss_newton import scale_by_gauss_newton as scale_by_gauss_newton
 from optax_curv.preconditioners.kfac import ScaleByKFACState as ScaleByKFACState
 from optax_curv.preconditioners.kfac import kfac as kfac
 from optax_curv.preconditioners.kfac import scale_by_kfac as scale_by_kfac

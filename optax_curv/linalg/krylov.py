@@ -1,12 +1,17 @@
 """Conjugate gradients."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optax_curv.linalg.checks import widen
+
+# The longest window of the progress rule: beyond 1280 iterations it no longer grows with their number.
+LONGEST_WINDOW = 128
+# Ratio of successive iterates whose merit is taken (Martens 2010, §4.6).
+MERIT_RATIO = 1.3
 
 
 class ConjugateGradientInfo(NamedTuple):
@@ -14,14 +19,28 @@ class ConjugateGradientInfo(NamedTuple):
 
     Attributes:
       iterations: iterations done, one product with the operator each (and one more if `x0` was given), int32 [].
-      residual_norm: Euclidean norm of the recursive residual, float [].
+      residual_norm: Euclidean norm of the last iterate's recursive residual, float [].
+      returned: number of the iterate that was returned; the last one unless `merit` chose, int32 [].
     """
 
     iterations: jax.Array
     residual_norm: jax.Array
+    returned: jax.Array
 
 
-def conjugate_gradient(matvec, b, *, x0=None, max_iters, tol=0.0, atol=0.0, preconditioner=None, floor=0.0):
+def conjugate_gradient(
+    matvec,
+    b,
+    *,
+    x0=None,
+    max_iters,
+    tol=0.0,
+    atol=0.0,
+    preconditioner=None,
+    floor=0.0,
+    min_progress=None,
+    merit=None,
+):
     r"""Solves `A x = b` for a Hermitian positive definite operator by conjugate gradients.
 
     Each iteration is
@@ -38,6 +57,14 @@ def conjugate_gradient(matvec, b, *, x0=None, max_iters, tol=0.0, atol=0.0, prec
     exact for a converged solution. Norms neither overflow nor underflow for any representable `b`. Under `jax.vmap` a
     lane that is done keeps its solution.
 
+    Two more rules are those of Hessian-free optimisation, where A x = b is solved for the minimum of the quadratic
+    φ(x) = ½⟨x, A x⟩ - ⟨b, x⟩ and far from convergence. With `min_progress` ε it also stops at an iteration i > k where
+
+        φ(x_i) < 0   and   (φ(x_i) - φ(x_{i-k})) / φ(x_i) < k ε,   k = max(10, i / 10).
+
+    With `merit` the iterate returned is not the last but the one of least merit among the iterates 1, 2, 3, 4, 6, 8,
+    11, …, each 1.3 times the one before, and the last. That keeps one more copy of x.
+
     Args:
       matvec: function from pytrees like `b` to pytrees like `b`. It gets float32 where `b` is narrower than that; all
         arithmetic is in float32 at least.
@@ -48,6 +75,8 @@ def conjugate_gradient(matvec, b, *, x0=None, max_iters, tol=0.0, atol=0.0, prec
       atol: absolute tolerance.
       preconditioner: function `r ↦ M r` for a Hermitian positive definite M that approximates A⁻¹; None: the identity.
       floor: smallest denominator; see above.
+      min_progress: ε, a number or tracer; None: no such rule. 5e-4 in the paper.
+      merit: function from pytrees like `b` to a number; a NaN counts as the worst. None: the last iterate is returned.
 
     Returns:
       The solution, with the structure, shapes and float types of `b`, and a `ConjugateGradientInfo`.
@@ -64,6 +93,7 @@ def conjugate_gradient(matvec, b, *, x0=None, max_iters, tol=0.0, atol=0.0, prec
 
     References:
       Hestenes & Stiefel, *Methods of Conjugate Gradients for Solving Linear Systems*, 1952, (3:1).
+      Martens, *Deep Learning via Hessian-Free Optimization*, 2010, §4.4 (`min_progress`) and §4.6 (`merit`).
     """
     dtypes = jax.tree.map(lambda x: jnp.result_type(x, float), b)
     b = jax.tree.map(widen, b)
@@ -76,7 +106,8 @@ def conjugate_gradient(matvec, b, *, x0=None, max_iters, tol=0.0, atol=0.0, prec
         return r if preconditioner is None else _like("preconditioner", preconditioner(r), b)
 
     def solve(operator, b):
-        return _iterate(operator, precondition, b, x0, max_iters, tol, atol, floor)
+        limits = (max_iters, tol, atol, floor, min_progress)
+        return _iterate(operator, precondition, b, x0, limits, merit)
 
     def transpose_solve(_, b):  # Aᵀ is the conjugate of A
         x, info = solve(operator, jax.tree.map(jnp.conj, b))
@@ -88,7 +119,34 @@ def conjugate_gradient(matvec, b, *, x0=None, max_iters, tol=0.0, atol=0.0, prec
     return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), x, dtypes), info
 
 
-def _iterate(operator, precondition, b, x, max_iters, tol, atol, floor):
+class _Search(NamedTuple):
+    """What an iteration hands to the next.
+
+    Iterate, residual, direction, ⟨r, z⟩, ‖r‖, iterations done, and for the rules that ask for them the last values of
+    φ (by the iteration modulo their number) and the best iterate so far.
+    """
+
+    x: Any
+    r: Any
+    p: Any
+    rz: jax.Array
+    norm: jax.Array
+    done: jax.Array
+    values: jax.Array | None
+    best: Any
+
+
+class _Best(NamedTuple):
+    """The iterate of least merit so far, its merit and number, and the number of the next one that is tried."""
+
+    x: Any
+    merit: jax.Array
+    number: jax.Array
+    following: jax.Array
+
+
+def _iterate(operator, precondition, b, x, limits, merit):
+    max_iters, tol, atol, floor, min_progress = limits
     leaves = jax.tree.leaves(b)
     real = jnp.finfo(jnp.result_type(jnp.float32, *leaves)).dtype
     largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(x), initial=0) for x in leaves), jnp.zeros((), real))
@@ -102,30 +160,62 @@ def _iterate(operator, precondition, b, x, max_iters, tol, atol, floor):
         denominator = jnp.where(guarded, jnp.maximum(floor, denominator), denominator)
         return numerator / jnp.where(denominator == 0, jnp.inf, denominator)
 
-    def unfinished(carry):
-        *_, norm, count = carry
+    def unfinished(search):
         # A residual that is not finite runs one iteration, which carries it into the solution, and no more.
-        first = (count == 0) & (guarded | ~jnp.isfinite(norm))
-        return (count < max_iters) & (first | jnp.where(guarded, norm >= threshold, norm > threshold))
+        first = (search.done == 0) & (guarded | ~jnp.isfinite(search.norm))
+        above = jnp.where(guarded, search.norm >= threshold, search.norm > threshold)
+        if min_progress is not None:
+            above &= ~_stalled(search.values, search.done, min_progress)
+        return (search.done < max_iters) & (first | above)
 
-    def iterate(carry):
-        x, r, p, rz, _, count = carry
-        product = operator(p)
-        alpha = quotient(rz, _dot(p, product))
-        x, r = _plus(x, alpha, p), _plus(r, -alpha, product)
+    def iterate(search):
+        product = operator(search.p)
+        alpha = quotient(search.rz, _dot(search.p, product))
+        x, r = _plus(search.x, alpha, search.p), _plus(search.r, -alpha, product)
         z = precondition(r)
-        rz_new = _dot(r, z)
-        return x, r, _plus(z, quotient(rz_new, rz), p), rz_new, jnp.sqrt(_dot(r, r)), count + 1
+        rz, done, values, best = _dot(r, z), search.done + 1, search.values, search.best
+        if values is not None:  # an iteration lowers φ by α ⟨r, z⟩ / 2
+            lower = values[search.done % LONGEST_WINDOW] - alpha * search.rz / 2
+            values = values.at[done % LONGEST_WINDOW].set(lower)
+        if best is not None:
+            best = jax.lax.cond(done < best.following, lambda best, x: best, tried, best, x)
+        p = _plus(z, quotient(rz, search.rz), search.p)
+        return _Search(x, r, p, rz, jnp.sqrt(_dot(r, r)), done, values, best)
 
+    def tried(best, x):
+        """The better of the best and the iterate x, whose number is due."""
+        number, value = best.following, jnp.asarray(merit(_times(scale, x)), real)
+        better = (value < best.merit) | (number == 1)
+        following = jnp.maximum(number + 1, jnp.ceil(MERIT_RATIO * number).astype(number.dtype))
+        chosen = jax.tree.map(lambda new, old: jnp.where(better, new, old), x, best.x)
+        value = jnp.where(better, jnp.where(jnp.isnan(value), jnp.inf, value), best.merit)
+        return _Best(chosen, value, jnp.where(better, number, best.number), following)
+
+    initial = jnp.zeros((), real)
     if x is None:
         x, r = jax.tree.map(jnp.zeros_like, b), b
     else:
         x = _times(1 / scale, x)
         r = _plus(b, -1.0, operator(x))
-    z = precondition(r)
-    start = (x, r, z, _dot(r, z), jnp.sqrt(_dot(r, r)), jnp.int32(0))
-    x, *_, norm, count = jax.lax.while_loop(unfinished, iterate, start)
-    return _times(scale, x), ConjugateGradientInfo(count, norm * scale)
+        initial = -(_dot(x, b) + _dot(x, r)) / 2
+    values = None if min_progress is None else jnp.zeros(LONGEST_WINDOW, real).at[0].set(initial)
+    z, zero = precondition(r), jnp.int32(0)
+    best = None if merit is None else _Best(x, jnp.asarray(jnp.inf, real), zero, jnp.int32(1))
+    start = _Search(x, r, z, _dot(r, z), jnp.sqrt(_dot(r, r)), zero, values, best)
+    search = jax.lax.while_loop(unfinished, iterate, start)
+    x, number = search.x, search.done
+    if best is not None:  # whichever iterate is the last is tried too
+        last = search.best._replace(following=jnp.maximum(search.done, 1))
+        x, _, number, _ = tried(last, search.x)
+        number = jnp.minimum(number, search.done)
+    return _times(scale, x), ConjugateGradientInfo(search.done, search.norm * scale, number)
+
+
+def _stalled(values, done, min_progress):
+    """Whether φ fell by less than k ε of itself over the last k iterations, k = max(10, done / 10)."""
+    window = jnp.clip(done // 10, 10, LONGEST_WINDOW - 1)
+    now, before = values[done % LONGEST_WINDOW], values[(done - window) % LONGEST_WINDOW]
+    return (done > window) & (now < 0) & (now - before > window * min_progress * now)
 
 
 def _power_of_two(largest):
@@ -137,7 +227,7 @@ def _power_of_two(largest):
 
 def _dot(x, y):
     products = jax.tree.map(lambda a, b: jnp.vdot(a, b, precision=jax.lax.Precision.HIGHEST).real, x, y)
-    return sum(jax.tree.leaves(products), jnp.float32(0))
+    return functools.reduce(jnp.add, jax.tree.leaves(products), jnp.float32(0))
 
 
 def _times(factor, x):

@@ -47,7 +47,8 @@ class AdaptDampingState(NamedTuple):
     total_notfinite: jax.Array
 
 
-def _require_objective(method, objective, batch):
+def require_objective(method, objective, batch):
+    """Refuses an objective that hides its curvature, and a batch that is none."""
     if not hasattr(objective, "quadratic_model"):
         raise ValueError(
             f"{method}: expected the extra argument objective= to be an optax_curv.Objective, got {objective!r}. A "
@@ -124,7 +125,7 @@ def scale_by_quadratic_model(damping=1e-3) -> optax.GradientTransformationExtraA
         del extra_args
         contracts.require_params(method, params)
         contracts.require_same_leaves(method, "updates", updates, "params", params)
-        _require_objective(method, objective, batch)
+        require_objective(method, objective, batch)
         directions = [
             jax.tree.map(lambda u, p: u.astype(p.dtype), direction, params) for direction in (updates, state.previous)
         ]
@@ -228,7 +229,7 @@ def adapt_damping(
         updates, state, params=None, *, objective: Any = None, batch: Any = None, value=None, weights=None, **extra_args
     ):
         contracts.require_params(method, params)
-        _require_objective(method, objective, batch)
+        require_objective(method, objective, batch)
         if value is None:
             raise ValueError(
                 f"{method}: the extra argument value= is missing; pass the loss already computed on the batch, the "

@@ -80,6 +80,10 @@ def _branch(method, **options):
     return {"make": make, "number": "damping", "extras": _branches}
 
 
+def _gauss_newton(damping=1e-3):
+    return optax_curv.scale_by_gauss_newton(damping, max_iters=3, backtrack=True)
+
+
 fisher, branch_kfac = optax_curv.scale_by_branch_fisher, optax_curv.scale_by_branch_kfac
 METHODS = {
     "kron_psgd": _psgd(optax_curv.scale_by_kron_psgd),
@@ -90,6 +94,7 @@ METHODS = {
     "branch_fisher_complement": Case(**_branch(fisher, projection="orthonormal", complement=True)),
     "branch_kfac": Case(**_branch(branch_kfac, blocks=2)),
     "kfac": Case(**_kfac(optax_curv.scale_by_kfac, invert_every=2), extras=_factors),
+    "gauss_newton": Case(_gauss_newton, "damping", extras=_batch, static={"objective": OBJECTIVE}, any_tree=False),
     "ekfac": Case(**_kfac(optax_curv.scale_by_ekfac), extras=_moments),
 }
 PIECES = {

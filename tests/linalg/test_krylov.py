@@ -15,6 +15,7 @@ GOLDEN_TOLERANCE = 1e-9  # relative, as the reference's notes suggest
 GOLDEN_RESIDUAL_NOISE = 1e-12  # of the right-hand side: what is left of it after convergence is rounding
 SOLVE_TOLERANCE = 1e-9
 FLOAT32_TOLERANCE = 1e-5
+PROGRESS_TOLERANCE = 1e-5  # a slow solve's value after some fifty iterations, each of which spreads rounding
 
 
 @jax.jit
@@ -162,6 +163,69 @@ def test_hermitian_operators_are_solved_and_differentiated(x64):
 
 def test_gradients_are_those_of_the_solution(x64):
     check_grads(lambda a, b: dense_cg(a + a.T, b, tol=1e-13)[0], (SPD, RIGHT), order=1)
+
+
+def written_out(a, b, limit, least_progress, x):
+    """The iterates of plain conjugate gradients, until Martens' rule or the limit ends them."""
+    r = b - a @ x
+    p, iterates, values = r, [x], [x @ a @ x / 2 - b @ x]
+    for i in range(1, limit + 1):
+        alpha = r @ r / (p @ a @ p)
+        x, new = x + alpha * p, r - alpha * a @ p
+        p, r = new + new @ new / (r @ r) * p, new
+        iterates.append(x)
+        values.append(x @ a @ x / 2 - b @ x)
+        k = max(10, i // 10)
+        if i > k and values[i] < 0 and (values[i] - values[i - k]) / values[i] < k * least_progress:
+            break
+    return np.array(iterates)
+
+
+SLOW = spectra.symmetric(spectra.rotation(np.random.default_rng(2), 150), np.linspace(0.03, 10, 150))
+SLOW_RIGHT = np.random.default_rng(3).standard_normal(150)
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_the_progress_rule_is_the_published_one(x64, start):
+    x0 = np.full(150, start)
+
+    @jax.jit
+    def solve(least):
+        options = {"x0": x0, "max_iters": 300, "min_progress": least}
+        return linalg.conjugate_gradient(lambda v: SLOW @ v, SLOW_RIGHT, **options)
+
+    ends = []
+    for least in (1e-2, 5e-4, 1e-6):
+        iterates = written_out(SLOW, SLOW_RIGHT, 300, least, x0)
+        x, info = solve(least)
+        ends.append(int(info.iterations))
+        assert info.iterations == info.returned == len(iterates) - 1
+        reached, expected = (v @ SLOW @ v / 2 - SLOW_RIGHT @ v for v in (x, iterates[-1]))
+        np.testing.assert_allclose(reached, expected, rtol=PROGRESS_TOLERANCE)
+    assert 10 < ends[0] < ends[1] < ends[2] < 300
+
+
+@pytest.mark.parametrize("limit", [1, 5, 17])
+def test_merit_chooses_the_best_of_geometrically_spaced_iterates(x64, limit):
+    iterates = written_out(SLOW, SLOW_RIGHT, limit, 0, np.zeros(150))
+    tried = sorted({i for i in (1, 2, 3, 4, 6, 8, 11, 15) if i <= limit} | {limit})
+    for wanted in (0.0, *np.linalg.norm(iterates[[1, limit // 2, limit]], axis=1)):  # a loss least near some length
+
+        def merit(x, wanted=wanted):
+            return jnp.abs(jnp.linalg.norm(x) - wanted)
+
+        x, info = linalg.conjugate_gradient(lambda v: SLOW @ v, SLOW_RIGHT, max_iters=limit, merit=merit)
+        best = tried[np.argmin([merit(iterates[i]) for i in tried])]
+        assert info.returned == best and info.iterations == limit
+        np.testing.assert_allclose(x, iterates[best], rtol=1e-8, atol=1e-12)
+
+
+def test_a_merit_that_is_nan_is_the_worst(x64):
+    def merit(x):
+        return jnp.where(jnp.linalg.norm(x) > 1e-3 * jnp.linalg.norm(RIGHT), jnp.nan, 1.0)
+
+    x, info = linalg.conjugate_gradient(lambda v: SPD @ v, RIGHT, max_iters=4, merit=merit)
+    assert info.returned == 1 and np.all(np.isfinite(x))
 
 
 def test_structures_that_differ_are_refused():

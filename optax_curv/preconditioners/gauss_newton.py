@@ -1,0 +1,344 @@
+"""Matrix-free Gauss-Newton: conjugate gradients on products with the curvature, as in Hessian-free optimisation."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_curv import linalg
+from optax_curv.capture.layers import Layers, layer_leaves, layer_matrix
+from optax_curv.capture.statistics import KroneckerFactors
+from optax_curv.preconditioners import contracts
+from optax_curv.preconditioners.kfac_blocks import Blocks
+from optax_curv.preconditioners.layerwise import (
+    averaged,
+    kron_product,
+    leaves_by_path,
+    map_grouped,
+    match_layers,
+    read_curvature,
+    zero_factors,
+)
+from optax_curv.preconditioners.quadratic_model import adapt_damping, require_objective
+
+
+class ScaleByGaussNewtonState(NamedTuple):
+    """State of `scale_by_gauss_newton`.
+
+    Attributes:
+      count: steps taken, int32 [].
+      previous: the last solution, where the next one starts; a tree like the parameters, float32 at least.
+      iterations: iterations of the last step, int32 [].
+      returned: number of the iterate that the last step returned, int32 [].
+      factors: running averages, `KroneckerFactors` by layer; empty without `layers`.
+      total_notfinite: steps skipped for a NaN or an infinity, int32 [].
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    previous: Any
+    iterations: jax.Array
+    returned: jax.Array
+    factors: dict[str, KroneckerFactors]
+    total_notfinite: jax.Array
+
+
+def scale_by_gauss_newton(
+    damping=1e-3,
+    *,
+    max_iters=50,
+    tol=5e-4,
+    warm_start=0.95,
+    backtrack: bool = False,
+    diagonal_power=0.75,
+    layers: Layers | None = None,
+    decay=0.95,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The direction d = (F + λI)⁻¹ g of a curvature that is known only by its products v ↦ F v.
+
+    For models too large for rows or factors: it holds a few vectors of the parameters' size and solves by conjugate
+    gradients for the minimum of the damped quadratic model
+
+    .. math::
+      \varphi(d) = \tfrac12 \langle d, (F + \lambda I) d \rangle - \langle g, d \rangle,
+
+    from `warm_start` times the last solution, until an iteration i > k gains less than ε = `tol` of the model's value,
+    averaged over the last k = max(10, i / 10): (φ_i - φ_{i-k}) / φ_i < k ε. F must be positive semi-definite.
+
+    `update` takes the extra arguments
+
+    * `curvature_product`: a function v ↦ F v of trees like the gradients, leaf by leaf in their dtypes; or
+    * `objective` (an `Objective`) and `batch` (inputs, targets), and `weights` if there are any: F is the Gauss-Newton
+      matrix of the batch plus the regularizer's Hessian, linearised once a step;
+    * `diagonal`: a tree like the gradients, not negative, that approximates the diagonal of F (such as the mean of
+      squared gradients): the solve is preconditioned by (diagonal + λ) to the power `diagonal_power`;
+    * `curvature`: with `layers` only, their statistics (`value_grad_and_curvature`): the solve is preconditioned by
+      K-FAC, whose factors the state averages. Leaves which no layer covers are divided by the mean eigenvalue;
+    * `value_fn`: params ↦ loss, as Optax's line searches take it, for `backtrack` without an objective.
+
+    Iteration i of the solve needs one product with F, two vector products and three vector sums; the warm start one
+    product more.
+
+    Args:
+      damping: λ, at least 0; a number or a schedule of the step count.
+      max_iters: most iterations.
+      tol: ε, at least 0; with 0 only `max_iters` ends the solve.
+      warm_start: what of the last solution the next solve starts from, in [0, 1].
+      backtrack: evaluate the loss L(θ - d_i) at the iterates i = 1, 2, 3, 4, 6, 8, 11, … (each 1.3 times the one
+        before) and the last one, and return the best of them instead of the last. It costs one more vector, and a
+        forward pass for each of these.
+      diagonal_power: of the diagonal preconditioner; 1 is Jacobi's, 3/4 Martens'.
+      layers: from `find_layers`; None: no K-FAC factors.
+      decay: weight of the old factors in their running averages, in [0, 1]; a number or a schedule.
+
+    Returns:
+      A transformation with state `ScaleByGaussNewtonState`. Arithmetic is float32 at least. A NaN or infinity in
+      gradients, statistics or the result gives a zero update, leaves the state as it was and adds one to
+      `total_notfinite`.
+
+    Raises:
+      ValueError: numbers out of range; in `init` a leaf that is not real; in `update` a curvature that is missing or
+        given twice, trees that do not fit, or nothing to evaluate for `backtrack`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax_curv
+      >>> objective = optax_curv.Objective(lambda w, x: x @ w, "normal")
+      >>> x, w = jnp.array([[1.0, 0.0], [1.0, 2.0]]), jnp.zeros((2, 1))
+      >>> batch = (x, x @ jnp.array([[3.0], [4.0]]))
+      >>> tx = optax_curv.scale_by_gauss_newton(damping=1e-6)
+      >>> grads = jax.grad(objective)(w, *batch)
+      >>> direction, state = tx.update(grads, tx.init(w), w, objective=objective, batch=batch)
+      >>> print((w - direction).ravel().round(2))  # linear least squares in one step
+      [3. 4.]
+
+    References:
+      Martens, `Deep Learning via Hessian-Free Optimization
+      <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`_, 2010: §4.4 for the stopping rule, §4.5 for
+      the warm start, §4.6 for backtracking (there the search goes back from the last iterate and ends at the first
+      that is worse; here all are compared), §4.7 for the diagonal. Martens & Sutskever, `Training Deep and Recurrent
+      Networks with Hessian-Free Optimization <https://doi.org/10.1007/978-3-642-35289-8_27>`_, 2012, for the decay of
+      the warm start.
+    """
+    method = "scale_by_gauss_newton"
+    for name, value in (("damping", damping), ("max_iters", max_iters), ("tol", tol)):
+        contracts.require_number(method, name, value, at_least=0)
+    contracts.require_number(method, "warm_start", warm_start, at_least=0, at_most=1)
+    contracts.require_number(method, "decay", decay, at_least=0, at_most=1)
+    if layers is not None and not isinstance(layers, Layers):
+        raise ValueError(f"{method}: expected layers from optax_curv.find_layers, got a {type(layers).__name__}.")
+
+    def init(params):
+        contracts.require_float_leaves(method, params)
+        previous = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(jnp.float32, p.dtype)), params)
+        factors = {} if layers is None else zero_factors(match_layers(method, layers, params, True))
+        # numbers of their own, as a buffer that stands twice in a state cannot be donated
+        numbers = {name: jnp.int32(0) for name in ("count", "iterations", "returned", "total_notfinite")}
+        return ScaleByGaussNewtonState(previous=previous, factors=factors, **numbers)
+
+    def update(updates, state, params=None, *, diagonal=None, curvature=None, **extra_args):
+        if params is not None:
+            contracts.require_same_leaves(method, "updates", updates, "params", params)
+        product = _product(method, params, extra_args)
+        lam = contracts.value_at(damping, state.count, jnp.result_type(jnp.float32, *jax.tree.leaves(state.previous)))
+        gradient = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, state.previous)
+        factors, preconditioner = state.factors, None
+        if layers is not None:
+            if diagonal is not None:
+                raise ValueError(f"{method}: got diagonal= beside layers; give one or the other.")
+            factors, preconditioner = _layer_preconditioner(method, layers, updates, state, curvature, decay, lam)
+        elif diagonal is not None:
+            contracts.require_same_leaves(method, "diagonal", diagonal, "updates", updates)
+            scale = jax.tree.map(lambda d, p: (d.astype(p.dtype) + lam) ** -diagonal_power, diagonal, state.previous)
+            preconditioner = _times(scale)
+
+        def damped(v):
+            narrow = jax.tree.map(lambda x, like: x.astype(like.dtype), v, updates if params is None else params)
+            return jax.tree.map(lambda fv, x: fv.astype(x.dtype) + lam.astype(x.dtype) * x, product(narrow), v)
+
+        direction, info = linalg.conjugate_gradient(
+            damped,
+            gradient,
+            x0=optax.tree.scale(jnp.asarray(warm_start, jnp.float32), state.previous),
+            max_iters=max_iters,
+            preconditioner=preconditioner,
+            min_progress=tol,
+            merit=_merit(method, params, extra_args) if backtrack else None,
+        )
+        new_state = state._replace(
+            count=optax.safe_increment(state.count),
+            previous=jax.tree.map(lambda d, p: d.astype(p.dtype), direction, state.previous),
+            iterations=info.iterations,
+            returned=info.returned,
+            factors=factors,
+        )
+        new_updates = jax.tree.map(lambda d, u: d.astype(u.dtype), direction, updates)
+        good = contracts.is_finite(updates, new_updates, diagonal, curvature if layers is not None else None)
+        return contracts.skip_unless(good, new_updates, new_state, state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _product(method, params, given) -> Callable[[Any], Any]:
+    """The map v ↦ F v that the extra arguments name."""
+    product, objective = given.get("curvature_product"), given.get("objective")
+    if (product is None) == (objective is None):
+        raise ValueError(
+            f"{method}: expected one of two extra arguments, got {'neither' if product is None else 'both'}: "
+            "curvature_product=, a function v -> F v of trees like the gradients, or objective=, an "
+            "optax_curv.Objective, with batch=(inputs, targets)."
+        )
+    if product is not None:
+        if not callable(product):
+            raise ValueError(f"{method}: expected a function as curvature_product, got {product!r}.")
+        return product
+    contracts.require_params(method, params)
+    require_objective(method, objective, given.get("batch"))
+    return objective.curvature_operator(params, given["batch"][0], weights=given.get("weights"))
+
+
+def _merit(method, params, given):
+    """The loss after a step back by d, as a function of d."""
+    contracts.require_params(method, params)
+    objective, value_fn = given.get("objective"), given.get("value_fn")
+    if value_fn is None and objective is None:
+        raise ValueError(
+            f"{method}: backtrack=True needs a loss to evaluate: pass value_fn=, a function of the parameters, or "
+            "objective= with batch=."
+        )
+
+    def merit(d):
+        moved = jax.tree.map(lambda p, x: (p - x).astype(p.dtype), params, d)
+        if value_fn is not None:
+            return value_fn(moved)
+        return objective(moved, *given["batch"], weights=given.get("weights"))
+
+    return merit
+
+
+def _times(scale):
+    return lambda r: jax.tree.map(lambda s, x: s.astype(x.dtype) * x, scale, r)
+
+
+def _layer_preconditioner(method, layers, updates, state, curvature, decay, damping):
+    """The averaged factors, and K-FAC's inverse of them as a function of a tree."""
+    present = match_layers(method, layers, updates, True)
+    factors = averaged(method, present, state, read_curvature(method, layers, curvature), decay, 1)
+    blocks = Blocks(present, factors, damping, "pi")
+    inverses, _ = blocks.invert("cholesky")
+    left = {name: x.input_inverse for name, x in inverses.items()}
+    right = {name: x.output_inverse for name, x in inverses.items()}
+    covered = {path for x in present.values() for path in x.layer.paths}
+    mean = _mean_eigenvalue(present, factors) + damping
+
+    def precondition(r):
+        leaves = leaves_by_path(r)
+        matrices = {name: layer_matrix(x.layer, leaves).astype(x.dtype) for name, x in present.items()}
+        directions = map_grouped(kron_product, blocks.stacks, left, matrices, right)
+        solved = {path: leaf for path, leaf in leaves.items() if path in covered}
+        for name, x in present.items():
+            solved |= layer_leaves(x.layer, directions[name], leaves)
+        return jax.tree.map_with_path(
+            lambda path, leaf: solved.get(jax.tree_util.keystr(path), leaf / mean.astype(leaf.dtype)), r
+        )
+
+    return factors, precondition
+
+
+def _mean_eigenvalue(present, factors):
+    """tr(F) / dim over the Kronecker blocks of all layers: []."""
+
+    def trace(factor, width, stack):
+        diagonal = jnp.diagonal(factor, axis1=-2, axis2=-1) if factor.ndim == len(stack) + 2 else factor
+        return jnp.sum(diagonal, -1), width
+
+    total, size = jnp.float32(0), 0
+    for name, x in present.items():
+        stack = x.layer.stack
+        (a, rows), (g, out) = (trace(f, f.shape[-1], stack) for f in factors[name][:2])
+        total, size = total + jnp.sum(a * g), size + a.size * rows * out
+    return total / max(size, 1)
+
+
+def gauss_newton(
+    learning_rate,
+    damping=None,
+    *,
+    max_iters=50,
+    tol=5e-4,
+    warm_start=0.95,
+    backtrack: bool = False,
+    diagonal_power=0.75,
+    layers: Layers | None = None,
+    decay=0.95,
+    weight_decay=0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Gauss-Newton with a learning rate; or Hessian-free optimisation, with none to choose.
+
+    With a learning rate: a chain of `scale_by_gauss_newton`, `optax.add_decayed_weights` and
+    `optax.scale_by_learning_rate`.
+
+    With `learning_rate=None`: `adapt_damping` around `scale_by_gauss_newton` and a step of length one, its damping
+    changed at every step by the factor 2/3 or 3/2. `update` then needs `objective=`, `batch=` and `value=` (the loss
+    already computed on the batch).
+
+    Args:
+      learning_rate: a number or a schedule; None: adaptive damping.
+      damping: λ; None: 1e-3, and 1 as the first one of the adaptive damping.
+      max_iters: this and the next up to `decay`: see `scale_by_gauss_newton`.
+      tol: see there.
+      warm_start: see there.
+      backtrack: see there.
+      diagonal_power: see there.
+      layers: see there.
+      decay: see there.
+      weight_decay: decoupled weight decay, added after preconditioning; 0 with adaptive damping.
+
+    Returns:
+      A transformation whose `update` takes the extra arguments of `scale_by_gauss_newton`.
+
+    Raises:
+      ValueError: as `scale_by_gauss_newton`; and for a weight decay with adaptive damping, whose model would not know
+        of it.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_curv
+      >>> objective = optax_curv.Objective(lambda w, x: jnp.exp(x * w), "normal")
+      >>> batch = (jnp.array([[1.0], [2.0]]), jnp.exp(jnp.array([[0.5], [1.0]])))
+      >>> tx, w = optax_curv.gauss_newton(None, backtrack=True), jnp.float32(0)
+      >>> state = tx.init(w)
+      >>> for _ in range(20):
+      ...     value, grads = jax.value_and_grad(objective)(w, *batch)
+      ...     updates, state = tx.update(grads, state, w, objective=objective, batch=batch, value=value)
+      ...     w = optax.apply_updates(w, updates)
+      >>> print(w.round(3))
+      0.5
+
+    References:
+      Martens 2010, §4.1 for the adaptive damping; else see `scale_by_gauss_newton`.
+    """
+    options = {
+        "max_iters": max_iters,
+        "tol": tol,
+        "warm_start": warm_start,
+        "backtrack": backtrack,
+        "diagonal_power": diagonal_power,
+        "layers": layers,
+        "decay": decay,
+    }
+    if learning_rate is not None:
+        return optax.chain(
+            scale_by_gauss_newton(1e-3 if damping is None else damping, **options),
+            optax.add_decayed_weights(weight_decay),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+    if isinstance(weight_decay, int | float) and weight_decay:
+        raise ValueError(
+            f"gauss_newton: expected no weight decay with learning_rate=None, got {weight_decay=!r}; put it into "
+            "the objective, optax_curv.Objective(..., regularizer=...), where the quadratic model sees it."
+        )
+
+    def damped(lam):
+        return optax.chain(scale_by_gauss_newton(lam, **options), optax.scale_by_learning_rate(1.0))
+
+    return adapt_damping(damped, 1.0 if damping is None else damping, adapt_every=1, factor=2 / 3)
