@@ -47,7 +47,8 @@ def jacobian_rows(fn: Callable, *, chunk_size: int | None = None) -> Callable:
     √O.
 
     Args:
-      fn: `fn(params, *batch)` -> outputs [N, ...], real; called with batches of one.
+      fn: `fn(params, *batch)` -> outputs [N, ...]; called with batches of one. Complex outputs have complex rows, in
+        which the outputs must be holomorphic in complex parameters.
       chunk_size: examples differentiated at once, which bounds the memory; None: all.
 
     Returns:
@@ -138,7 +139,13 @@ def residual_rows(*residual_fns: Callable, weights=None, chunk_size: int | None 
 def _jacobian(fn, params, one):
     """Outputs [O] of a batch of one, and the tree of their gradients [O, *shape]."""
     outputs, pullback = jax.vjp(lambda p: jnp.ravel(fn(p, *one)), params)
-    return outputs, jax.vmap(pullback)(jnp.eye(outputs.size, dtype=outputs.dtype))[0]
+    one_hot = jnp.eye(outputs.size, dtype=outputs.dtype)
+    rows = jax.vmap(pullback)(one_hot)[0]
+    if not jnp.iscomplexobj(outputs):
+        return outputs, rows
+    # A real parameter takes the real part of what is pulled back: of J from 1, of -iJ (which is J's imaginary) from -i.
+    imaginary = jax.vmap(pullback)(-1j * one_hot)[0]
+    return outputs, jax.tree.map(lambda a, b: a if jnp.iscomplexobj(a) else a + 1j * b, rows, imaginary)
 
 
 def _map_examples(method, function, batch, chunk_size):

@@ -11,6 +11,8 @@ from optax_curv import linalg
 from optax_curv.preconditioners import contracts, state_branches
 from optax_curv.preconditioners.row_solvers import SOLVERS, apply_rows, combine_rows, solve_rows
 
+COMPLEX_METRICS = (None, "real", "full")
+
 # The original's guard of both quotients of conjugate gradients.
 CG_FLOOR = 1e-12
 
@@ -47,6 +49,7 @@ def scale_by_branch_fisher(
     complement: bool = False,
     centered: bool = True,
     momentum=None,
+    complex_metric: str | None = None,
     key=0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Natural gradient in the metric of K samples ("branches") of a state, or of the parameters themselves.
@@ -60,6 +63,11 @@ def scale_by_branch_fisher(
     Jacobian rows: `per_example_grads`, `jacobian_rows`, `residual_rows`) P is the identity and d the natural gradient,
     or with `centered=False` the Gauss-Newton direction. Take `solver="auto"`. With `momentum` μ and the last direction
     d₋ it is SPRING's: d = M⁻¹ (g - μ BᵀB d₋) + μ d₋.
+
+    Rows may be complex, such as the derivatives of a wavefunction's logarithm, of which BᴴB is the quantum geometric
+    tensor. `complex_metric="real"` takes its real part, for real parameters; "full" all of it, for complex parameters
+    on which the rows depend holomorphically. There g is the direction of steepest ascent, which is the *conjugate* of
+    what `jax.grad` gives.
 
     **State space.** With an array [K, D] P is drawn. *The original rule (the defaults) only adds noise*: a fresh
     Gaussian P knows nothing of the parameters, and E[P M⁻¹ Pᵀ] = tr(M⁻¹)/D · I, so that the expected direction is a
@@ -100,6 +108,7 @@ def scale_by_branch_fisher(
       complement: keep what P cannot see. In parameter space that is nothing, and d is multiplied by λ.
       centered: remove the mean and divide by max(1, K - 1); False: divide by K.
       momentum: SPRING's decay μ, in parameter space only; None: none.
+      complex_metric: "real" or "full", in parameter space only; None refuses complex rows.
       key: seed, or a PRNG key.
 
     Returns:
@@ -108,7 +117,8 @@ def scale_by_branch_fisher(
       the state as it was and adds one to `total_notfinite`.
 
     Raises:
-      ValueError: unknown `solver` or `projection`, negative numbers; in `update`, shapes that do not fit.
+      ValueError: unknown `solver`, `projection` or `complex_metric`, negative numbers; in `update`, shapes or dtypes
+        that do not fit.
 
     Examples:
       >>> import jax.numpy as jnp, optax_curv
@@ -129,6 +139,7 @@ def scale_by_branch_fisher(
     """
     method = "scale_by_branch_fisher"
     contracts.require_choice(method, "solver", solver, SOLVERS)
+    contracts.require_choice(method, "complex_metric", complex_metric, COMPLEX_METRICS)
     for name, value in (("max_iters", max_iters), ("tol", tol), ("momentum", momentum)):
         contracts.require_number(method, name, value, at_least=0)
     empty_state = functools.partial(ScaleByBranchFisherState, previous=None)
@@ -142,6 +153,7 @@ def scale_by_branch_fisher(
         complement=complement,
         centered=centered,
         key=key,
+        complex_leaves=complex_metric == "full",
     )
 
     def init(params):
@@ -159,10 +171,15 @@ def scale_by_branch_fisher(
         if params is not None:
             contracts.require_same_leaves(method, "the gradients", updates, "the parameters", params)
         _require_rows(method, branches, updates)
+        _require_metric(method, complex_metric, branches, updates)
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves((updates, branches)))
-        gradient, rows = optax.tree.cast(updates, dtype), optax.tree.cast(branches, dtype)
+        rows = optax.tree.cast(branches, dtype)
         rows = jax.tree.map(lambda x: state_branches.covariance_rows(x, centered), rows)
-        damping_now = contracts.value_at(damping, state.count, dtype)
+        if complex_metric == "real":
+            rows = jax.tree.map(lambda x: jnp.concatenate([x.real, x.imag]) if jnp.iscomplexobj(x) else x, rows)
+            dtype = jnp.finfo(dtype).dtype
+        gradient = optax.tree.cast(updates, dtype)
+        damping_now = contracts.value_at(damping, state.count, jnp.finfo(dtype).dtype)
         solve = functools.partial(solve_rows, rows, solver=solver, max_iters=max_iters, tol=tol)
         if momentum is None:
             direction, previous = solve(gradient, damping_now), None
@@ -190,7 +207,7 @@ def _are_state_samples(branches, updates):
 
 
 def _require_rows(method, branches, updates):
-    """Refuses samples of the parameters that do not fit these, are none, or complex."""
+    """Refuses samples of the parameters that do not fit these, or are none."""
     got, shapes = jax.tree.map(jnp.shape, branches), jax.tree.map(jnp.shape, updates)
     counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(branches)}
     count = next(iter(counts), ())
@@ -202,10 +219,21 @@ def _require_rows(method, branches, updates):
         )
     if counts == {(0,)}:
         raise ValueError(f"{method}: branches in parameter space have no rows (K = 0); expected one at least.")
-    if any(jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating) for leaf in jax.tree.leaves(branches)):
+
+
+def _require_metric(method, complex_metric, branches, updates):
+    """Refuses complex rows without a choice of the metric, and a metric that the gradients do not fit."""
+    if complex_metric is None and state_branches.is_complex(branches):
         raise ValueError(
-            f"{method}: expected real branches, got complex ones; for the real part of a complex metric concatenate "
-            "√2 times their real and imaginary parts along the axis K, with centered=False."
+            f'{method}: got complex branches and complex_metric=None; choose complex_metric="real" (the real part of '
+            'the metric, for real parameters) or complex_metric="full" (for complex parameters).'
+        )
+    complex_leaves = [state_branches.is_complex(leaf) for leaf in jax.tree.leaves(updates)]
+    if any(complex_leaves) if complex_metric != "full" else not all(complex_leaves):
+        wanted = "complex" if complex_metric == "full" else "real"
+        raise ValueError(
+            f"{method}: expected {wanted} gradients with {complex_metric=}, got "
+            f"{[str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(updates)]}."
         )
 
 
@@ -235,6 +263,7 @@ def branch_fisher(
     complement: bool = False,
     centered: bool = True,
     momentum=None,
+    complex_metric: str | None = None,
     key=0,
     weight_decay=0.0,
     param_bound=None,
@@ -253,6 +282,7 @@ def branch_fisher(
       complement: see there; True is recommended.
       centered: see there.
       momentum: see there.
+      complex_metric: see there.
       key: see there.
       weight_decay: decoupled weight decay, added after preconditioning.
       param_bound: half-width of a box which the *parameters* stay in; None: none.
@@ -283,6 +313,7 @@ def branch_fisher(
             complement=complement,
             centered=centered,
             momentum=momentum,
+            complex_metric=complex_metric,
             key=key,
         ),
         learning_rate,

@@ -1,4 +1,4 @@
-"""Solves with AᵀA + λI for a tree of rows A: through the K × K matrix, the n × n matrix, or neither."""
+"""Solves with AᴴA + λI for a tree of rows A: through the K × K matrix, the n × n matrix, or neither."""
 
 import functools
 
@@ -15,7 +15,7 @@ SOLVERS = ("cg", "woodbury", "cholesky", "auto")
 # "auto" leaves the dense solvers beyond this: a factor of 8192 rows is 256 MiB of float32.
 DENSE_UP_TO = 8192
 
-# Each pass multiplies the error by about eps ‖AᵀA‖ / λ: 1e-4 in float64 where λ is 1e-12 of the metric.
+# Each pass multiplies the error by about eps ‖AᴴA‖ / λ: 1e-4 in float64 where λ is 1e-12 of the metric.
 REFINEMENTS = 3
 
 
@@ -26,20 +26,20 @@ def apply_rows(rows, x):
 
 
 def combine_rows(rows, y):
-    """Aᵀ y, a tree of [*shape], for y [K]."""
-    return jax.tree.map(lambda a: jnp.tensordot(y, a, 1, precision="highest"), rows)
+    """Aᴴ y, a tree of [*shape], for y [K]."""
+    return jax.tree.map(lambda a: jnp.tensordot(y, a.conj(), 1, precision="highest"), rows)
 
 
 def solve_rows(rows, b, damping, *, solver: str, max_iters, tol):
-    """(AᵀA + λI)⁻¹ b.
+    """(AᴴA + λI)⁻¹ b.
 
     The dense solvers refine their solution with residuals from A itself, which makes them as accurate as A and not as
-    AᵀA, in the row space and (b not in it) across it, for λ down to eps ‖AᵀA‖.
+    AᴴA, in the row space and (b not in it) across it, for λ down to eps ‖AᴴA‖.
 
     Args:
-      rows: A, a tree of [K, *shape] of one dtype.
+      rows: A, a tree of [K, *shape] of one dtype, real or complex.
       b: a tree of [*shape] of that dtype.
-      damping: λ, at least 0; with 0 "woodbury" gives the least-norm solution up to √eps ‖AᵀA‖.
+      damping: λ, at least 0; with 0 "woodbury" gives the least-norm solution up to √eps ‖AᴴA‖.
       solver: "woodbury" costs K²n + K³/3 multiplications, "cholesky" K n² + n³/3, "auto" takes the cheaper, which is
         the one with the smaller matrix, and "cg" where that has more than 8192 rows.
       max_iters: most iterations of "cg".
@@ -61,11 +61,11 @@ def solve_rows(rows, b, damping, *, solver: str, max_iters, tol):
 
 
 def _row_space(rows, damping):
-    """The map b -> (b - Aᵀ (AAᵀ + λI)⁻¹ A b) / λ (Woodbury)."""
+    """The map b -> (b - Aᴴ (AAᴴ + λI)⁻¹ A b) / λ (Woodbury)."""
 
     def product(a):
         axes = tuple(range(1, a.ndim))
-        return jnp.tensordot(a, a, (axes, axes), precision="highest")
+        return jnp.tensordot(a, a.conj(), (axes, axes), precision="highest")
 
     gram = functools.reduce(jnp.add, map(product, jax.tree.leaves(rows)))
     # Without damping nothing could be divided by; the refinement removes what this adds within the row space.
@@ -80,9 +80,9 @@ def _row_space(rows, damping):
 
 
 def _parameter_space(rows, damping):
-    """The map b -> (AᵀA + λI)⁻¹ b, through the n × n matrix."""
+    """The map b -> (AᴴA + λI)⁻¹ b, through the n × n matrix."""
     matrix = jnp.concatenate([jnp.reshape(a, (len(a), int(np.prod(a.shape[1:])))) for a in jax.tree.leaves(rows)], 1)
-    factor, _ = linalg.cholesky(jnp.matmul(matrix.T, matrix, precision="highest"), damping)
+    factor, _ = linalg.cholesky(jnp.matmul(matrix.conj().T, matrix, precision="highest"), damping)
 
     def inverse(b):
         flat, unravel = ravel_pytree(b)

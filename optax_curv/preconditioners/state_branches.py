@@ -17,7 +17,17 @@ class Solve(Protocol):
 
 
 def scale_by_state_branches(
-    method: str, empty_state, solve: Solve, root, *, damping, projection, complement, centered, key
+    method: str,
+    empty_state,
+    solve: Solve,
+    root,
+    *,
+    damping,
+    projection,
+    complement,
+    centered,
+    key,
+    complex_leaves=False,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation d = P M⁻¹ Pᵀ g, or λ (λI + P cov Pᵀ)⁻¹ g with `complement`, for branches [K, D].
 
@@ -31,13 +41,14 @@ def scale_by_state_branches(
       complement: keep what P cannot see.
       centered: remove the mean of the branches.
       key: seed or key.
+      complex_leaves: let `init` take complex parameters, for branches in parameter space.
     """
     contracts.require_number(method, "damping", damping, at_least=0)
     contracts.require_choice(method, "projection", projection, projections.PROJECTIONS)
     kind, seen = projection, []
 
     def init(params):
-        contracts.require_float_leaves(method, params)
+        contracts.require_float_leaves(method, params, complex_leaves=complex_leaves)
         seen.clear()
         zero = jnp.zeros([], jnp.int32)
         return empty_state(
@@ -51,8 +62,9 @@ def scale_by_state_branches(
         if branches is None or not is_array(branches) or jnp.ndim(branches) != 2 or not optax.tree.size(updates):
             return step(updates, state, (), updates)
         _require_same_shape(method, jnp.shape(branches), seen)
-        if jnp.issubdtype(jnp.result_type(branches), jnp.complexfloating):
-            raise ValueError(f"{method}: expected real branches, got {jnp.result_type(branches)}.")
+        for what, given in (("branches [K, D]", branches), ("gradients for branches [K, D]", updates)):
+            if is_complex(given):
+                raise ValueError(f"{method}: expected real {what}, got complex ones.")
         leaves = [jnp.asarray(x) for x in jax.tree.leaves((updates, branches, projection))]
         dtype = jnp.result_type(jnp.float32, *leaves)
         rows = covariance_rows(jnp.asarray(branches, dtype), centered)
@@ -81,6 +93,11 @@ def descend(preconditioner, learning_rate, weight_decay, param_bound) -> optax.G
 def is_array(branches: Any) -> bool:
     """Whether `branches` is one array, so samples of a state, and not None or a tree of samples of the parameters."""
     return jax.tree.structure(branches) == jax.tree.structure(0)
+
+
+def is_complex(tree: Any) -> bool:
+    """Whether a leaf of the tree is complex."""
+    return any(jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating) for leaf in jax.tree.leaves(tree))
 
 
 def covariance_rows(branches, centered: bool) -> jax.Array:

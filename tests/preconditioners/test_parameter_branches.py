@@ -185,6 +185,79 @@ def test_a_nan_row_gives_a_zero_update_and_leaves_the_state():
     jax.tree.map(np.testing.assert_array_equal, after, state._replace(total_notfinite=jnp.int32(1)))
 
 
+def complex_low_rank(count, rank):
+    (real, gradient), (imaginary, other) = low_rank(count, rank), low_rank(count, rank, seed=1)
+    return real + 1j * imaginary, gradient + 1j * other
+
+
+@pytest.mark.parametrize("solver", ["woodbury", "cholesky", "cg"])
+@pytest.mark.parametrize(("count", "rank", "centered"), [(3, 3, False), (20, 8, True), (6, 2, False)])
+def test_complex_rows_make_the_real_or_the_full_complex_metric(solver, count, rank, centered, x64):
+    rows, gradient = complex_low_rank(count, rank)
+    centred = rows - rows.mean(0) if centered else rows
+    metric = centred.conj().T @ centred / (count - 1 if centered else count)
+    damping = 1e-3
+    for kind, g, m in (("real", gradient.real, metric.real), ("full", gradient, metric)):
+        options = {"solver": solver, "max_iters": 400, "tol": 0.0, "centered": centered, "complex_metric": kind}
+        tx = optax_curv.scale_by_branch_fisher(damping, **options)
+        state = tx.init(tree(g))
+        direction, after = jax.jit(tx.update)(tree(g), state, branches=tree(rows))
+        dense = np.linalg.solve(m + damping * np.eye(SIZE), g)
+        np.testing.assert_allclose(flat(direction), dense, rtol=0, atol=FLOAT64 * np.abs(dense).max())
+        assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
+
+
+def test_complex_momentum_is_the_same_recursion(x64):
+    damping, decay, phi = 0.01, 0.9, np.zeros(SIZE, complex)
+    tx = optax_curv.scale_by_branch_fisher(
+        damping, solver="auto", centered=False, momentum=decay, complex_metric="full"
+    )
+    state, step = tx.init(tree(phi)), jax.jit(tx.update)
+    for count in (5, 5, 5):
+        rows, gradient = complex_low_rank(count, count)
+        metric = rows.conj().T @ rows / count
+        phi = np.linalg.solve(metric + damping * np.eye(SIZE), gradient - decay * metric @ phi) + decay * phi
+        direction, state = step(tree(gradient), state, branches=tree(rows))
+        np.testing.assert_allclose(flat(direction), phi, rtol=0, atol=FLOAT64 * np.abs(phi).max())
+
+
+def test_complex_gauss_newton_solves_complex_least_squares_in_one_step(x64):
+    rng = np.random.default_rng(0)
+    inputs, targets, w = (rng.normal(size=(*shape, 2)) @ [1, 1j] for shape in ((30, 4), (30,), (4,)))
+    predict = jax.jit(lambda w, x: x @ w)
+    rows = optax_curv.jacobian_rows(predict)(w, inputs)
+    np.testing.assert_allclose(rows, inputs, rtol=CLOSED_FORM)
+    ascent = jax.grad(lambda w: 0.5 * jnp.mean(jnp.abs(predict(w, inputs) - targets) ** 2))(w).conj()
+    tx = optax_curv.scale_by_branch_fisher(1e-10, solver="auto", centered=False, complex_metric="full")
+    direction, _ = tx.update({"w": ascent}, tx.init({"w": w}), branches={"w": rows})
+    np.testing.assert_allclose(w - direction["w"], np.linalg.lstsq(inputs, targets)[0], atol=ONE_STEP)
+
+
+def test_the_real_metric_of_a_wavefunction_is_the_real_part_of_its_geometric_tensor(x64):
+    """Re ⟨∂ψ|(1 - |ψ⟩⟨ψ|)|∂ψ⟩ of normalised states, from rows of log ψ over all of a basis."""
+    rng = np.random.default_rng(0)
+    features, theta = rng.normal(size=(6, SIZE, 2)) @ [1, 1j], rng.normal(size=SIZE)
+
+    def log_psi(params, basis):
+        return jnp.tanh(basis @ jnp.concatenate([params["a"], params["b"].ravel(), params["c"][None]]))
+
+    def state(theta):
+        psi = jnp.exp(log_psi(tree(theta), features))
+        return psi / jnp.linalg.norm(psi)
+
+    probability, jacobian = np.abs(state(theta)) ** 2, jax.jacfwd(state)(theta)
+    overlap = state(theta).conj() @ jacobian
+    tensor = jacobian.conj().T @ jacobian - np.outer(overlap.conj(), overlap)
+    rows = optax_curv.jacobian_rows(log_psi)(tree(theta), features)
+    mean = jax.tree.map(lambda row: jnp.tensordot(probability, row, 1), rows)
+    weighted = jax.tree.map(lambda row, m: jnp.sqrt(6 * probability).reshape(-1, *[1] * m.ndim) * (row - m), rows, mean)
+    gradient, damping = rng.normal(size=SIZE), 0.01
+    tx = optax_curv.scale_by_branch_fisher(damping, solver="auto", centered=False, complex_metric="real")
+    direction, _ = tx.update(tree(gradient), tx.init(tree(theta)), branches=weighted)
+    dense = np.linalg.solve(tensor.real + damping * np.eye(SIZE), gradient)
+    np.testing.assert_allclose(flat(direction), dense, rtol=CLOSED_FORM)
+
+
 def test_rows_of_a_single_array_of_parameters(x64):
     rng = np.random.default_rng(0)
     rows, gradient = rng.normal(size=(4, 2, 3)), jnp.asarray(rng.normal(size=(2, 3)))
@@ -203,7 +276,18 @@ def test_bad_rows_are_refused():
             tx.update(grads, state, branches=wrong)
     with pytest.raises(ValueError, match=r"no rows \(K = 0\)"):
         tx.update(grads, state, branches=jax.tree.map(lambda x: x[:0], rows))
-    with pytest.raises(ValueError, match=r"expected real branches, got complex"):
-        tx.update(grads, state, branches=jax.tree.map(lambda x: x * 1j, rows))
+    complex_rows = jax.tree.map(lambda x: x * 1j, rows)
+    with pytest.raises(ValueError, match=r'choose complex_metric="real" .* or complex_metric="full"'):
+        tx.update(grads, state, branches=complex_rows)
+    full = optax_curv.scale_by_branch_fisher(complex_metric="full")
+    with pytest.raises(ValueError, match=r"expected complex gradients with complex_metric='full', got .*float32"):
+        full.update(grads, full.init(grads), branches=complex_rows)
+    with pytest.raises(ValueError, match=r"expected real gradients for branches \[K, D\], got complex"):
+        full.update(complex_rows, full.init(complex_rows), branches=jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"unknown complex_metric='hermitian'"):
+        optax_curv.scale_by_branch_fisher(complex_metric="hermitian")
+    real = optax_curv.scale_by_branch_fisher(complex_metric="real")
+    with pytest.raises(ValueError, match=r"\['a'\] has dtype complex"):
+        real.init(complex_rows)
     with pytest.raises(ValueError, match=r"parameter space take no projection"):
         tx.update(grads, state, branches=rows, projection=jnp.ones((SIZE, 2)))
