@@ -1,6 +1,6 @@
 """What a matrix-free Gauss-Newton step of a Flax network of ten million parameters costs, beside one gradient.
 
-python benchmarks/gauss_newton_step.py [--batch 256] [--iters 10] [--rounds 7]
+python benchmarks/gauss_newton_step.py [--batch 128] [--iters 10] [--rounds 7]
 
 Prints times of interleaved rounds (medians), their ratio against the bound 2 · iterations + 3, and the memory that XLA
 plans for a step, all of its arguments and results counted, in copies of the parameters.
@@ -39,7 +39,7 @@ def seconds(function, *args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--iters", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()

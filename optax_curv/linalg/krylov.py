@@ -40,6 +40,7 @@ def conjugate_gradient(
     floor=0.0,
     min_progress=None,
     merit=None,
+    keep_finite: bool = False,
 ):
     r"""Solves `A x = b` for a Hermitian positive definite operator by conjugate gradients.
 
@@ -77,6 +78,8 @@ def conjugate_gradient(
       floor: smallest denominator; see above.
       min_progress: ε, a number or tracer; None: no such rule. 5e-4 in the paper.
       merit: function from pytrees like `b` to a number; a NaN counts as the worst. None: the last iterate is returned.
+      keep_finite: an iteration that ends in a residual which is not finite is not taken, and so the solution is as
+        finite as `x0`; only `residual_norm` shows it. By default NaNs in `b` or `matvec` show in the solution too.
 
     Returns:
       The solution, with the structure, shapes and float types of `b`, and a `ConjugateGradientInfo`.
@@ -107,7 +110,7 @@ def conjugate_gradient(
 
     def solve(operator, b):
         limits = (max_iters, tol, atol, floor, min_progress)
-        return _iterate(operator, precondition, b, x0, limits, merit)
+        return _iterate(operator, precondition, b, x0, limits, merit, keep_finite)
 
     def transpose_solve(_, b):  # Aᵀ is the conjugate of A
         x, info = solve(operator, jax.tree.map(jnp.conj, b))
@@ -145,7 +148,7 @@ class _Best(NamedTuple):
     following: jax.Array
 
 
-def _iterate(operator, precondition, b, x, limits, merit):
+def _iterate(operator, precondition, b, x, limits, merit, keep_finite):
     max_iters, tol, atol, floor, min_progress = limits
     leaves = jax.tree.leaves(b)
     real = jnp.finfo(jnp.result_type(jnp.float32, *leaves)).dtype
@@ -166,12 +169,17 @@ def _iterate(operator, precondition, b, x, limits, merit):
         above = jnp.where(guarded, search.norm >= threshold, search.norm > threshold)
         if min_progress is not None:
             above &= ~_stalled(search.values, search.done, min_progress)
+        if keep_finite:
+            above &= jnp.isfinite(search.norm)
         return (search.done < max_iters) & (first | above)
 
     def iterate(search):
         product = operator(search.p)
         alpha = quotient(search.rz, _dot(search.p, product))
         x, r = _plus(search.x, alpha, search.p), _plus(search.r, -alpha, product)
+        norm = jnp.sqrt(_dot(r, r))
+        if keep_finite:
+            x = jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(norm), new, old), x, search.x)
         z = precondition(r)
         rz, done, values, best = _dot(r, z), search.done + 1, search.values, search.best
         if values is not None:  # an iteration lowers φ by α ⟨r, z⟩ / 2
@@ -180,7 +188,7 @@ def _iterate(operator, precondition, b, x, limits, merit):
         if best is not None:
             best = jax.lax.cond(done < best.following, lambda best, x: best, tried, best, x)
         p = _plus(z, quotient(rz, search.rz), search.p)
-        return _Search(x, r, p, rz, jnp.sqrt(_dot(r, r)), done, values, best)
+        return _Search(x, r, p, rz, norm, done, values, best)
 
     def tried(best, x):
         """The better of the best and the iterate x, whose number is due."""

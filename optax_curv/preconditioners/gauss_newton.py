@@ -29,7 +29,8 @@ class ScaleByGaussNewtonState(NamedTuple):
 
     Attributes:
       count: steps taken, int32 [].
-      previous: the last solution, where the next one starts; a tree like the parameters, float32 at least.
+      start: where the next solve starts, `warm_start` times the last solution; a tree like the parameters, float32 at
+        least.
       iterations: iterations of the last step, int32 [].
       returned: number of the iterate that the last step returned, int32 [].
       factors: running averages, `KroneckerFactors` by layer; empty without `layers`.
@@ -37,7 +38,7 @@ class ScaleByGaussNewtonState(NamedTuple):
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    previous: Any
+    start: Any
     iterations: jax.Array
     returned: jax.Array
     factors: dict[str, KroneckerFactors]
@@ -130,18 +131,18 @@ def scale_by_gauss_newton(
 
     def init(params):
         contracts.require_float_leaves(method, params)
-        previous = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(jnp.float32, p.dtype)), params)
+        start = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(jnp.float32, p.dtype)), params)
         factors = {} if layers is None else zero_factors(match_layers(method, layers, params, True))
         # numbers of their own, as a buffer that stands twice in a state cannot be donated
         numbers = {name: jnp.int32(0) for name in ("count", "iterations", "returned", "total_notfinite")}
-        return ScaleByGaussNewtonState(previous=previous, factors=factors, **numbers)
+        return ScaleByGaussNewtonState(start=start, factors=factors, **numbers)
 
     def update(updates, state, params=None, *, diagonal=None, curvature=None, **extra_args):
         if params is not None:
             contracts.require_same_leaves(method, "updates", updates, "params", params)
         product = _product(method, params, extra_args)
-        lam = contracts.value_at(damping, state.count, jnp.result_type(jnp.float32, *jax.tree.leaves(state.previous)))
-        gradient = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, state.previous)
+        lam = contracts.value_at(damping, state.count, jnp.result_type(jnp.float32, *jax.tree.leaves(state.start)))
+        gradient = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, state.start)
         factors, preconditioner = state.factors, None
         if layers is not None:
             if diagonal is not None:
@@ -149,7 +150,7 @@ def scale_by_gauss_newton(
             factors, preconditioner = _layer_preconditioner(method, layers, updates, state, curvature, decay, lam)
         elif diagonal is not None:
             contracts.require_same_leaves(method, "diagonal", diagonal, "updates", updates)
-            scale = jax.tree.map(lambda d, p: (d.astype(p.dtype) + lam) ** -diagonal_power, diagonal, state.previous)
+            scale = jax.tree.map(lambda d, p: (d.astype(p.dtype) + lam) ** -diagonal_power, diagonal, state.start)
             preconditioner = _times(scale)
 
         def damped(v):
@@ -159,22 +160,30 @@ def scale_by_gauss_newton(
         direction, info = linalg.conjugate_gradient(
             damped,
             gradient,
-            x0=optax.tree.scale(jnp.asarray(warm_start, jnp.float32), state.previous),
+            x0=state.start,
             max_iters=max_iters,
             preconditioner=preconditioner,
             min_progress=tol,
             merit=_merit(method, params, extra_args) if backtrack else None,
+            keep_finite=True,
         )
-        new_state = state._replace(
+        new_updates = jax.tree.map(lambda d, u: d.astype(u.dtype), direction, updates)
+        statistics = curvature if layers is not None else diagonal
+        # A solve that breaks off after some iterations has a solution all the same.
+        sound = jnp.isfinite(info.residual_norm) | (info.iterations > 1)
+        good = contracts.is_finite(updates, new_updates, statistics) & sound
+        # One that breaks off before has not moved from its start, so that no second copy need be kept to go back to.
+        kept = jnp.where(good, warm_start, 1)
+        start = jax.tree.map(lambda d: jnp.asarray(kept, d.dtype) * d, direction)
+        counted = state._replace(
             count=optax.safe_increment(state.count),
-            previous=jax.tree.map(lambda d, p: d.astype(p.dtype), direction, state.previous),
+            start=None,
             iterations=info.iterations,
             returned=info.returned,
             factors=factors,
         )
-        new_updates = jax.tree.map(lambda d, u: d.astype(u.dtype), direction, updates)
-        good = contracts.is_finite(updates, new_updates, diagonal, curvature if layers is not None else None)
-        return contracts.skip_unless(good, new_updates, new_state, state)
+        new_updates, new_state = contracts.skip_unless(good, new_updates, counted, state._replace(start=None))
+        return new_updates, new_state._replace(start=start)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

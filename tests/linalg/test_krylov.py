@@ -98,6 +98,25 @@ def test_what_is_not_finite_ends_the_solve_at_once_and_shows(floor, bad):
     assert info.iterations <= 1
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_iteration_that_is_not_finite_may_be_left_out(bad):
+    def solve(b, limit, matvec=lambda v: jnp.asarray(SPD, jnp.float32) @ v):
+        return linalg.conjugate_gradient(matvec, b, x0=start, max_iters=limit, keep_finite=True)
+
+    start, b = jnp.ones(6), jnp.asarray(RIGHT, jnp.float32)
+    for broken in (solve(b.at[1].set(bad), 9), solve(b, 9, lambda v: bad * v)):
+        np.testing.assert_array_equal(broken[0], start)
+        assert broken[1].iterations <= 1 and not np.isfinite(broken[1].residual_norm)
+
+    def breaks_late(v):  # the residual before the first iteration, then directions that grow shorter
+        return jnp.where(jnp.linalg.norm(v) < 0.3 * jnp.linalg.norm(b), bad, 1.0) * (jnp.asarray(SPD, jnp.float32) @ v)
+
+    x, info = solve(b, 9, breaks_late)
+    taken = int(info.iterations) - 1
+    assert 1 <= taken < 8 and not np.isfinite(info.residual_norm)
+    np.testing.assert_array_equal(x, solve(b, taken)[0])
+
+
 def test_pytrees_of_mixed_types_are_one_system(x64):
     b = {"scalar": jnp.float32(2), "pair": (jnp.ones((2, 2)), None), "empty": jnp.ones((0, 3))}
     x, info = linalg.conjugate_gradient(lambda v: jax.tree.map(lambda leaf: 4 * leaf, v), b, max_iters=9, tol=1e-6)
