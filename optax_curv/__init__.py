@@ -55,5 +55,8 @@ from optax_curv.preconditioners.quadratic_model import AdaptDampingState as Adap
 from optax_curv.preconditioners.quadratic_model import ScaleByQuadraticModelState as ScaleByQuadraticModelState
 from optax_curv.preconditioners.quadratic_model import adapt_damping as adapt_damping
 from optax_curv.preconditioners.quadratic_model import scale_by_quadratic_model as scale_by_quadratic_model
+from optax_curv.preconditioners.shampoo import ScaleByShampooState as ScaleByShampooState
+from optax_curv.preconditioners.shampoo import scale_by_shampoo as scale_by_shampoo
+from optax_curv.preconditioners.shampoo import shampoo as shampoo
 
 __version__ = "0.1.0"

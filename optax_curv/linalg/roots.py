@@ -1,49 +1,118 @@
 """Roots of symmetric matrices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from optax_curv.linalg.checks import per_matrix, symmetric_part
+from optax_curv.linalg.norms import spectral_norm_bound
+
+NEWTON_ITERATIONS = 100  # float64 at condition 1e12 takes about 50
 
 
-def inverse_root(a, p, *, damping) -> jax.Array:
-    """The root `(a + damping I)^(-1/p)` of a positive semi-definite matrix, by its eigenvalues.
+def inverse_root(a, p, *, damping, relative=False, method="eigh") -> jax.Array:
+    """The root `(a + damping I)^(-1/p)` of a positive semi-definite matrix.
 
-    Eigenvalues that rounding cannot tell from zero (at most `n eps λ_max`, negative ones too) count as zero before the
-    damping is added. An eigenvalue that is zero after it stays zero, as in a pseudo-inverse: without damping the root
-    of a singular matrix is finite, and that of the zero matrix is zero. The derivative is finite where eigenvalues
-    coincide too.
+    "eigh": by the eigenvalues. Those that rounding cannot tell from zero (at most `n eps λ_max`, negative ones too)
+    count as zero before the damping is added. An eigenvalue that is zero after it stays zero, as in a pseudo-inverse:
+    without damping the root of a singular matrix is finite, and that of the zero matrix is zero. The derivative is
+    finite where eigenvalues coincide too.
+
+    "newton": by matrix products alone, for accelerators that have little else: with λ an upper bound of the largest
+    eigenvalue, from X = λ^(-1/p) I and M = (a + damping I) / λ,
+
+        T = ((p + 1) I - M) / p,   X ← X T,   M ← Tᵖ M,
+
+    until M is the identity, or is not getting nearer to it. It needs a whole p, and a damping above rounding: n eps
+    λ_max at least.
 
     Args:
       a: symmetric or Hermitian matrices [*batch, n, n]. The symmetric part is taken. float16 and bfloat16 are computed
         and returned as float32.
       p: order of the root, a positive number, or an array that broadcasts to [*batch]. 1 gives the inverse, 2 the
-        inverse square root.
+        inverse square root. For "newton" a Python number that is whole.
       damping: number, or an array that broadcasts to [*batch].
+      relative: whether the damping is in units of each matrix's largest eigenvalue. Then negative eigenvalues alone
+        count as zero, as it is the damping that stands above rounding. "newton" takes the largest eigenvalue from
+        below, by a few power iterations (`spectral_norm_bound`).
+      method: "eigh" or "newton".
 
     Returns:
       The symmetric root [*batch, n, n], NaN where `a` is not finite.
 
     Raises:
-      ValueError: if the matrices are not square, damping or p do not fit the batch, or p is a Python number that is
-        not positive.
+      ValueError: if the matrices are not square, damping or p do not fit the batch, p is a Python number that is
+        not positive, p is not whole for "newton", or the method is unknown.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> from optax_curv import linalg
       >>> linalg.inverse_root(jnp.diag(jnp.array([4.0, 0.0])), 2, damping=0.0).tolist()
       [[0.5, 0.0], [0.0, 0.0]]
+
+    References:
+      Guo & Higham, *A Schur-Newton method for the matrix pth root and its inverse*, 2006, (1.6): the coupled iteration.
     """
     if isinstance(p, int | float) and not p > 0:
         raise ValueError(f"inverse_root: expected p > 0, got {p=}.")
-    return _inverse_root(a, p, damping)
+    if method == "newton":
+        if not isinstance(p, int | float) or p != round(p):
+            raise ValueError(f'inverse_root: method="newton" needs a whole number p, got {p=}; use method="eigh".')
+        return _newton_root(a, round(p), damping, relative)
+    if method != "eigh":
+        raise ValueError(f"inverse_root: unknown {method=}; expected one of ('eigh', 'newton').")
+    return _inverse_root(a, p, damping, relative)
 
 
-@jax.jit
-def _inverse_root(a, p, damping):
+@functools.partial(jax.jit, static_argnames="relative")
+def _inverse_root(a, p, damping, relative):
     a = symmetric_part("inverse_root", a)
     p, damping = (per_matrix("inverse_root", *named, a) for named in (("p", p), ("damping", damping)))
-    return _power(a, -1 / p, damping)
+    return _relative_power(a, -1 / p, damping) if relative else _power(a, -1 / p, damping)
+
+
+def _relative_power(a, exponent, damping):
+    values, vectors = jnp.linalg.eigh(a, symmetrize_input=False)
+    values = jnp.maximum(values, 0)
+    values = values + damping[..., None] * values[..., -1:]
+    return _symmetric_product(vectors * _raise(values, exponent[..., None])[..., None, :], vectors)
+
+
+@functools.partial(jax.jit, static_argnames=("p", "relative"))
+def _newton_root(a, p, damping, relative):
+    a = symmetric_part("inverse_root", a)
+    eye = jnp.eye(a.shape[-1], dtype=a.dtype)
+    damping = per_matrix("inverse_root", "damping", damping, a)
+    if relative:
+        damping = damping * spectral_norm_bound(a)
+    a = a + damping[..., None, None] * eye
+    bound = jnp.max(jnp.sum(jnp.abs(a), axis=-1), axis=-1, initial=0)[..., None, None]  # of λ_max, by Gershgorin
+    zero = bound == 0
+    bound = jnp.where(zero, 1, bound)
+
+    def error(m):
+        return jnp.max(jnp.abs(m - eye), axis=(-2, -1), keepdims=True, initial=0)
+
+    def unfinished(carry):
+        _, _, _, running, count = carry
+        return jnp.any(running) & (count < NEWTON_ITERATIONS)
+
+    def iterate(carry):
+        x, m, last, running, count = carry
+        t = ((p + 1) * eye - m) / p
+        factor = functools.reduce(_matmul, [t] * p)
+        new = _matmul(factor, m)
+        now = error(new)
+        better = running & (now < last)
+        x, m = jnp.where(better, _matmul(x, t), x), jnp.where(better, new / 2 + new.mT.conj() / 2, m)
+        return x, m, jnp.where(better, now, last), better, count + 1
+
+    m = a / bound
+    start = (jnp.broadcast_to(eye, a.shape), m, error(m) * 2, ~zero & jnp.isfinite(bound), 0)
+    x, *_ = jax.lax.while_loop(unfinished, iterate, start)
+    x = jnp.where(zero, 0, x * bound ** (-1 / p))
+    return jnp.where(jnp.all(jnp.isfinite(a), axis=(-2, -1), keepdims=True), x / 2 + x.mT.conj() / 2, jnp.nan)
 
 
 def _eigen(a, damping):

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def value_at(value, count, dtype=jnp.float32) -> jax.Array:
@@ -32,6 +33,21 @@ def require_number(method: str, name: str, value, *, above=None, at_least=None, 
         raise ValueError(f"{method}: expected {name} >= {at_least}, got {name}={value!r}.")
     if at_most is not None and not value <= at_most:
         raise ValueError(f"{method}: expected {name} <= {at_most}, got {name}={value!r}.")
+
+
+def is_python_number(x, value) -> bool:
+    """Whether x is this number, known while tracing."""
+    return isinstance(x, int | float) and x == value
+
+
+def structural(method: str, name: str, value):
+    """A number that decides shapes; a tracer cannot."""
+    if isinstance(value, Tracer):
+        raise ValueError(
+            f"{method}: {name} decides the shapes of the state and must be a Python number, got a traced {value}; "
+            f"with optax.inject_hyperparams pass static_args=({name!r},)."
+        )
+    return value
 
 
 def require_choice(method: str, name: str, value, choices):

@@ -86,6 +86,22 @@ def pieces_of(position: int, leaf, stack_ndim: int, block_size: int | None, prec
     ]
 
 
+def stack_ndims(method: str, stacked, tree) -> list[int]:
+    """How many leading axes of each leaf are a stack."""
+    stacked = stacked(tree) if callable(stacked) else stacked
+    try:
+        counts = [int(count) for count in jax.tree.leaves(jax.tree.broadcast(stacked or False, tree))]
+    except ValueError as error:
+        raise ValueError(f"{method}: stacked must be a prefix of the parameters' tree: {error}") from None
+    for (path, leaf), count in zip(jax.tree.leaves_with_path(tree), counts, strict=True):
+        if not 0 <= count <= len(leaf.shape):
+            raise ValueError(
+                f"{method}: stacked={count} leading axes at {jax.tree_util.keystr(path) or 'the root'}, but its shape "
+                f"is {leaf.shape}; expected at most {len(leaf.shape)}."
+            )
+    return counts
+
+
 class Layout:
     """The leaves of a tree as pieces, joined into one batch for each shape, kinds of axes and dtypes.
 
@@ -141,6 +157,14 @@ class Layout:
     def without_pieces(self, tree) -> list:
         """The leaves of a tree that have no pieces."""
         return [leaf for leaf, pieces in zip(jax.tree.leaves(tree), self._by_leaf, strict=True) if not pieces]
+
+    def join(self, tree) -> list:
+        """A tree like the factors by group; what is kept in less than float32 is widened to it."""
+        return self._join(self._by_piece(tree))
+
+    def split(self, by_group: list, like):
+        """Undoes `join`, in the dtypes of `like`."""
+        return jax.tree.map(lambda x, y: x.astype(y.dtype), self._nest(iter(self._split(by_group))), like)
 
     def join_state(self, state):
         """The state with its trees like the factors by group; what is kept in less than float32 is widened to it."""

@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
 from optax_curv.preconditioners import contracts, kron_geometries, kron_layout
+from optax_curv.preconditioners.contracts import is_python_number, structural
 from optax_curv.preconditioners.distribution import require_sharding
 
 METHOD = "scale_by_kron_psgd"
@@ -46,21 +45,6 @@ class Options(NamedTuple):
         return self.geometry != "quad4p" and not self.always_updates
 
 
-def is_python_number(x, value) -> bool:
-    """Whether x is this number, known while tracing."""
-    return isinstance(x, int | float | np.number) and bool(x == value)
-
-
-def structural(method: str, name: str, value):
-    """A number that decides shapes; a tracer cannot."""
-    if isinstance(value, Tracer):
-        raise ValueError(
-            f"{method}: {name} decides the shapes of the state and must be a Python number, got a traced {value}; "
-            f"with optax.inject_hyperparams pass static_args=({name!r},)."
-        )
-    return value
-
-
 def check_options(options: Options):
     """Refuses what cannot be, by name."""
     require_choice, require_number = contracts.require_choice, contracts.require_number
@@ -83,25 +67,9 @@ def check_options(options: Options):
         )
 
 
-def _stack_ndims(stacked, tree):
-    """How many leading axes of each leaf are a stack."""
-    stacked = stacked(tree) if callable(stacked) else stacked
-    try:
-        counts = [int(count) for count in jax.tree.leaves(jax.tree.broadcast(stacked or False, tree))]
-    except ValueError as error:
-        raise ValueError(f"{METHOD}: stacked must be a prefix of the parameters' tree: {error}") from None
-    for (path, leaf), count in zip(jax.tree.leaves_with_path(tree), counts, strict=True):
-        if not 0 <= count <= len(leaf.shape):
-            raise ValueError(
-                f"{METHOD}: stacked={count} leading axes at {jax.tree_util.keystr(path) or 'the root'}, but its shape "
-                f"is {leaf.shape}; expected at most {len(leaf.shape)}."
-            )
-    return counts
-
-
 def _pieces(options, tree):
     """The pieces of each leaf; the original's rule knows matrices only."""
-    leaves = zip(jax.tree.leaves(tree), _stack_ndims(options.stacked, tree), strict=True)
+    leaves = zip(jax.tree.leaves(tree), kron_layout.stack_ndims(METHOD, options.stacked, tree), strict=True)
     return [
         kron_layout.pieces_of(position, leaf, stack, options.block_size, options.precond_dtype)
         if options.geometry != "right_triangular" or len(leaf.shape) - stack == 2

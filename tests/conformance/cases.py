@@ -90,6 +90,7 @@ METHODS = {
     "kron_psgd_sometimes": _psgd(optax_curv.scale_by_kron_psgd, geometry="qeq", update_probability=0.5, b1=0.9),
     "dense_psgd": _psgd(optax_curv.scale_by_dense_psgd),
     "lra_psgd": _psgd(optax_curv.scale_by_lra_psgd, rank=2),
+    "shampoo": Case(lambda damping=1e-6: optax_curv.scale_by_shampoo(damping=damping, root_every=2), "damping"),
     "branch_fisher": Case(**_branch(fisher)),
     "branch_fisher_complement": Case(**_branch(fisher, projection="orthonormal", complement=True)),
     "branch_kfac": Case(**_branch(branch_kfac, blocks=2)),

@@ -1,0 +1,384 @@
+"""Shampoo: momentum multiplied on every axis of a leaf by a root of the gradients' second moment along it."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_curv.linalg import kron_matvec
+from optax_curv.preconditioners import axis_factors, contracts
+from optax_curv.preconditioners.chain_pieces import normalize_by_rms
+from optax_curv.preconditioners.matrices_and_adam import matrices_and_adam
+
+METHOD = "scale_by_shampoo"
+
+
+class ScaleByShampooState(NamedTuple):
+    """State of `scale_by_shampoo`.
+
+    Attributes:
+      count: steps taken, int32 [].
+      refreshed: the step of the last scheduled refresh of the roots, int32 [].
+      momentum: like the parameters, float32 at least.
+      factors: like the parameters, each leaf replaced by the tuple of its axis factors, [*stack, d, d] or diagonal
+        [*stack, d]; a leaf cut by `block_size` by the tuple of its blocks' tuples.
+      roots: like factors, what multiplies the momentum.
+      sketches: like factors, [*stack, d]: a product of each dense factor at its last refresh, by which a change shows.
+      total_notfinite: steps skipped for a NaN or infinity, int32 [].
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    refreshed: jax.Array
+    momentum: Any
+    factors: Any
+    roots: Any
+    sketches: Any
+    total_notfinite: jax.Array
+
+
+class Options(NamedTuple):
+    """The arguments of `scale_by_shampoo`, which documents them."""
+
+    decay: Any
+    b1: Any
+    nesterov: bool
+    exponent: Any
+    damping: Any
+    update_every: Any
+    root_every: Any
+    root: str
+    refresh_change: Any
+    kl: bool
+    max_dim: int
+    block_size: int | None
+    stacked: Any
+    factor_dtype: Any
+
+    def layout_of(self, tree):
+        """The pieces of a tree of leaves."""
+        return axis_factors.layout_of(
+            METHOD,
+            tree,
+            max_dim=self.max_dim,
+            block_size=self.block_size,
+            stacked=self.stacked,
+            dtype=self.factor_dtype,
+        )
+
+
+def scale_by_shampoo(
+    decay: Any = 0.95,
+    *,
+    b1=0.95,
+    nesterov=True,
+    exponent=0.5,
+    damping=1e-6,
+    update_every=1,
+    root_every=20,
+    root="eigh",
+    refresh_change=2.0,
+    kl=False,
+    max_dim=8192,
+    block_size=None,
+    stacked=None,
+    factor_dtype="float32",
+) -> optax.GradientTransformationExtraArgs:
+    """Multiplies the momentum of each leaf, along every axis, by a root of the second moment of its gradients.
+
+    With X₍ᵢ₎ the unfolding of X along axis i, e the `exponent` and δ the `damping`, the step is
+
+        Fᵢ ← decay · Fᵢ + (1 - decay) · G₍ᵢ₎G₍ᵢ₎ᴴ,    Rᵢ = (Fᵢ + δ λ_max(Fᵢ) I)⁻ᵉ,    u = ⊗Rᵢ · m,
+
+    for a matrix u = L⁻ᵉ m R⁻ᵉ with L the average of G Gᵀ and R that of Gᵀ G. Here m is (Nesterov) momentum; it and the
+    averages are free of the bias of their start, so that the first step has G itself. With e = 1/2, L ⊗ R is up to its
+    scale the best Kronecker product for the gradients' covariance (Morwani et al.), and the direction is
+    (L ⊗ R)^(-1/2) vec(m). The exponent 1/4 of the first Shampoo flattens a spectrum half as much; it learns slower than
+    Muon where 1/2 is faster. Because the scale of u is that of neither a gradient nor a whitened one, let
+    `normalize_by_rms` follow, as `shampoo` does.
+
+    Args:
+      decay: of the factors, in [0, 1]; 1 averages all steps alike. A number or a schedule.
+      b1: decay of the momentum, in [0, 1); 0 for none. A number or a schedule.
+      nesterov: whether the newest gradient counts as one step more of the momentum.
+      exponent: e > 0.
+      damping: δ ≥ 0, relative to each factor's largest eigenvalue.
+      update_every: steps between averaging gradients into the factors.
+      root_every: most steps between two computations of the roots, a number or a schedule. Early in training they
+        are denser, 1 + count / 4 steps apart.
+      root: "eigh" or "newton", see `linalg.inverse_root`; "newton", matrix products only, needs 1/e to be whole.
+      refresh_change: the roots are computed anew, out of schedule, for all factors of one width when one of them has
+        changed by more than this multiple of its Frobenius norm (estimated by one product with random signs): when
+        gradients grow, or a leaf receives its first ones. `float("inf")`: never.
+      kl: whether each factor is estimated from the gradient multiplied by the other factors' roots,
+        Fᵢ = E[G₍ᵢ₎ (⊗ⱼ≠ᵢ Fⱼ)⁻¹ G₍ᵢ₎ᴴ] dᵢ/N, which minimises the Kullback-Leibler divergence of N(0, ⊗F) from the
+        gradients' own covariance. It needs exponent 1/2.
+      max_dim: longer axes have diagonal factors, as have axes of length 1.
+      block_size: longer axes are cut into the fewest blocks of nearly equal length, each with factors of its own.
+      stacked: how many leading axes of a leaf count layers, each with factors of its own: an int or bool for all
+        leaves, a tree of them that is a prefix of the parameters', or a function of the parameters that returns one.
+      factor_dtype: in which dense factors and their roots are kept for leaves up to float32. "bfloat16" halves the
+        memory; the arithmetic stays float32. Leaves of float64 keep float64.
+
+    Returns:
+      A `GradientTransformationExtraArgs`. With a NaN or infinity the update is zero and the state keeps its last value
+      but for `total_notfinite`. Under `jax.vmap` over hyper-parameters `lax.cond` computes both branches, and a longer
+      `root_every` saves nothing.
+
+    Raises:
+      ValueError: for an unknown choice, a number out of range, a leaf that is not of floating point; in `update` for
+        trees or shapes that differ from those of `init`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_curv
+      >>> tx = optax.chain(optax_curv.scale_by_shampoo(), optax_curv.normalize_by_rms(0.2), optax.scale(-0.02))
+      >>> params = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
+      >>> state = tx.init(params)
+      >>> [factor.shape for factor in state[0].factors["w"]]
+      [(4, 4), (3, 3)]
+      >>> updates, state = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), state)
+      >>> print(updates["b"].round(4))
+      [-0.004 -0.004 -0.004]
+
+    References:
+      Gupta, Koren and Singer, *Shampoo: preconditioned stochastic tensor optimization*, 2018, arXiv:1802.09568.
+      Morwani et al., *A new perspective on Shampoo's preconditioner*, 2024, arXiv:2406.17748: exponent 1/2.
+      Lin et al., *Understanding and improving Shampoo and SOAP via Kullback-Leibler minimization*, 2025,
+      arXiv:2509.03378: `kl`. Deviations: averages in place of sums, damping relative to the largest eigenvalue.
+    """
+    options = Options(
+        decay=decay,
+        b1=b1,
+        nesterov=nesterov,
+        exponent=exponent,
+        damping=damping,
+        update_every=update_every,
+        root_every=root_every,
+        root=root,
+        refresh_change=refresh_change,
+        kl=kl,
+        max_dim=max_dim,
+        block_size=block_size,
+        stacked=stacked,
+        factor_dtype=factor_dtype,
+    )
+    _check(options)
+    return optax.GradientTransformationExtraArgs(functools.partial(_init, options), functools.partial(_update, options))
+
+
+def _check(options: Options):
+    require = functools.partial(contracts.require_number, METHOD)
+    contracts.require_choice(METHOD, "root", options.root, ("eigh", "newton"))
+    require("decay", options.decay, at_least=0, at_most=1)
+    require("b1", options.b1, at_least=0, at_most=1)
+    require("exponent", options.exponent, above=0)
+    for name in ("damping", "refresh_change"):
+        require(name, getattr(options, name), at_least=0)
+    for name in ("update_every", "root_every", "max_dim", "block_size"):
+        require(name, getattr(options, name), at_least=1)
+    if options.kl and not contracts.is_python_number(options.exponent, 0.5):
+        raise ValueError(f"{METHOD}: kl=True whitens by the roots and needs exponent=0.5, got {options.exponent}.")
+    if options.root == "newton" and not (
+        isinstance(options.exponent, int | float) and (1 / options.exponent).is_integer()
+    ):
+        raise ValueError(
+            f'{METHOD}: root="newton" needs an exponent whose inverse is whole, got exponent={options.exponent}; '
+            'use root="eigh".'
+        )
+
+
+def _init(options: Options, params) -> Any:
+    contracts.require_float_leaves(METHOD, params, complex_leaves=True)
+    layout = options.layout_of(params)
+
+    def zeros(piece):
+        return tuple(jnp.zeros(f.shape, f.dtype) for f in piece.factors)
+
+    return ScaleByShampooState(
+        count=jnp.zeros([], jnp.int32),
+        refreshed=jnp.zeros([], jnp.int32),
+        momentum=axis_factors.momentum_of(params),
+        factors=layout.build(zeros),
+        roots=layout.build(zeros),
+        sketches=layout.build(
+            lambda piece: tuple(jnp.zeros((*piece.stack, d), piece.dtype) for d in piece.shape),
+        ),
+        total_notfinite=jnp.zeros([], jnp.int32),
+    )
+
+
+def _update(options: Options, updates, state, params=None, **extra_args):
+    del extra_args
+    if params is not None:
+        contracts.require_same_leaves(METHOD, "the gradients", updates, "the parameters", params)
+    contracts.require_same_leaves(METHOD, "the gradients", updates, "the state's momentum", state.momentum)
+    layout = options.layout_of(updates)
+    good, total_notfinite = axis_factors.soundness(updates, state.total_notfinite)
+    grads = jax.tree.map(lambda g: jnp.where(good, g, 0), updates)
+    momentum, direction = axis_factors.momentum_and_direction(
+        options.b1, options.nesterov, state.count, state.momentum, grads, good
+    )
+
+    # By group up to the end: whatever is done leaf by leaf is also compiled leaf by leaf.
+    tensors, directions = layout.tensors(grads), layout.tensors(direction)
+    factors, roots, sketches = (layout.join(tree) for tree in (state.factors, state.roots, state.sketches))
+    factors = layout.rounded(_averaged(options, state.count, tensors, factors, roots, good))
+    period = contracts.value_at(options.root_every, state.count).astype(jnp.int32)
+    due = good & axis_factors.is_due(state.count, state.refreshed, period)
+    root = axis_factors.relative_root(options.exponent, options.damping, options.root)
+    roots, sketches = axis_factors.refresh(factors, roots, sketches, due, options.refresh_change, root)
+    roots = layout.rounded(_with_diagonal_roots(options, factors, roots))
+    directions = [jax.vmap(kron_matvec)(r, x) for r, x in zip(roots, directions, strict=True)]
+    directions = layout.leaves(directions, layout.without_pieces(direction), updates)
+
+    new = ScaleByShampooState(
+        count=jnp.where(good, optax.safe_increment(state.count), state.count),
+        refreshed=jnp.where(due, state.count, state.refreshed),
+        momentum=momentum,
+        factors=layout.split(factors, state.factors),
+        roots=layout.split(roots, state.roots),
+        sketches=layout.split(sketches, state.sketches),
+        total_notfinite=total_notfinite,
+    )
+    return jax.tree.map(lambda u: jnp.where(good & jnp.isfinite(u), u, jnp.zeros_like(u)), directions), new
+
+
+def _averaged(options: Options, count, tensors, factors, roots, good):
+    """The factors by group with this step's second moments averaged in."""
+
+    def of_group(x, group, group_roots):
+        real = jnp.finfo(x.dtype).dtype
+        weight = axis_factors.running_weight(
+            contracts.value_at(options.decay, count, real), count // options.update_every
+        )
+        weight = jnp.where(good & (count % options.update_every == 0), weight, 0)
+
+        def moment(axis, factor):
+            if options.kl:
+                # Before the first roots there is nothing to whiten by.
+                started = [jnp.where(count == 0, _identity_like(r), r) for r in group_roots]
+                return axis_factors.whitened_moment(x, started, axis, factor.ndim == 2)
+            return axis_factors.axis_moment(x, axis, factor.ndim == 2)
+
+        return tuple(factor + weight * (moment(axis, factor) - factor) for axis, factor in enumerate(group))
+
+    return [of_group(*of_one) for of_one in zip(tensors, factors, roots, strict=True)]
+
+
+def _identity_like(root):
+    return jnp.ones_like(root) if root.ndim == 2 else jnp.broadcast_to(jnp.eye(root.shape[-1]), root.shape)
+
+
+def _with_diagonal_roots(options: Options, factors, roots):
+    """Roots of diagonal factors are cheap, and new at every step."""
+    return [
+        tuple(
+            axis_factors.power(f, options.exponent, options.damping) if f.ndim == 2 else r
+            for f, r in zip(group, group_roots, strict=True)
+        )
+        for group, group_roots in zip(factors, roots, strict=True)
+    ]
+
+
+def shampoo(
+    learning_rate,
+    b1=0.95,
+    *,
+    nesterov=True,
+    weight_decay=0.0,
+    weight_decay_mask=None,
+    rms=0.2,
+    adam_for=None,
+    adam_b1=0.9,
+    adam_b2=0.999,
+    adam_eps=1e-8,
+    decay=0.95,
+    exponent=0.5,
+    damping=1e-6,
+    update_every=1,
+    root_every=20,
+    root="eigh",
+    refresh_change=2.0,
+    kl=False,
+    max_dim=8192,
+    block_size=None,
+    stacked=None,
+    factor_dtype="float32",
+) -> optax.GradientTransformationExtraArgs:
+    """Shampoo for matrices with updates of a given size, Adam for the rest, decoupled weight decay, a learning rate.
+
+    Matrices receive `scale_by_shampoo`, which documents the other arguments, and `normalize_by_rms(rms)`; what is not
+    a matrix, or `adam_for` selects, `optax.scale_by_adam`. One learning rate serves both: Adam's updates, too, have a
+    root mean square of 0.2 to 1. Then come `optax.add_decayed_weights` and `optax.scale_by_learning_rate`.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1: decay of the matrices' momentum.
+      nesterov: see `scale_by_shampoo`.
+      weight_decay: decoupled, as in AdamW. Other than the Python number 0, update needs params.
+      weight_decay_mask: as in `optax.add_decayed_weights`.
+      rms: root mean square of each matrix's update before decay and learning rate, a number; None leaves it as it is.
+      adam_for: which matrices Adam takes, embeddings and the output layer above all. A function of a leaf's path and
+        the leaf, or a tree of its values that is a prefix of the parameters': True or "adam" for Adam; False for the
+        rule, that matrices go to Shampoo and all else to Adam; "shampoo" for Shampoo whatever the rank.
+      adam_b1: Adam's b1.
+      adam_b2: Adam's b2.
+      adam_eps: Adam's eps.
+      decay: see `scale_by_shampoo`, as for all that follow.
+      exponent: see there.
+      damping: see there.
+      update_every: see there.
+      root_every: see there.
+      root: see there.
+      refresh_change: see there.
+      kl: see there.
+      max_dim: see there.
+      block_size: see there.
+      stacked: see there; a leaf is a matrix if it is one without these axes.
+      factor_dtype: see there.
+
+    Returns:
+      A `GradientTransformationExtraArgs`. With a NaN or infinity in any gradient no leaf moves.
+
+    Raises:
+      ValueError: as `scale_by_shampoo`; for a label that is none of the above, and for labels that miss a leaf.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_curv
+      >>> params = {"embedding": jnp.ones((9, 4)), "dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+      >>> tx = optax_curv.shampoo(0.02, adam_for=lambda path, leaf: "embedding" in jax.tree_util.keystr(path))
+      >>> state = tx.init(params)
+      >>> updates, state = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), state, params)
+      >>> print(updates["dense"]["kernel"][0].round(4), updates["dense"]["bias"].round(4))
+      [-0.004 -0.004 -0.004] [-0.02 -0.02 -0.02]
+
+    References:
+      See `scale_by_shampoo`; Agarwal et al., *Disentangling adaptive gradient methods from learning rates*, 2020,
+      arXiv:2002.11803: the direction of one method with the size of another.
+    """
+    if rms is not None:
+        contracts.require_number("shampoo", "rms", rms, above=0)
+    matrices = scale_by_shampoo(
+        decay,
+        b1=b1,
+        nesterov=nesterov,
+        exponent=exponent,
+        damping=damping,
+        update_every=update_every,
+        root_every=root_every,
+        root=root,
+        refresh_change=refresh_change,
+        kl=kl,
+        max_dim=max_dim,
+        block_size=block_size,
+        stacked=stacked,
+        factor_dtype=factor_dtype,
+    )
+    matrices = matrices if rms is None else optax.chain(matrices, normalize_by_rms(rms))
+    decays = not contracts.is_python_number(weight_decay, 0)
+    return optax.chain(
+        matrices_and_adam("shampoo", matrices, adam_for, stacked, b1=adam_b1, b2=adam_b2, eps=adam_eps),
+        optax.add_decayed_weights(weight_decay, weight_decay_mask) if decays else optax.identity(),
+        optax.scale_by_learning_rate(learning_rate),
+    )

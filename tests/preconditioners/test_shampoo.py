@@ -1,0 +1,86 @@
+"""Shampoo against its dense definition, and what its state survives."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_curv
+
+ROUNDING = 1e-8  # relative, in float64, through roots of factors damped to condition 1e6
+DAMPING = 1e-6
+
+# Small matrices take longer to compile than to run.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def gradients(*shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.standard_normal(shape)) for shape in shapes]
+
+
+def mode_moment(g, axis):
+    unfolded = np.moveaxis(np.asarray(g), axis, 0).reshape(g.shape[axis], -1)
+    return unfolded @ unfolded.conj().T
+
+
+def damped_power(factor, exponent):
+    values, vectors = np.linalg.eigh(factor)
+    return (vectors * (values + DAMPING * values[-1]) ** -exponent) @ vectors.conj().T
+
+
+def run(tx, steps):
+    """The updates and the last state."""
+    state, update, updates = tx.init(steps[0]), quick_jit(tx.update), []
+    for g in steps:
+        new, state = update(g, state)
+        updates.append(new)
+    return updates, state
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 6), (3, 2, 4), (2, 2, 2, 3)])
+@pytest.mark.parametrize("exponent", [0.5, 0.25, 0.7])
+def test_the_direction_is_the_kronecker_product_of_roots_times_the_momentum(shape, exponent, x64):
+    """u = (⊗ Fᵢ)⁻ᵉ vec(m) with averages of Adam's kind, whatever the rank."""
+    decay, b1, steps = 0.9, 0.8, gradients(shape, shape, shape)
+    tx = optax_curv.scale_by_shampoo(
+        decay, b1=b1, nesterov=False, exponent=exponent, damping=DAMPING, refresh_change=np.inf, root_every=1
+    )
+    updates, state = run(tx, steps)
+    factors, momentum = [0.0] * len(shape), 0.0
+    for count, (g, u) in enumerate(zip(steps, updates, strict=True), start=1):
+        momentum = b1 * momentum + (1 - b1) * np.asarray(g)
+        factors = [decay * f + (1 - decay) * mode_moment(g, axis) for axis, f in enumerate(factors)]
+        roots = [damped_power(f / (1 - decay**count), exponent) for f in factors]
+        whole = functools.reduce(np.kron, roots)
+        expected = whole @ momentum.ravel() / (1 - b1**count)
+        np.testing.assert_allclose(u.ravel(), expected, rtol=0, atol=ROUNDING * np.abs(expected).max())
+    for kept, factor in zip(state.factors, factors, strict=True):
+        np.testing.assert_allclose(kept, factor / (1 - decay ** len(steps)), rtol=1e-12)
+
+
+def test_a_bad_gradient_changes_nothing_but_the_counter():
+    tx = optax_curv.shampoo(0.1)
+    params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+    _, state = run(tx, [params, params])
+    updates, after = quick_jit(tx.update)({**params, "b": jnp.array([1.0, jnp.nan, 1.0])}, state)
+    assert all(jnp.all(u == 0) for u in jax.tree.leaves(updates))
+    assert after[0].total_notfinite == 1
+    same = jax.tree.map(jnp.array_equal, after[0].others, state[0].others)
+    assert jax.tree.all(same)
+
+
+def test_the_alias_sends_matrices_to_shampoo_and_the_rest_to_adam():
+    shapes = {"embedding": (5, 4), "kernel": (4, 3), "bias": (3,)}
+    params = dict(zip(shapes, gradients(*shapes.values()), strict=True))
+    grads = dict(zip(shapes, gradients(*shapes.values(), seed=1), strict=True))
+    tx = optax_curv.shampoo(0.1, weight_decay=0.01, adam_for=lambda path, leaf: path[0].key == "embedding")
+    updates, _ = quick_jit(tx.update)(grads, tx.init(params), params)
+    ours = optax.chain(optax_curv.scale_by_shampoo(), optax_curv.normalize_by_rms(0.2))
+    direction, _ = optax.scale_by_adam().update(grads, optax.scale_by_adam().init(params))
+    direction["kernel"], _ = quick_jit(ours.update)(grads["kernel"], ours.init(params["kernel"]))
+    for name in shapes:
+        np.testing.assert_allclose(updates[name], -0.1 * (direction[name] + 0.01 * params[name]), rtol=1e-3)
