@@ -1,5 +1,6 @@
 """Second moments along every axis of a leaf, and the roots of them that precondition it."""
 
+import functools
 import math
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_curv.linalg import inverse_root, kron_matvec
+from optax_curv.linalg import kron_matvec
 from optax_curv.linalg.checks import widen
 from optax_curv.preconditioners import contracts, kron_layout
 
@@ -15,6 +16,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 # Between refreshes of the roots lie 1 + count / EARLY steps, as far as the period allows: the gradients change most
 # at the start. On the character transformer 8 instead of 4 costs twice the roots and gains nothing.
 EARLY = 4
+SMALL = 64
 
 
 def layout_of(method: str, tree, *, max_dim, block_size, stacked, dtype) -> kron_layout.Layout:
@@ -49,14 +51,20 @@ def running_weight(decay, count) -> jax.Array:
     return jnp.where(plain, 1 / steps, (1 - kept) / (1 - kept**steps))
 
 
-def soundness(grads, total_notfinite):
-    """(whether every gradient's square is finite, the counter of those that were not).
+def soundness(grads, sound, total_notfinite):
+    """(whether to take the step, the counter of those not taken): where every gradient has a finite square.
 
-    A bad step is one of zero gradients and weights: then nothing that follows needs a choice between old and new, of
-    which each would be compiled for itself.
+    A bad step is one of zero gradients and weights, after which no choice between old and new state is left, each of
+    which would be compiled for itself.
+
+    Args:
+      grads: a tree.
+      sound: bool [] to go by instead; or None.
+      total_notfinite: the counter, int32 [].
     """
-    squares = [jnp.sum(jnp.square(jnp.abs(widen(g)))) for g in jax.tree.leaves(grads)]
-    sound = jnp.all(jnp.isfinite(jnp.stack(squares))) if squares else jnp.bool_(True)
+    if sound is None:
+        squares = [jnp.sum(jnp.square(jnp.abs(widen(g)))) for g in jax.tree.leaves(grads)]
+        sound = jnp.all(jnp.isfinite(jnp.stack(squares))) if squares else jnp.bool_(True)
     # By way of a conditional, behind which the compiler does not derive it anew for every use.
     total = jax.lax.cond(sound, lambda n: n, lambda n: n + 1, total_notfinite)
     return total == total_notfinite, total
@@ -90,23 +98,26 @@ def whitened_moment(x, roots, axis: int, diagonal: bool) -> jax.Array:
     return axis_moment(jax.vmap(kron_matvec)(others, x), axis, diagonal) / rest
 
 
-def signs(length: int):
-    """A fixed vector of random signs: the squared norm of A times it is an estimate of ‖A‖_F² without bias."""
-    return np.random.default_rng(length).choice(np.array([-1, 1], np.float32), length)
+def energy(factor, root) -> jax.Array:
+    """tr(F R) of each of a batch of dense factors and roots, [B]; 0 for diagonal ones."""
+    return jnp.sum((factor * root.conj()).real, axis=(-2, -1)) if factor.ndim == 3 else jnp.zeros(len(factor))
 
 
-def sketch(factor: jax.Array) -> jax.Array:
-    """One product of each dense factor [B, d, d] with fixed signs, [B, d]; a diagonal factor [B, d] is its own."""
-    return factor if factor.ndim == 2 else jnp.sum(factor * signs(factor.shape[-1]), axis=-1)
+def batches(groups: list[tuple]) -> dict[Any, list[tuple[int, int]]]:
+    """Where the dense factors of one batch of roots stand, (group, axis), by its width and dtype.
 
-
-def by_width(groups: list[tuple]) -> dict[Any, list[tuple[int, int]]]:
-    """Where the dense factors of each width and dtype stand: (group, axis)."""
+    A width goes with the next larger one where that is at most SMALL: a root more costs less than one more to compile.
+    """
+    dense = [
+        (g, axis, factor.shape[-1], factor.dtype)
+        for g, factors in enumerate(groups)
+        for axis, factor in enumerate(factors)
+        if factor.ndim == 3
+    ]
     places = {}
-    for g, factors in enumerate(groups):
-        for axis, factor in enumerate(factors):
-            if factor.ndim == 3:
-                places.setdefault((factor.shape[-1], factor.dtype), []).append((g, axis))
+    for g, axis, width, dtype in dense:
+        small = [w for _, _, w, other in dense if w <= SMALL and other == dtype]
+        places.setdefault((max(small) if width <= SMALL else width, dtype), []).append((g, axis))
     return places
 
 
@@ -116,57 +127,40 @@ def is_due(count, refreshed, period) -> jax.Array:
     return (count == 0) | (count - refreshed >= gap)
 
 
-def has_moved(factors, sketches, limit) -> jax.Array:
-    """Whether any factor has changed by more than `limit` of its Frobenius norm since its sketch was taken."""
-
-    def moved(factor, old):
-        change, norm = (jnp.sum(jnp.square(jnp.abs(x)), axis=-1) for x in (sketch(factor) - old, old))
-        return jnp.any(change > limit**2 * norm)
-
-    return jnp.any(jnp.stack([moved(*pair) for pair in zip(factors, sketches, strict=True)]))
-
-
 def power(values, exponent, damping) -> jax.Array:
     """(v + damping max v)^(-exponent) of non-negative numbers [B, d], zero where all are zero."""
     damped = values + damping * jnp.max(values, axis=-1, keepdims=True)
     return jnp.where(damped > 0, jnp.where(damped > 0, damped, 1) ** -exponent, 0)
 
 
-def refresh(groups: list[tuple], roots: list[tuple], sketches: list[tuple], due, limit, root):
-    """(roots, sketches) with the dense factors' roots taken anew where they are due or a factor has moved.
+def refresh(groups: list[tuple], roots: list[tuple], energies: list[jax.Array], due, limit, root):
+    """(roots, energies) with the dense factors' roots taken anew where they are due or a factor has moved.
 
-    All factors of one width are one batch and are refreshed together.
+    A factor has moved when tr(F R) has grown by more than `limit` since the root R was taken: when gradients grow, or
+    turn to where there were none and R is large. All factors of one batch are refreshed together.
 
     Args:
       groups: factors by group.
       roots: old roots by group.
-      sketches: of the factors that have these roots, by group.
+      energies: tr(F R) as of when R was taken, by group [B, axes].
       due: bool [].
-      limit: see `has_moved`.
-      root: function of a batch of factors [B, d, d] and of their old roots.
+      limit: see above.
+      root: function of a batch of factors [B, d, d].
     """
-    new_roots, new_sketches = [list(r) for r in roots], [list(s) for s in sketches]
-    for places in by_width(groups).values():
-        factors, old, old_sketches = ([tree[g][axis] for g, axis in places] for tree in (groups, roots, sketches))
-        sizes = np.cumsum([len(f) for f in factors])[:-1]
+    roots, energies = [list(r) for r in roots], [list(e.T) for e in energies]
+    for (width, _), places in batches(groups).items():
+        factors, old, references = ([tree[g][axis] for g, axis in places] for tree in (groups, roots, energies))
 
-        def fresh(factors=factors, old=old, sizes=sizes):
-            new, kept = root(jnp.concatenate(factors), jnp.concatenate(old)), jnp.concatenate(old)
-            sound = jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)
-            return jnp.split(jnp.where(sound, new, kept), sizes), [sketch(f) for f in factors]
+        def fresh(factors=factors, old=old, width=width):
+            padded = [jnp.pad(f, ((0, 0), *[(0, width - f.shape[-1])] * 2)) for f in factors]
+            new = jnp.split(root(jnp.concatenate(padded)), np.cumsum([len(f) for f in factors])[:-1])
+            new = [r[:, : f.shape[-1], : f.shape[-1]] for r, f in zip(new, factors, strict=True)]
+            new = [jnp.where(jnp.all(jnp.isfinite(r)), r, o) for r, o in zip(new, old, strict=True)]
+            return new, list(map(energy, factors, new))
 
-        now = due | has_moved(factors, old_sketches, limit)
-        found = jax.lax.cond(now, fresh, lambda kept=(old, old_sketches): kept)
-        for (g, axis), r, s in zip(places, *found, strict=True):
-            new_roots[g][axis], new_sketches[g][axis] = r, s
-    return [tuple(r) for r in new_roots], [tuple(s) for s in new_sketches]
-
-
-def relative_root(exponent, damping, method: str):
-    """Function of a batch of factors that returns (F + damping λ_max I)^(-exponent)."""
-
-    def root(factors, old):
-        del old
-        return inverse_root(factors, 1 / exponent, damping=damping, relative=True, method=method)
-
-    return root
+        grown = [jnp.any(e > limit * r) for e, r in zip(map(energy, factors, old), references, strict=True)]
+        moved = functools.reduce(jnp.logical_or, grown)
+        found = jax.lax.cond(due | moved, fresh, lambda kept=(old, references): kept)
+        for (g, axis), r, e in zip(places, *found, strict=True):
+            roots[g][axis], energies[g][axis] = r, e
+    return [tuple(r) for r in roots], [jnp.stack(e, axis=-1) for e in energies]

@@ -169,16 +169,12 @@ class Layout:
     def join_state(self, state):
         """The state with its trees like the factors by group; what is kept in less than float32 is widened to it."""
         trees = _trees_like_factors(state)
-        return state._replace(**{name: self._join(self._by_piece(tree)) for name, tree in trees.items()})
+        return state._replace(**{name: self.join(tree) for name, tree in trees.items()})
 
     def split_state(self, state, like):
         """Undoes `join_state`, in the dtypes of `like`."""
-
-        def tree(by_group, like):
-            return jax.tree.map(lambda x, y: x.astype(y.dtype), self._nest(iter(self._split(by_group))), like)
-
         groups = _trees_like_factors(state)
-        return state._replace(**{name: tree(of_name, getattr(like, name)) for name, of_name in groups.items()})
+        return state._replace(**{name: self.split(of_name, getattr(like, name)) for name, of_name in groups.items()})
 
     def rounded(self, by_group: list) -> list:
         """Factors of the values that they have once kept."""

@@ -50,10 +50,8 @@ def matrices_and_adam(method: str, tx, adam_for, stacked, *, b1, b2, eps) -> opt
         return MatricesAndAdamState(matrices.init(params), adam.init(params), jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra_args):
-        good, total_notfinite = axis_factors.soundness(updates, state.total_notfinite)
-        # The method answers a gradient that is not finite itself, and skips the step with its own means.
-        new = jax.tree.map(lambda g: jnp.where(good, g, jnp.nan), updates)
-        new, of_matrices = matrices.update(new, state.matrices, params, **extra_args)
+        good, total_notfinite = axis_factors.soundness(updates, None, state.total_notfinite)
+        new, of_matrices = matrices.update(updates, state.matrices, params, sound=good, **extra_args)
         new, of_others = adam.update(new, state.others, params)
         new = jax.tree.map(lambda u, g: jnp.where(good, u, 0).astype(g.dtype), new, updates)
         of_others = jax.tree.map(lambda new, old: jnp.where(good, new, old), of_others, state.others)

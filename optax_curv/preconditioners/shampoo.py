@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_curv.linalg import kron_matvec
+from optax_curv.linalg import inverse_root, kron_matvec
 from optax_curv.preconditioners import axis_factors, contracts
 from optax_curv.preconditioners.chain_pieces import normalize_by_rms
 from optax_curv.preconditioners.matrices_and_adam import matrices_and_adam
@@ -25,7 +25,7 @@ class ScaleByShampooState(NamedTuple):
       factors: like the parameters, each leaf replaced by the tuple of its axis factors, [*stack, d, d] or diagonal
         [*stack, d]; a leaf cut by `block_size` by the tuple of its blocks' tuples.
       roots: like factors, what multiplies the momentum.
-      sketches: like factors, [*stack, d]: a product of each dense factor at its last refresh, by which a change shows.
+      energies: like the parameters, each leaf replaced by its blocks' tr(F R) when R was taken, [*stack, axes].
       total_notfinite: steps skipped for a NaN or infinity, int32 [].
     """
 
@@ -34,7 +34,7 @@ class ScaleByShampooState(NamedTuple):
     momentum: Any
     factors: Any
     roots: Any
-    sketches: Any
+    energies: Any
     total_notfinite: jax.Array
 
 
@@ -49,7 +49,7 @@ class Options(NamedTuple):
     update_every: Any
     root_every: Any
     root: str
-    refresh_change: Any
+    refresh_growth: Any
     kl: bool
     max_dim: int
     block_size: int | None
@@ -78,7 +78,7 @@ def scale_by_shampoo(
     update_every=1,
     root_every=20,
     root="eigh",
-    refresh_change=2.0,
+    refresh_growth=2.0,
     kl=False,
     max_dim=8192,
     block_size=None,
@@ -108,9 +108,9 @@ def scale_by_shampoo(
       root_every: most steps between two computations of the roots, a number or a schedule. Early in training they
         are denser, 1 + count / 4 steps apart.
       root: "eigh" or "newton", see `linalg.inverse_root`; "newton", matrix products only, needs 1/e to be whole.
-      refresh_change: the roots are computed anew, out of schedule, for all factors of one width when one of them has
-        changed by more than this multiple of its Frobenius norm (estimated by one product with random signs): when
-        gradients grow, or a leaf receives its first ones. `float("inf")`: never.
+      refresh_growth: the roots R are computed anew, out of schedule, when tr(F R) of a factor has grown by more than
+        this since R was taken: gradients that grow, that turn to where there were none, a leaf's first ones. Above 1;
+        `float("inf")`: never.
       kl: whether each factor is estimated from the gradient multiplied by the other factors' roots,
         Fᵢ = E[G₍ᵢ₎ (⊗ⱼ≠ᵢ Fⱼ)⁻¹ G₍ᵢ₎ᴴ] dᵢ/N, which minimises the Kullback-Leibler divergence of N(0, ⊗F) from the
         gradients' own covariance. It needs exponent 1/2.
@@ -122,7 +122,8 @@ def scale_by_shampoo(
         memory; the arithmetic stays float32. Leaves of float64 keep float64.
 
     Returns:
-      A `GradientTransformationExtraArgs`. With a NaN or infinity the update is zero and the state keeps its last value
+      A `GradientTransformationExtraArgs` with `update(grads, state, params=None, *, sound=None)`. With a NaN or an
+      infinity (or where `sound`, a bool [], is given and False) the update is zero and the state keeps its last value
       but for `total_notfinite`. Under `jax.vmap` over hyper-parameters `lax.cond` computes both branches, and a longer
       `root_every` saves nothing.
 
@@ -156,7 +157,7 @@ def scale_by_shampoo(
         update_every=update_every,
         root_every=root_every,
         root=root,
-        refresh_change=refresh_change,
+        refresh_growth=refresh_growth,
         kl=kl,
         max_dim=max_dim,
         block_size=block_size,
@@ -173,8 +174,8 @@ def _check(options: Options):
     require("decay", options.decay, at_least=0, at_most=1)
     require("b1", options.b1, at_least=0, at_most=1)
     require("exponent", options.exponent, above=0)
-    for name in ("damping", "refresh_change"):
-        require(name, getattr(options, name), at_least=0)
+    require("damping", options.damping, at_least=0)
+    require("refresh_growth", options.refresh_growth, above=1)
     for name in ("update_every", "root_every", "max_dim", "block_size"):
         require(name, getattr(options, name), at_least=1)
     if options.kl and not contracts.is_python_number(options.exponent, 0.5):
@@ -201,20 +202,18 @@ def _init(options: Options, params) -> Any:
         momentum=axis_factors.momentum_of(params),
         factors=layout.build(zeros),
         roots=layout.build(zeros),
-        sketches=layout.build(
-            lambda piece: tuple(jnp.zeros((*piece.stack, d), piece.dtype) for d in piece.shape),
-        ),
+        energies=layout.build(lambda piece: jnp.zeros((*piece.stack, len(piece.shape)), piece.real_dtype)),
         total_notfinite=jnp.zeros([], jnp.int32),
     )
 
 
-def _update(options: Options, updates, state, params=None, **extra_args):
+def _update(options: Options, updates, state, params=None, *, sound=None, **extra_args):
     del extra_args
     if params is not None:
         contracts.require_same_leaves(METHOD, "the gradients", updates, "the parameters", params)
     contracts.require_same_leaves(METHOD, "the gradients", updates, "the state's momentum", state.momentum)
     layout = options.layout_of(updates)
-    good, total_notfinite = axis_factors.soundness(updates, state.total_notfinite)
+    good, total_notfinite = axis_factors.soundness(updates, sound, state.total_notfinite)
     grads = jax.tree.map(lambda g: jnp.where(good, g, 0), updates)
     momentum, direction = axis_factors.momentum_and_direction(
         options.b1, options.nesterov, state.count, state.momentum, grads, good
@@ -222,12 +221,14 @@ def _update(options: Options, updates, state, params=None, **extra_args):
 
     # By group up to the end: whatever is done leaf by leaf is also compiled leaf by leaf.
     tensors, directions = layout.tensors(grads), layout.tensors(direction)
-    factors, roots, sketches = (layout.join(tree) for tree in (state.factors, state.roots, state.sketches))
+    factors, roots, energies = (layout.join(tree) for tree in (state.factors, state.roots, state.energies))
     factors = layout.rounded(_averaged(options, state.count, tensors, factors, roots, good))
     period = contracts.value_at(options.root_every, state.count).astype(jnp.int32)
     due = good & axis_factors.is_due(state.count, state.refreshed, period)
-    root = axis_factors.relative_root(options.exponent, options.damping, options.root)
-    roots, sketches = axis_factors.refresh(factors, roots, sketches, due, options.refresh_change, root)
+    root = functools.partial(
+        inverse_root, p=1 / options.exponent, damping=options.damping, relative=True, method=options.root
+    )
+    roots, energies = axis_factors.refresh(factors, roots, energies, due, options.refresh_growth, root)
     roots = layout.rounded(_with_diagonal_roots(options, factors, roots))
     directions = [jax.vmap(kron_matvec)(r, x) for r, x in zip(roots, directions, strict=True)]
     directions = layout.leaves(directions, layout.without_pieces(direction), updates)
@@ -238,7 +239,7 @@ def _update(options: Options, updates, state, params=None, **extra_args):
         momentum=momentum,
         factors=layout.split(factors, state.factors),
         roots=layout.split(roots, state.roots),
-        sketches=layout.split(sketches, state.sketches),
+        energies=layout.split(energies, state.energies),
         total_notfinite=total_notfinite,
     )
     return jax.tree.map(lambda u: jnp.where(good & jnp.isfinite(u), u, jnp.zeros_like(u)), directions), new
@@ -299,7 +300,7 @@ def shampoo(
     update_every=1,
     root_every=20,
     root="eigh",
-    refresh_change=2.0,
+    refresh_growth=2.0,
     kl=False,
     max_dim=8192,
     block_size=None,
@@ -331,7 +332,7 @@ def shampoo(
       update_every: see there.
       root_every: see there.
       root: see there.
-      refresh_change: see there.
+      refresh_growth: see there.
       kl: see there.
       max_dim: see there.
       block_size: see there.
@@ -368,7 +369,7 @@ def shampoo(
         update_every=update_every,
         root_every=root_every,
         root=root,
-        refresh_change=refresh_change,
+        refresh_growth=refresh_growth,
         kl=kl,
         max_dim=max_dim,
         block_size=block_size,

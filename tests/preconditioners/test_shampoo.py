@@ -47,7 +47,7 @@ def test_the_direction_is_the_kronecker_product_of_roots_times_the_momentum(shap
     """u = (⊗ Fᵢ)⁻ᵉ vec(m) with averages of Adam's kind, whatever the rank."""
     decay, b1, steps = 0.9, 0.8, gradients(shape, shape, shape)
     tx = optax_curv.scale_by_shampoo(
-        decay, b1=b1, nesterov=False, exponent=exponent, damping=DAMPING, refresh_change=np.inf, root_every=1
+        decay, b1=b1, nesterov=False, exponent=exponent, damping=DAMPING, refresh_growth=np.inf, root_every=1
     )
     updates, state = run(tx, steps)
     factors, momentum = [0.0] * len(shape), 0.0
