@@ -37,7 +37,7 @@ def require_number(method: str, name: str, value, *, above=None, at_least=None, 
 
 def is_python_number(x, value) -> bool:
     """Whether x is this number, known while tracing."""
-    return isinstance(x, int | float) and x == value
+    return isinstance(x, int | float | np.number) and bool(x == value)
 
 
 def structural(method: str, name: str, value):
