@@ -1,0 +1,129 @@
+import importlib
+import json
+import pathlib
+import statistics
+import sys
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def compare():
+    """The benchmarks live beside the package, in a clone only."""
+    if not (ROOT / "benchmarks").is_dir():
+        pytest.skip("no benchmarks outside a clone")
+    sys.path.insert(0, str(ROOT))
+    yield importlib.import_module("benchmarks.compare")
+    sys.path.remove(str(ROOT))
+
+
+@pytest.fixture(scope="module")
+def run(compare, tmp_path_factory):
+    """Two methods and a broken peer, six steps from two seeds, on the digits."""
+    folder = tmp_path_factory.mktemp("results")
+
+    def broken(problem, steps):
+        raise AttributeError("module 'jax' has no attribute 'gone'\nand more")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(compare.METHODS, "broken", broken)
+        patch.setattr(jax, "clear_caches", lambda: None)  # the other tests' compiled functions
+        compare.main(["mlp", "--methods", "muon", "broken", "--steps", "6", "--seeds", "0", "1", "--out", str(folder)])
+    return folder, json.loads((folder / "mlp.json").read_text())
+
+
+def test_every_method_starts_from_the_same_weights(run):
+    _, summary = run
+    starts = [
+        [curve["metrics"]["training loss"][0] for curve in summary["methods"][name]["curves"]]
+        for name in ("adam", "muon")
+    ]
+    assert starts[0] == starts[1]
+    assert starts[0][0] != starts[0][1]
+
+
+def test_summary_follows_from_the_curves(run):
+    _, summary = run
+    reference = summary["methods"]["adam"]
+    assert reference["step_ratio"] == [1.0, 1.0, 1.0]
+    assert reference["state_ratio"] == reference["trace_and_compile_ratio"] == 1.0
+    for row in (reference, summary["methods"]["muon"]):
+        for seed, curve in enumerate(row["curves"]):
+            losses = curve["metrics"]["training loss"]
+            target = reference["curves"][seed]["metrics"]["training loss"][-1]
+            reached = [n for n, loss in zip(curve["steps"], losses, strict=True) if n and loss <= target]
+            assert row["steps_to_target"][seed] == (reached[0] if reached else None)
+            assert row["final"]["training loss"][seed] == pytest.approx(losses[-1], rel=1e-5)
+            assert curve["steps"][-1] == row["steps"] == 6
+
+
+def test_table_shows_the_figures_of_the_json(run):
+    folder, summary = run
+    table = (folder / "mlp.md").read_text()
+    for name in ("adam", "muon"):
+        row = summary["methods"][name]
+        cells = next(line for line in table.splitlines() if line.startswith(f"| {name} |"))
+        assert f"| {statistics.median(row['final']['training loss']):.4g} |" in cells
+        assert f"| {row['state_ratio']:.1f} |" in cells
+    assert (folder / "mlp.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_broken_peer_is_one_line_of_the_table(run):
+    folder, summary = run
+    reason = "failed: AttributeError: module 'jax' has no attribute 'gone'"
+    assert summary["methods"]["broken"] == {"failure": reason}
+    assert f"| broken | {reason} |" in (folder / "mlp.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "unknown problem 'nothing'"),
+        (["missing.py"], "unknown problem 'missing.py'"),
+        (["mlp", "--methods", "magic"], "unknown method 'magic'"),
+        (["mlp", "--steps", "0"], "expected a whole number above zero, got 0"),
+    ],
+)
+def test_a_bad_command_line_is_one_line_and_exit_code_2(compare, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        compare.main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_problem_of_ones_own_is_a_python_file(compare, tmp_path, monkeypatch):
+    path = tmp_path / "line.py"
+    path.write_text(
+        "import jax.numpy as jnp\n"
+        "from benchmarks.problems import Problem\n"
+        "def problem():\n"
+        "    loss = lambda w, x: jnp.mean((w - x) ** 2)\n"
+        "    batches = lambda seed, steps: ((jnp.ones(2),) for _ in range(steps))\n"
+        "    return Problem('a line', lambda seed: jnp.zeros(2), loss, batches, {'loss': lambda w: loss(w, 1.0)}, 4, 2)\n"
+    )
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
+    compare.main([str(path), "--methods", "adam", "--seeds", "0", "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "line.json").read_text())["methods"]["adam"]["steps"] == 4
+
+
+def test_tuning_walks_to_a_value_that_is_better_than_its_neighbours(compare, monkeypatch):
+    running = compare.running
+    tried = {}
+
+    def train(problem, methods, seed, steps, tick):
+        (method,) = methods.values()
+        rate = method.settings["learning_rate"]
+        tried[rate] = abs(rate - 0.1)
+        curve = type("Curve", (), {"failure": None, "metrics": {"loss": [tried[rate]]}})
+        return [curve]
+
+    monkeypatch.setattr(running, "train", train)
+    problem = type("Problem", (), {"metrics": {"loss": None}})
+    method = running.Compiled(None, None, {"learning_rate": 0.01}, 0.0, 0.0, 0)
+    assert running.tune(problem, method, "any", 0, 1, lambda _: None) == {"learning_rate": 0.1}
+    assert set(tried) == {0.01, 0.03, 0.1, 0.3}
