@@ -33,7 +33,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("problem", help=f"{names}, or the path of a Python file with a function problem()")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help=f"of {', '.join(METHODS)} (default: all)")
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="of weights and batches (default: 0 1 2)"
+        "--seeds",
+        nargs="*",
+        type=int,
+        default=[0, 1, 2],
+        help="of weights and batches (default: 0 1 2); none: tune only",
     )
     parser.add_argument("--steps", type=int, help="steps of each method (default: the problem's)")
     parser.add_argument(
@@ -82,6 +86,7 @@ def _kept(folder: pathlib.Path) -> dict:
 def _tune(title, problem, ready, failures, steps, folder, note) -> dict:
     """Tunes every method and keeps what was found, method by method."""
     for name in list(ready):
+        note(f"tuning {name}")
         try:
             settings = running.tune(problem, ready[name], name, TUNING_SEED, steps, note)
         except Exception as error:
@@ -122,13 +127,16 @@ def main(arguments: list[str] | None = None):
             if ready[name].settings:
                 tqdm.write(f"{name}: no settings kept, taking its first ones")
         ready = {name: m._replace(settings=kept.get(name, m.settings)) for name, m in ready.items()}
+    if not options.seeds:
+        return
     if options.tune or options.tuned:
         tuning = (
             f"tuned from seed {TUNING_SEED} on the grid 1, 3, 10, … (other settings: powers of ten) until the "
             "best is inside"
         )
     with tqdm(total=steps * len(options.seeds), unit="step", desc=title, file=sys.stderr) as bar:
-        runs = [running.train(problem, ready, seed, steps, bar.update) for seed in options.seeds]
+        evaluate = running.evaluator(problem)
+        runs = [running.train(problem, ready, seed, steps, evaluate, bar.update) for seed in options.seeds]
     summary = report.summarize(problem, ready, runs, options.seeds)
     summary["methods"] |= {name: {"failure": reason} for name, reason in failures.items()}
     summary |= {"machine": report.machine(), "tuning": tuning}

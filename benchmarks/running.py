@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -74,6 +74,7 @@ def _copy(tree):
 
 
 def evaluator(problem: Problem) -> Callable[[Any], dict[str, float]]:
+    """All metrics of some parameters, compiled once."""
     evaluate = jax.jit(lambda params: {name: metric(params) for name, metric in problem.metrics.items()})
     return lambda params: {name: float(value) for name, value in evaluate(params).items()}
 
@@ -105,9 +106,10 @@ class Curve:
             self.metrics.setdefault(name, []).append(value)
 
 
-def train(problem: Problem, methods: dict[str, Compiled], seed: int, steps: int, tick: Callable) -> Iterable[Curve]:
+def train(
+    problem: Problem, methods: dict[str, Compiled], seed: int, steps: int, evaluate: Callable, tick: Callable
+) -> list[Curve]:
     """Trains all methods block by block, in an order that rotates; a method that raises stops with its reason."""
-    evaluate = evaluator(problem)
     curves = [Curve(name, method, problem, seed, steps) for name, method in methods.items()]
     untrained = evaluate(problem.init(seed))
     for curve in curves:
@@ -148,11 +150,13 @@ def tune(problem: Problem, method: Compiled, name: str, seed: int, steps: int, n
     """
     (metric,) = itertools.islice(problem.metrics, 1)
     known: dict[tuple, float] = {}
+    evaluate, whole = evaluator(problem), problem._replace(evaluate_every=steps)
 
     def score(settings):
         key = tuple(settings.values())
         if key not in known:
-            (curve,) = train(problem, {name: method._replace(settings=dict(settings))}, seed, steps, lambda _: None)
+            trial = {name: method._replace(settings=dict(settings))}
+            (curve,) = train(whole, trial, seed, steps, evaluate, lambda _: None)
             if curve.failure:
                 raise RuntimeError(curve.failure)
             last = curve.metrics[metric][-1]

@@ -104,7 +104,8 @@ def test_a_problem_of_ones_own_is_a_python_file(compare, tmp_path, monkeypatch):
         "def problem():\n"
         "    loss = lambda w, x: jnp.mean((w - x) ** 2)\n"
         "    batches = lambda seed, steps: ((jnp.ones(2),) for _ in range(steps))\n"
-        "    return Problem('a line', lambda seed: jnp.zeros(2), loss, batches, {'loss': lambda w: loss(w, 1.0)}, 4, 2)\n"
+        "    metrics = {'loss': lambda w: loss(w, 1.0)}\n"
+        "    return Problem('a line', lambda seed: jnp.zeros(2), loss, batches, metrics, 4, 2)\n"
     )
     monkeypatch.setattr(jax, "clear_caches", lambda: None)
     compare.main([str(path), "--methods", "adam", "--seeds", "0", "--out", str(tmp_path)])
