@@ -116,7 +116,7 @@ def test_tuning_walks_to_a_value_that_is_better_than_its_neighbours(compare, mon
     running = compare.running
     tried = {}
 
-    def train(problem, methods, seed, steps, tick):
+    def train(problem, methods, seed, steps, evaluate, tick):
         (method,) = methods.values()
         rate = method.settings["learning_rate"]
         tried[rate] = abs(rate - 0.1)
@@ -124,7 +124,7 @@ def test_tuning_walks_to_a_value_that_is_better_than_its_neighbours(compare, mon
         return [curve]
 
     monkeypatch.setattr(running, "train", train)
-    problem = type("Problem", (), {"metrics": {"loss": None}})
+    problem = compare.problems.Problem("none", None, None, None, {"loss": None}, 1, 1)
     method = running.Compiled(None, None, {"learning_rate": 0.01}, 0.0, 0.0, 0)
     assert running.tune(problem, method, "any", 0, 1, lambda _: None) == {"learning_rate": 0.1}
     assert set(tried) == {0.01, 0.03, 0.1, 0.3}
