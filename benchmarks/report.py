@@ -154,53 +154,88 @@ def markdown(title: str, summary: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+# One hue a family: ours with a solid line, the same method in other packages dashed.
+LINES = {
+    "adam": ("black", "-"),
+    "muon": ("#7f7f7f", "--"),
+    "sophia": ("#b0a080", "-."),
+    "lbfgs": ("#9a9a9a", ":"),
+    "kfac": ("#4c9be8", "-"),
+    "kfac_rms": ("#00b3b3", "-"),
+    "kfac_adaptive": ("#1546a0", "-"),
+    "ekfac": ("#8a63d2", "-"),
+    "kfac_jax": ("#1546a0", "--"),
+    "kfac_jax_fixed": ("#4c9be8", "--"),
+    "kron_psgd": ("#f5a623", "-"),
+    "kron_psgd_rms": ("#d9480f", "-"),
+    "psgdax": ("#f5a623", "--"),
+    "psgdax_rms": ("#d9480f", "--"),
+    "distributed_kron": ("#f5a623", ":"),
+    "shampoo": ("#2b8a3e", "-"),
+    "soap": ("#94c11f", "-"),
+    "branch_fisher": ("#c2255c", "-"),
+    "somax": ("#c2255c", "--"),
+}
+
+
+def line_of(name: str) -> dict:
+    """How a method is drawn, in every plot alike."""
+    color, style = LINES.get(name, ("#d6336c", "-."))
+    return {"color": color, "linestyle": style, "linewidth": 2.2 if name in methods.OURS else 1.5}
+
+
 def plot(title: str, summary: dict, path: pathlib.Path):
-    """The first metric against steps and against seconds: the median seed, and the range of all of them."""
+    """The first metric against steps and against seconds: the median over the seeds, and the range of all of them."""
     import matplotlib
     import numpy as np
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
+    metric = summary["metric"]
     rows = {name: row for name, row in summary["methods"].items() if "curves" in row}
-    metric, colors = summary["metric"], {}
-    ours = [name for name in rows if name in methods.OURS]
-    others = [name for name in rows if name not in ours]
-    palette = pyplot.get_cmap("turbo")(np.linspace(0.05, 0.95, max(len(ours), 1)))
-    colors.update(zip(ours, palette, strict=False))
-    greys = [
-        "black",
-        "dimgrey",
-        "grey",
-        "darkgrey",
-        "rosybrown",
-        "tan",
-        "slategrey",
-        "thistle",
-        "silver",
-        "lightsteelblue",
-    ]
-    colors.update({name: greys[i % len(greys)] for i, name in enumerate(others)})
-    styles = ["-", "--", "-.", ":"]
-    figure, panels = pyplot.subplots(1, 2, figsize=(12, 5.2), sharey=True, layout="constrained")
-    for name, row in rows.items():
-        style = "-" if name in ours else styles[others.index(name) % 4]
-        values = np.array([curve["metrics"][metric] for curve in row["curves"]])
-        seconds = np.median([curve["seconds"] for curve in row["curves"]], 0)
-        for axes, x in zip(panels, (row["curves"][0]["steps"], seconds), strict=True):
-            line = {"color": colors[name], "linestyle": style, "linewidth": 2 if name in ours else 1.4}
-            axes.plot(x, np.median(values, 0), label=name if axes is panels[0] else None, **line)
-            axes.fill_between(x, values.min(0), values.max(0), color=colors[name], alpha=0.12, linewidth=0)
-    panels[0].set(xlabel="step", ylabel=metric, yscale="log")
-    panels[1].set(xlabel="seconds of training (compilation and evaluation left out)")
-    if REFERENCE in rows:
-        panels[1].set_xlim(0, 1.6 * np.median([c["seconds"][-1] for c in rows[REFERENCE]["curves"]]))
+    values = {name: np.array([c["metrics"][metric] for c in row["curves"]]) for name, row in rows.items()}
+    figure, panels = pyplot.subplots(1, 2, figsize=(12.5, 5.4), sharey=True, layout="constrained")
+    for name in sorted(rows, key=lambda name: np.nan_to_num(np.median(values[name][:, -1]), nan=np.inf)):
+        curves = rows[name]["curves"]
+        seconds = np.median([curve["seconds"] for curve in curves], 0)
+        for axes, x in zip(panels, (curves[0]["steps"], seconds), strict=True):
+            axes.plot(x, np.median(values[name], 0), label=name if axes is panels[0] else None, **line_of(name))
+            axes.fill_between(
+                x, values[name].min(0), values[name].max(0), color=line_of(name)["color"], alpha=0.1, lw=0
+            )
+    adam = np.median(values[REFERENCE], 0)
+    target = adam[-1] if summary["goal"] is None else summary["goal"]
+    lowest = min([np.nanmin(v) for v in values.values()] + [target])
+    # The first tenth of Adam's run is cut off above: all the methods differ by comes after it.
+    top = 1.02 * np.nanmax(adam[len(adam) // 10 :])
+    panels[0].set(xlabel="step", ylabel=metric, yscale="log", ylim=(lowest / (top / lowest) ** 0.04, top))
+    panels[1].set(
+        xlabel="seconds of training, without compilation and evaluation",
+        xlim=(0, 1.5 * np.median([c["seconds"][-1] for c in rows[REFERENCE]["curves"]])),
+    )
+    if top / lowest < 20:  # numbers also between the decades
+        panels[0].yaxis.set_minor_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        panels[0].yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     for axes in panels:
+        axes.axhline(target, color="black", linewidth=0.8, linestyle=(0, (2, 3)))
         axes.grid(alpha=0.25, which="both", linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right center", frameon=False, title="ours bold, others dashed")
+    name = "tuned Adam's last" if summary["goal"] is None else "goal"
+    panels[1].annotate(
+        f"{name}: {target:.3g}",
+        (1, target),
+        (0, 3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        ha="right",
+        fontsize=9,
+    )
+    figure.legend(loc="outside right center", frameon=False, title="lowest last value first;\nours solid", fontsize=10)
     where = summary["machine"]
-    figure.suptitle(f"{title}: median of {len(summary['seeds'])} seeds, {where['processor']}, {where['cores']} cores")
+    figure.suptitle(
+        f"{title}: median and range of {len(summary['seeds'])} seeds ({where['processor']}, {where['cores']} cores)"
+    )
     figure.savefig(path, format="png", dpi=130)
     pyplot.close(figure)
 
