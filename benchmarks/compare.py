@@ -11,6 +11,7 @@ import io
 import json
 import pathlib
 import sys
+from collections.abc import Callable
 
 from tqdm import tqdm
 
@@ -51,54 +52,46 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _compile(names, problem, steps, note) -> tuple[dict, dict]:
-    """Methods ready to run, and the reason for each that is not."""
-    made, ready, failures = {}, {}, {}
+def _prepare(names, problem, steps, settle: Callable) -> tuple[dict, dict]:
+    """Methods compiled and with settings by `settle(name, compiled)`, and the reason for each that is not."""
+    ready, failures = {}, {}
 
-    def attempt(name, function):
+    def attempt(name, function, *arguments):
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # some peers print while they are traced
-                return function()
+                return function(*arguments)
         except methods.Absent as error:
             failures[name] = f"absent: {error}"
         except Exception as error:  # whatever a peer raises is a line in the table
             failures[name] = f"failed: {running.reason(error)}"
 
-    for name in names:
-        made[name] = attempt(name, functools.partial(METHODS[name], problem, steps))
+    made = {name: attempt(name, METHODS[name], problem, steps) for name in names}
     # Those that compile themselves come last: the others start by clearing what JAX has compiled so far.
     for name, method in sorted(made.items(), key=lambda item: item[1] is not None and item[1].host):
         if method is not None:
-            note(f"compiling {name}")
-            ready[name] = attempt(name, functools.partial(running.compile_method, method, problem, method.settings))
+            tqdm.write(f"compiling {name}", file=sys.stderr)
+            compiled = attempt(name, running.compile_method, method, problem, method.settings)
+            ready[name] = compiled and attempt(name, settle, name, compiled)
     return {name: ready[name] for name in names if ready.get(name)}, failures
 
 
-def _tuned_file(folder: pathlib.Path) -> pathlib.Path:
-    return folder / "tuned.json"
+class _Kept:
+    """The settings that were tuned, by problem and method, in a JSON file."""
 
+    def __init__(self, folder: pathlib.Path, title: str):
+        self.path, self.title = folder / "tuned.json", title
 
-def _kept(folder: pathlib.Path) -> dict:
-    path = _tuned_file(folder)
-    return json.loads(path.read_text()) if path.exists() else {}
+    def read(self) -> dict:
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
 
+    def get(self, name: str, otherwise: dict) -> dict:
+        return self.read().get(self.title, {}).get(name, otherwise)
 
-def _tune(title, problem, ready, failures, steps, folder, note) -> dict:
-    """Tunes every method and keeps what was found, method by method."""
-    for name in list(ready):
-        note(f"tuning {name}")
-        try:
-            settings = running.tune(problem, ready[name], name, TUNING_SEED, steps, note)
-        except Exception as error:
-            failures[name] = f"failed: {running.reason(error)}"
-            del ready[name]
-            continue
-        ready[name] = ready[name]._replace(settings=settings)
-        kept = _kept(folder)
-        kept.setdefault(title, {})[name] = settings
-        folder.mkdir(parents=True, exist_ok=True)
-        _tuned_file(folder).write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
-    return ready
+    def keep(self, name: str, settings: dict):
+        kept = self.read()
+        kept.setdefault(self.title, {})[name] = settings
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
 
 
 def main(arguments: list[str] | None = None):
@@ -114,28 +107,34 @@ def main(arguments: list[str] | None = None):
         parser.error(f"unknown method {unknown[0]!r}; expected some of {', '.join(METHODS)}")
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps: expected a whole number above zero, got {options.steps}")
-    names = list(dict.fromkeys([report.REFERENCE, *(options.methods or METHODS)]))
+    asked = options.methods or list(METHODS)
+    names = list(dict.fromkeys([report.REFERENCE, *asked] if options.seeds else asked))
     steps = options.steps or problem.steps
+    kept, evaluate = _Kept(options.out, title), running.evaluator(problem)
 
-    ready, failures = _compile(names, problem, steps, tqdm.write)
-    tuning = "untuned"
-    if options.tune:
-        ready = _tune(title, problem, ready, failures, steps, options.out, tqdm.write)
-    if options.tuned:
-        kept = _kept(options.out).get(title, {})
-        for name in set(ready) - set(kept):
-            if ready[name].settings:
-                tqdm.write(f"{name}: no settings kept, taking its first ones")
-        ready = {name: m._replace(settings=kept.get(name, m.settings)) for name, m in ready.items()}
+    def settle(name, compiled):
+        if options.tune and name in asked:
+            note = functools.partial(tqdm.write, file=sys.stderr)
+            settings = running.tune(problem, compiled, name, TUNING_SEED, steps, evaluate, note)
+            kept.keep(name, settings)
+        elif options.tune or options.tuned:
+            settings = kept.get(name, compiled.settings)
+        else:
+            settings = compiled.settings
+        return compiled._replace(settings=settings)
+
+    ready, failures = _prepare(names, problem, steps, settle)
     if not options.seeds:
         return
+    if report.REFERENCE not in ready:
+        parser.error(f"{report.REFERENCE}, the reference, {failures[report.REFERENCE]}")
+    tuning = "untuned"
     if options.tune or options.tuned:
         tuning = (
             f"tuned from seed {TUNING_SEED} on the grid 1, 3, 10, … (other settings: powers of ten) until the "
             "best is inside"
         )
     with tqdm(total=steps * len(options.seeds), unit="step", desc=title, file=sys.stderr) as bar:
-        evaluate = running.evaluator(problem)
         runs = [running.train(problem, ready, seed, steps, evaluate, bar.update) for seed in options.seeds]
     summary = report.summarize(problem, ready, runs, options.seeds)
     summary["methods"] |= {name: {"failure": reason} for name, reason in failures.items()}

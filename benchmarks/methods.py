@@ -228,7 +228,8 @@ def branch_fisher(problem, steps):
             "branches": branches,
             "value": value,
             "grad": grads,
-            "value_fn": lambda p: problem.loss(p, *batch),
+            # The line search hands every extra argument on to its value_fn and refuses those it does not take.
+            "value_fn": lambda p, branches: problem.loss(p, *batch),
         }
 
     def make(rate, values):

@@ -75,7 +75,8 @@ def _copy(tree):
 
 def evaluator(problem: Problem) -> Callable[[Any], dict[str, float]]:
     """All metrics of some parameters, compiled once."""
-    evaluate = jax.jit(lambda params: {name: metric(params) for name, metric in problem.metrics.items()})
+    every = jax.jit(lambda params: {name: metric(params) for name, metric in problem.metrics.items()})
+    evaluate = every.lower(problem.init(0)).compile()  # kept when JAX's caches are cleared
     return lambda params: {name: float(value) for name, value in evaluate(params).items()}
 
 
@@ -142,7 +143,9 @@ def on_grid(index: int, factor: float) -> float:
     return float(f"1e{index}" if factor == 10 else f"{(1, 3)[index % 2]}e{index // 2}")
 
 
-def tune(problem: Problem, method: Compiled, name: str, seed: int, steps: int, note: Callable) -> dict[str, float]:
+def tune(
+    problem: Problem, method: Compiled, name: str, seed: int, steps: int, evaluate: Callable, note: Callable
+) -> dict[str, float]:
     """Walks each setting along its grid to the lowest last value of the first metric, the learning rate first.
 
     Learning rates are 1, 3, 10, 30, …, other settings powers of ten. A walk starts at the method's own first value and
@@ -150,7 +153,7 @@ def tune(problem: Problem, method: Compiled, name: str, seed: int, steps: int, n
     """
     (metric,) = itertools.islice(problem.metrics, 1)
     known: dict[tuple, float] = {}
-    evaluate, whole = evaluator(problem), problem._replace(evaluate_every=steps)
+    whole = problem._replace(evaluate_every=steps)
 
     def score(settings):
         key = tuple(settings.values())
