@@ -7,6 +7,8 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from optax_curv.capture.nnx_models import as_pure
+
 N, T, D = 3, 4, 6  # examples, positions, width
 KEY = jax.random.key(0)
 ARCHITECTURES = {}
@@ -47,9 +49,9 @@ def linen(module, *inputs):
 
 def pure(build, *inputs):
     graph, shapes, rest = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
-    params = filled(nnx.pure(shapes))
+    params = filled(as_pure(shapes))
     # what is left are random keys and counters that nothing here draws from
-    rest = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if x.dtype == jnp.uint32 else KEY, nnx.pure(rest))
+    rest = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if x.dtype == jnp.uint32 else KEY, as_pure(rest))
     return lambda params, *inputs: mean_square(nnx.merge(graph, params, rest)(*inputs)), params, *inputs
 
 

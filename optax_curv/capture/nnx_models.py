@@ -21,20 +21,26 @@ class Model(NamedTuple):
     update: Callable
 
 
+def as_pure(tree):
+    """A tree with the arrays of its `nnx.Variable`s in their places; Flax renamed its function in 0.12.7."""
+    nnx = sys.modules["flax.nnx"]
+    return nnx.as_pure(tree) if hasattr(nnx, "as_pure") else nnx.pure(tree)
+
+
 def take_apart(params) -> Model | None:
     """The module's parts, or None if `params` is no nnx module."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None or not isinstance(params, nnx.Module):
         return None
     graph, state, rest = nnx.split(params, nnx.Param, ...)
-    others = nnx.pure(rest)
+    others = as_pure(rest)
 
     def wrap(function):
         def of_arrays(arrays, *args, **kwargs):
             model = nnx.merge(graph, arrays, others)
             result = function(model, *args, **kwargs)
-            return result, nnx.pure(nnx.state(model, nnx.Not(nnx.Param)))
+            return result, as_pure(nnx.state(model, nnx.Not(nnx.Param)))
 
         return of_arrays
 
-    return Model(nnx.pure(state), state, wrap, lambda after: nnx.update(params, after))
+    return Model(as_pure(state), state, wrap, lambda after: nnx.update(params, after))
