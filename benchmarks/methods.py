@@ -216,6 +216,18 @@ def ekfac(problem, steps):
     return from_optax(problem, steps, make, measure, learning_rate=0.03, damping=0.01)
 
 
+def gauss_newton(problem, steps):
+    """Hessian-free optimisation, with nothing to tune."""
+    if problem.objective is None:
+        raise Absent("needs an Objective")
+
+    def measure(params, state, batch, key):
+        value, grads = jax.value_and_grad(problem.loss)(params, *batch)
+        return grads, {"objective": problem.objective, "batch": batch, "value": value}
+
+    return from_optax(problem, steps, lambda rate, _: optax_curv.gauss_newton(None), measure)
+
+
 def branch_fisher(problem, steps):
     """Gauss-Newton rows of the residuals, the step length by backtracking."""
     if not problem.residuals:
@@ -252,5 +264,6 @@ OURS = {
     "shampoo": _alias_with_adam("shampoo"),
     "soap": _alias_with_adam("soap"),
     "branch_fisher": branch_fisher,
+    "gauss_newton": gauss_newton,
 }
 OPTAX = {"adam": adam, "muon": muon, "sophia": sophia, "lbfgs": lbfgs}

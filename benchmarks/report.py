@@ -174,6 +174,7 @@ LINES = {
     "shampoo": ("#2b8a3e", "-"),
     "soap": ("#94c11f", "-"),
     "branch_fisher": ("#c2255c", "-"),
+    "gauss_newton": ("#e599c0", "-"),
     "somax": ("#c2255c", "--"),
 }
 
