@@ -69,14 +69,27 @@ def inverse_root(a, p, *, damping, relative=False, method="eigh") -> jax.Array:
 def _inverse_root(a, p, damping, relative):
     a = symmetric_part("inverse_root", a)
     p, damping = (per_matrix("inverse_root", *named, a) for named in (("p", p), ("damping", damping)))
-    return _relative_power(a, -1 / p, damping) if relative else _power(a, -1 / p, damping)
+    if not relative:
+        return _power(a, -1 / p, damping)
+    root = _relative_power(a, -1 / p, damping)
+    return root / 2 + root.mT.conj() / 2
+
+
+def factor_root(a, exponent, damping, method):
+    """(a + damping λ_max I)^(-exponent) of symmetric matrices [batch, n, n], with as few kernels as can be."""
+    if method == "newton":
+        return inverse_root(a, 1 / exponent, damping=damping, relative=True, method=method)
+    real = jnp.finfo(a.dtype).dtype
+    exponent, damping = (jnp.broadcast_to(jnp.asarray(x, real), a.shape[:-2]) for x in (-exponent, damping))
+    return _relative_power(a, exponent, damping)
 
 
 def _relative_power(a, exponent, damping):
+    """Reads one triangle of `a`, and leaves the rounding in the symmetry of its result."""
     values, vectors = jnp.linalg.eigh(a, symmetrize_input=False)
     values = jnp.maximum(values, 0)
-    values = values + damping[..., None] * values[..., -1:]
-    return _symmetric_product(vectors * _raise(values, exponent[..., None])[..., None, :], vectors)
+    powers = _raise(values + damping[..., None] * values[..., -1:], exponent[..., None])
+    return _matmul(vectors * powers[..., None, :], vectors.mT.conj())
 
 
 @functools.partial(jax.jit, static_argnames=("p", "relative"))

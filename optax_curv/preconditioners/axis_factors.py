@@ -147,9 +147,10 @@ def refresh(groups: list[tuple], roots: list[tuple], energies: list[jax.Array], 
       limit: see above.
       root: function of a batch of factors [B, d, d].
     """
-    roots, energies = [list(r) for r in roots], [list(e.T) for e in energies]
+    new_roots = [list(r) for r in roots]
+    new_energies = [list(jnp.unstack(e, axis=-1)) for e in energies]
     for (width, _), places in batches(groups).items():
-        factors, old, references = ([tree[g][axis] for g, axis in places] for tree in (groups, roots, energies))
+        factors, old, references = ([tree[g][axis] for g, axis in places] for tree in (groups, roots, new_energies))
 
         def fresh(factors=factors, old=old, width=width):
             padded = [jnp.pad(f, ((0, 0), *[(0, width - f.shape[-1])] * 2)) for f in factors]
@@ -162,5 +163,5 @@ def refresh(groups: list[tuple], roots: list[tuple], energies: list[jax.Array], 
         moved = functools.reduce(jnp.logical_or, grown)
         found = jax.lax.cond(due | moved, fresh, lambda kept=(old, references): kept)
         for (g, axis), r, e in zip(places, *found, strict=True):
-            roots[g][axis], energies[g][axis] = r, e
-    return [tuple(r) for r in roots], [jnp.stack(e, axis=-1) for e in energies]
+            new_roots[g][axis], new_energies[g][axis] = r, e
+    return [tuple(r) for r in new_roots], [jnp.stack(e, axis=-1) for e in new_energies]

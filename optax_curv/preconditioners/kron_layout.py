@@ -146,10 +146,11 @@ class Layout:
             blocks = [next(by_piece) for _ in pieces]
             if len(blocks) == 1:
                 return blocks[0].reshape(like.shape).astype(like.dtype)
-            whole = jnp.zeros(like.shape, like.dtype)
-            for p, block in zip(pieces, blocks, strict=True):
-                whole = whole.at[(slice(None),) * len(p.stack) + p.slices].set(block.astype(like.dtype))
-            return whole
+            for axis in reversed(range(len(pieces[0].slices))):  # neighbours along the last axis come first
+                runs = len({p.slices[axis].start for p in pieces})
+                rows = [blocks[i : i + runs] for i in range(0, len(blocks), runs)]
+                blocks = [jnp.concatenate(row, axis=len(pieces[0].stack) + axis) for row in rows]
+            return blocks[0].astype(like.dtype)
 
         leaves = zip(self._by_leaf, map(jnp.asarray, jax.tree.leaves(like)), strict=True)
         return self._treedef.unflatten([leaf(*of_leaf) for of_leaf in leaves])

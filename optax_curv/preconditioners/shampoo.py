@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_curv.linalg import inverse_root, kron_matvec
+from optax_curv.linalg import kron_matvec
+from optax_curv.linalg.roots import factor_root
 from optax_curv.preconditioners import axis_factors, contracts
 from optax_curv.preconditioners.chain_pieces import normalize_by_rms
 from optax_curv.preconditioners.matrices_and_adam import matrices_and_adam
@@ -225,9 +226,7 @@ def _update(options: Options, updates, state, params=None, *, sound=None, **extr
     factors = layout.rounded(_averaged(options, state.count, tensors, factors, roots, good))
     period = contracts.value_at(options.root_every, state.count).astype(jnp.int32)
     due = good & axis_factors.is_due(state.count, state.refreshed, period)
-    root = functools.partial(
-        inverse_root, p=1 / options.exponent, damping=options.damping, relative=True, method=options.root
-    )
+    root = functools.partial(factor_root, exponent=options.exponent, damping=options.damping, method=options.root)
     roots, energies = axis_factors.refresh(factors, roots, energies, due, options.refresh_growth, root)
     roots = layout.rounded(_with_diagonal_roots(options, factors, roots))
     directions = [jax.vmap(kron_matvec)(r, x) for r, x in zip(roots, directions, strict=True)]
