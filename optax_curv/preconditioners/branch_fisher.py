@@ -9,6 +9,7 @@ import optax
 
 from optax_curv import linalg
 from optax_curv.preconditioners import contracts, state_branches
+from optax_curv.preconditioners.distribution import with_sharding_types
 from optax_curv.preconditioners.row_solvers import SOLVERS, apply_rows, combine_rows, solve_rows
 
 COMPLEX_METRICS = (None, "real", "full")
@@ -192,7 +193,7 @@ def scale_by_branch_fisher(
             direction = optax.tree.scale(damping_now, direction)
         return state_branches.step(updates, state, branches, direction, previous=previous)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, with_sharding_types(update))
 
 
 def _wide_zeros(leaf):

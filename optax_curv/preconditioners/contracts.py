@@ -127,6 +127,17 @@ def is_finite(*trees: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves] or [jnp.bool_(True)]))
 
 
+def is_squarable(*trees: Any) -> jax.Array:
+    """Whether the square of every inexact entry is finite, in float32 at least: bool [].
+
+    What enters second moments must be: a larger number would be an outlier that no running average forgets.
+    """
+    leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    magnitudes = [jnp.abs(x).astype(jnp.promote_types(jnp.float32, jnp.finfo(x.dtype).dtype)) for x in leaves]
+    checks = [jnp.all(x < jnp.sqrt(jnp.finfo(x.dtype).max)) for x in magnitudes]
+    return jnp.all(jnp.stack(checks or [jnp.bool_(True)]))
+
+
 def skip_unless(good, updates, new_state, state):
     """The step where `good`; elsewhere a zero update and the old state, its `total_notfinite` one higher.
 

@@ -9,6 +9,7 @@ import optax
 
 from optax_curv.preconditioners import contracts
 from optax_curv.preconditioners.contracts import static
+from optax_curv.preconditioners.distribution import with_sharding_types
 from optax_curv.preconditioners.kron_psgd import scale_by_kron_psgd
 
 
@@ -45,7 +46,7 @@ def on_flat_vector(method: str, tx: optax.GradientTransformationExtraArgs) -> op
         vector, state = tx.update(ravel(updates), state, **flat)
         return unravel(vector, updates), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, with_sharding_types(update))
 
 
 def scale_by_dense_psgd(

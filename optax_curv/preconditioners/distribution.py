@@ -1,11 +1,12 @@
-"""How factors and the work on them are divided over the devices of a mesh: the one rule behind `factor_sharding`."""
+"""How work is divided over the devices of a mesh: the rule behind `factor_sharding`, and leaves with sharding types."""
 
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def require_sharding(method: str, sharding):
@@ -61,3 +62,28 @@ def as_kept(tree, sharding: NamedSharding | None):
         return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
 
     return jax.tree.map(constrained, tree)
+
+
+def with_sharding_types(update: Callable) -> Callable:
+    """`update` for leaves whose shardings are part of their types (meshes of `AxisType.Explicit`), too.
+
+    Such types would have to be given at every reshape and product. Here the compiler chooses them within the update, as
+    it does on other meshes; what comes out has the types of the gradients and of the old state.
+    """
+
+    @functools.wraps(update)
+    def typed(updates, state, params=None, **extra_args):
+        if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+            return update(updates, state, params, **extra_args)
+        leaves, treedef = jax.tree.flatten((updates, state, params, extra_args))
+        arrays = {i: jnp.asarray(x) for i, x in enumerate(leaves) if hasattr(x, "dtype")}
+
+        def of_arrays(arrays):
+            given = jax.tree.unflatten(treedef, [arrays.get(i, x) for i, x in enumerate(leaves)])
+            updates, state, params, extra_args = given
+            return update(updates, state, params, **extra_args)
+
+        shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
+        return jax.sharding.auto_axes(of_arrays, out_sharding=shardings)(arrays)
+
+    return typed

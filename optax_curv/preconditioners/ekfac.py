@@ -9,6 +9,7 @@ import optax
 from optax_curv.capture.layers import Layers
 from optax_curv.capture.statistics import KroneckerFactors
 from optax_curv.preconditioners import contracts
+from optax_curv.preconditioners.kronecker_factors import is_silent
 from optax_curv.preconditioners.layerwise import HIGHEST, averaged, layerwise, map_grouped, zero_factors
 
 
@@ -233,16 +234,18 @@ def scale_by_ekfac(
         averaging, first = state.count % update_every == 0, state.count == 0
         moments = {}
         for name, x in present.items():
-            weight = jnp.where(first, 0, contracts.value_at(decay, state.count, x.dtype))
-            mean = weight * state.moments[name] + (1 - weight) * new[name]
-            moments[name] = jnp.where(averaging, mean, state.moments[name])
+            old = state.moments[name]
+            weight = jnp.where(is_silent(old), 0, contracts.value_at(decay, state.count, x.dtype))
+            moments[name] = jnp.where(averaging, weight * old + (1 - weight) * new[name], old)
         basis, moments = jax.lax.cond(
             state.count % invert_every == 0,
             lambda: _change_basis(present, factors, state.basis, moments, first, factor_sharding),
             lambda: (state.basis, moments),
         )
+        # Without any moments yet there is no reason to move a layer.
         damped = {
-            name: moments[name] + contracts.value_at(damping, state.count, x.dtype) for name, x in present.items()
+            name: jnp.where(is_silent(m), jnp.inf, m + contracts.value_at(damping, state.count, m.dtype))
+            for name, m in moments.items()
         }
         sides = [{name: x[side] for name, x in basis.items()} for side in (0, 1)]
         directions = map_grouped(_direction, _stacks(present), *sides, damped, matrices, sharding=factor_sharding)

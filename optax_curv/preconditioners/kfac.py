@@ -69,9 +69,9 @@ def scale_by_kfac(
 
     Args:
       layers: from `find_layers`, or made by hand.
-      damping: λ ≥ 0 of each block; a number or a schedule.
-      decay: weight of the old factors in the running averages, in [0, 1]; a number or a schedule. The first step
-        replaces the zero factors.
+      damping: λ ≥ 0 of each block; a number or a schedule. A layer whose statistics have all been zero stays still.
+      decay: weight of the old factors in the running averages, in [0, 1]; a number or a schedule. Factors that are
+        still zero are replaced.
       damping_rule: "pi" (d_A = π√λ, d_G = √λ/π with π² = (tr A/d_A)/(tr G/d_G)) or "trace"
         (max(λ · tr(F)/dim, 1e-10) for each factor F). An element-wise scale or shift takes all of λ at G.
       inverse: "cholesky", "eigh" (slower, for factors that are far from definite), or "cg" (no inverses: conjugate

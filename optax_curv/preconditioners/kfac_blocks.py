@@ -12,6 +12,9 @@ from optax_curv.preconditioners.damping import factor_damping, mean_diagonal
 from optax_curv.preconditioners.diagnostics import LayerDiagnostics
 from optax_curv.preconditioners.layerwise import HIGHEST, map_grouped
 
+# Damping of a layer that is not to move: its inverses are 1e-18 each, and their product still is no denormal number.
+STILL = 1e18
+
 
 class KroneckerInverse(NamedTuple):
     """Inverses of a layer's damped factors.
@@ -103,7 +106,9 @@ class Blocks:
         elementwise = np.array([x.layer.kind in ("scale", "shift") for x in self.present.values()], bool)
         elementwise = np.repeat(elementwise, self.sizes)
         added = factor_damping(rule, damping.astype(mean_a.dtype), mean_a, mean_g, elementwise)
-        self.damping_a, self.damping_g = map(self._by_layer, added)
+        # Nothing has reached such a layer yet, and a gradient without any curvature is no reason to move it.
+        silent = ~(mean_a * mean_g > 0)
+        self.damping_a, self.damping_g = (self._by_layer(jnp.where(silent, STILL, x)) for x in added)
         self.trace_ratio = mean_a / jnp.where(mean_g > 0, mean_g, 1)
 
     def _joined(self, values):

@@ -193,7 +193,9 @@ def balance(geometry, factors: Factors, lipschitz):
 def set_scale(geometry, factors: Factors, g, v, damping) -> Factors:
     """Factors of the scale (mean|v|²)^(1/4) (mean|g|⁴ + damping⁴)^(-1/8) where all are zero and g is not."""
     magnitude = jnp.abs(g)
-    unset = jnp.stack([jnp.all(q == 0) for q in factors]).all() & (magnitude.max() > 0)
+    # Denormal numbers carry no scale, but the noise of a first batch without any signal.
+    limits = jnp.finfo(magnitude.dtype)
+    unset = jnp.stack([jnp.all(q == 0) for q in factors]).all() & (magnitude.max() > limits.tiny / limits.eps)
     peak = jnp.maximum(jnp.maximum(magnitude.max(), damping), jnp.finfo(magnitude.dtype).tiny)  # g⁴ overflows
     fourth = jnp.mean((magnitude / peak) ** 4) + (damping / peak) ** 4
     scale = 1 / jnp.sqrt(peak * jnp.sqrt(jnp.sqrt(fourth)))

@@ -11,7 +11,7 @@ from optax_curv.linalg import kron_matvec
 from optax_curv.preconditioners import contracts, kron_geometries, kron_layout
 from optax_curv.preconditioners.chain_pieces import clip_by_max_abs
 from optax_curv.preconditioners.contracts import static
-from optax_curv.preconditioners.distribution import as_kept, divided
+from optax_curv.preconditioners.distribution import as_kept, divided, with_sharding_types
 from optax_curv.preconditioners.kron_layout import LIKE_FACTORS
 from optax_curv.preconditioners.kron_options import (
     METHOD,
@@ -169,7 +169,8 @@ def scale_by_kron_psgd(
         key=key,
     )
     check_options(options)
-    return optax.GradientTransformationExtraArgs(functools.partial(_init, options), functools.partial(_update, options))
+    update = with_sharding_types(functools.partial(_update, options))
+    return optax.GradientTransformationExtraArgs(functools.partial(_init, options), update)
 
 
 def kron_psgd(
@@ -365,6 +366,6 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
         total_notfinite=state.total_notfinite,
     )
     # A bound is not finite wherever a second moment is not, so the factors need not be read.
-    good = contracts.is_finite(rest, tensors, signals, probes, lipschitz, directions)
+    good = contracts.is_squarable(rest, tensors, signals, probes) & contracts.is_finite(lipschitz, directions)
     (directions, rest), new = contracts.skip_unless(good, (directions, rest), new, old)
     return layout.leaves(directions, rest, grads), _as_kept(options, layout.split_state(new, state))

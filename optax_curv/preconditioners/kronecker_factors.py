@@ -36,11 +36,20 @@ def init_factors(in_dim: int, out_dim: int) -> KroneckerFactors:
     return KroneckerFactors(jnp.zeros((in_dim, in_dim)), jnp.zeros((out_dim, out_dim)), jnp.int32(0))
 
 
+def is_silent(statistic) -> jax.Array:
+    """Whether a statistic is zero, or too small for arithmetic: bool []."""
+    return jnp.max(jnp.abs(statistic), initial=0) < jnp.finfo(statistic.dtype).tiny
+
+
 def average_factors(factors: KroneckerFactors, new_input, new_output, decay) -> KroneckerFactors:
-    """Averages decay · old + (1 - decay) · new, or takes the new factors where there are no old ones (count 0)."""
+    """Averages decay · old + (1 - decay) · new, or takes the new factors where the old ones are zero.
+
+    They are before the first batch, and while nothing reaches a layer: averaging zeros in would make the first factors
+    that say anything too small, and the steps too long.
+    """
 
     def average(old, new):
-        return jnp.where(factors.count == 0, new, decay * old + (1 - decay) * new).astype(old.dtype)
+        return jnp.where(is_silent(old), new, decay * old + (1 - decay) * new).astype(old.dtype)
 
     return KroneckerFactors(
         average(factors.input_factor, new_input), average(factors.output_factor, new_output), factors.count + 1

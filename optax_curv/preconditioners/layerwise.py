@@ -12,7 +12,7 @@ import optax
 from optax_curv.capture.layers import Layer, Layers, layer_leaves, layer_matrix
 from optax_curv.capture.statistics import KroneckerFactors
 from optax_curv.preconditioners import contracts
-from optax_curv.preconditioners.distribution import as_kept, divided, require_sharding
+from optax_curv.preconditioners.distribution import as_kept, divided, require_sharding, with_sharding_types
 from optax_curv.preconditioners.kronecker_factors import HIGHEST, average_factors
 
 
@@ -240,7 +240,7 @@ def layerwise(method, layers, state_type, init_rule, update_rule, *, kl_clip, fa
         new_updates = jax.tree.unflatten(treedef, leaves.values())
         new_updates, fallback_state = others.update(new_updates, state.fallback, params, **extra_args)
         fields = as_kept(fields, factor_sharding) | {"count": state.count + 1, "fallback": fallback_state}
-        good = contracts.is_finite(updates, curvature)
+        good = contracts.is_squarable(updates, curvature)
         return contracts.skip_unless(good, new_updates, state._replace(**fields), state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, with_sharding_types(update))

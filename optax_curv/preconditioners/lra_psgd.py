@@ -208,7 +208,7 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
         momentum=momentum,
         total_notfinite=state.total_notfinite,
     )
-    good = contracts.is_finite(direction, probe, hvp, updates, diagonal, lipschitz)
+    good = contracts.is_squarable(direction, probe, hvp) & contracts.is_finite(updates, diagonal, lipschitz)
     return contracts.skip_unless(good, updates, new_state, state)
 
 

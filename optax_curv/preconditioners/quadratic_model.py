@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.preconditioners import contracts
+from optax_curv.preconditioners.distribution import with_sharding_types
 
 # Martens and Grosse 2015, §6.5: the reduction ratios below which damping grows and above which it falls.
 POOR_RATIO, GOOD_RATIO = 0.25, 0.75
@@ -143,7 +144,7 @@ def scale_by_quadratic_model(damping=1e-3) -> optax.GradientTransformationExtraA
         good = contracts.is_finite(updates, slopes, curvature, new_updates)
         return contracts.skip_unless(good, new_updates, new_state, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, with_sharding_types(update))
 
 
 def _reduction_ratio(objective, batch, weights, params, step, value, damping):
@@ -254,4 +255,4 @@ def adapt_damping(
         new_state = AdaptDampingState(state.count + 1, new_damping, ratio, inner_state, state.total_notfinite)
         return contracts.skip_unless(contracts.is_finite(updates, value), step, new_state, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, with_sharding_types(update))

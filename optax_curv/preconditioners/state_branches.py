@@ -8,6 +8,7 @@ import optax
 
 from optax_curv.preconditioners import contracts, projections
 from optax_curv.preconditioners.chain_pieces import keep_params_in_box
+from optax_curv.preconditioners.distribution import with_sharding_types
 
 
 class Solve(Protocol):
@@ -79,7 +80,7 @@ def scale_by_state_branches(
             direction = basis.push(solve(rows, basis.pull(gradient), damping_now))
         return step(updates, state, (branches, projection), direction, key=next_key)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, with_sharding_types(update))
 
 
 def descend(preconditioner, learning_rate, weight_decay, param_bound) -> optax.GradientTransformationExtraArgs:
@@ -117,7 +118,8 @@ def step(updates, state, inputs, direction, **changed):
     # A norm beyond float32 is recorded as its largest number: the state stays finite.
     norm = jnp.nan_to_num(jnp.asarray(optax.tree.norm(wide), jnp.float32))
     new_state = state._replace(count=optax.safe_increment(state.count), precond_norm=norm, **changed)
-    return contracts.skip_unless(contracts.is_finite(updates, inputs, cast), cast, new_state, state)
+    good = contracts.is_squarable(updates, inputs) & contracts.is_finite(cast)
+    return contracts.skip_unless(good, cast, new_state, state)
 
 
 def _require_same_shape(method, shape, seen):

@@ -10,8 +10,8 @@ import optax
 
 import optax_curv
 
-SHAPES = {"w": (3, 2), "b": (2,), "scalar": (), "tensor": (1, 2, 1, 3, 2)}
-LAYERS = optax_curv.Layers([optax_curv.Layer("dense", "dense", "['w']", "['b']", in_dim=3, out_dim=2)])
+SHAPES = {"w": (4, 2), "b": (2,), "scalar": (), "tensor": (1, 2, 1, 3, 2)}
+LAYERS = optax_curv.Layers([optax_curv.Layer("dense", "dense", "['w']", "['b']", in_dim=4, out_dim=2)])
 OBJECTIVE = optax_curv.Objective(lambda params, inputs: inputs @ params["w"] + params["b"], "normal")
 
 
@@ -44,19 +44,19 @@ def _branches(rng):
 
 
 def _factors(rng):
-    inputs, grads = _array(rng, 8, 4), _array(rng, 8, 2)
+    inputs, grads = _array(rng, 8, 5), _array(rng, 8, 2)
     factors = optax_curv.KroneckerFactors(inputs.T @ inputs / 8, grads.T @ grads / 8, jnp.int32(1))
     return {"curvature": {"dense": factors}}
 
 
 def _moments(rng):
     factors = _factors(rng)["curvature"]["dense"]
-    moments = jnp.square(_array(rng, 4, 2))
+    moments = jnp.square(_array(rng, 5, 2))
     return {"curvature": {"dense": optax_curv.EigenbasisMoments(*factors, moments)}}
 
 
 def _batch(rng):
-    return {"batch": (_array(rng, 6, 3), _array(rng, 6, 2)), "value": jnp.float32(1.0)}
+    return {"batch": (_array(rng, 6, 4), _array(rng, 6, 2)), "value": jnp.float32(1.0)}
 
 
 def _kfac(method, **options):
