@@ -130,7 +130,9 @@ def residual_rows(*residual_fns: Callable, weights=None, chunk_size: int | None 
             lambda *blocks: jnp.concatenate([j * s.astype(j.dtype) for j, s in zip(blocks, scales, strict=True)]),
             *jacobians,
         )
-        grads = jax.tree.map(lambda j: jnp.tensordot(residual, j, 1, precision="highest") / total, branches)
+        grads = jax.tree.map(
+            lambda j: (jnp.tensordot(residual, j, 1, precision="highest") / total).astype(j.dtype), branches
+        )
         return jnp.sum(residual**2) / (2 * total), grads, branches
 
     return rows

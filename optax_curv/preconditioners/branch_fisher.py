@@ -95,6 +95,10 @@ def scale_by_branch_fisher(
     K and D of an array may not change between steps: the transformation remembers the shape (only that) of the first
     branches since `init`, and raises when it traces another.
 
+    Optax's line searches may follow it (after ``optax.scale(-1.0)``); they hand each extra argument of `update` on to
+    `value_fn`, so that it has to name it: ``value_fn=lambda params, branches: loss(params)``. And `adapt_damping` may
+    go before it.
+
     Args:
       damping: λ, at least 0; a number or a schedule of the step count.
       max_iters: most iterations of conjugate gradients; in state space 0 gives a zero direction.

@@ -218,7 +218,7 @@ def _merit(method, params, given):
 
     def merit(d):
         moved = jax.tree.map(lambda p, x: (p - x).astype(p.dtype), params, d)
-        if value_fn is not None:
+        if objective is None:
             return value_fn(moved)
         return objective(moved, *given["batch"], weights=given.get("weights"))
 

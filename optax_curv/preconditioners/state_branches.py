@@ -51,10 +51,9 @@ def scale_by_state_branches(
     def init(params):
         contracts.require_float_leaves(method, params, complex_leaves=complex_leaves)
         seen.clear()
-        zero = jnp.zeros([], jnp.int32)
-        return empty_state(
-            count=zero, key=contracts.raw_key(key), precond_norm=jnp.zeros([], jnp.float32), total_notfinite=zero
-        )
+        # numbers of their own, as a buffer that stands twice in a state cannot be donated
+        counts = {name: jnp.zeros([], jnp.int32) for name in ("count", "total_notfinite")}
+        return empty_state(key=contracts.raw_key(key), precond_norm=jnp.zeros([], jnp.float32), **counts)
 
     def update(updates, state, params=None, *, branches=None, projection=None, **extra_args):
         del extra_args
