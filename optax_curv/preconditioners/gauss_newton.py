@@ -218,9 +218,10 @@ def _merit(method, params, given):
 
     def merit(d):
         moved = jax.tree.map(lambda p, x: (p - x).astype(p.dtype), params, d)
-        if objective is None:
-            return value_fn(moved)
-        return objective(moved, *given["batch"], weights=given.get("weights"))
+        if objective is not None:
+            return objective(moved, *given["batch"], weights=given.get("weights"))
+        assert value_fn is not None
+        return value_fn(moved)
 
     return merit
 

@@ -40,14 +40,14 @@ def solve_rows(rows, b, damping, *, solver: str, max_iters, tol):
       rows: A, a tree of [K, *shape] of one dtype, real or complex.
       b: a tree of [*shape] of that dtype.
       damping: λ, at least 0; with 0 "woodbury" gives the least-norm solution up to √eps ‖AᴴA‖.
-      solver: "woodbury" costs K²n + K³/3 multiplications, "cholesky" K n² + n³/3, "auto" takes the cheaper, which is
-        the one with the smaller matrix, and "cg" where that has more than 8192 rows.
+      solver: "woodbury" costs K²n + K³/3 multiplications, "cholesky" K n² + n³/3, "auto" takes the cheaper
+        by this model (`cheaper`), and "cg" where its matrix has more than 8192 rows.
       max_iters: most iterations of "cg".
       tol: absolute residual norm at which "cg" stops.
     """
     count, size = len(jax.tree.leaves(rows)[0]), optax.tree.size(b)
     if solver == "auto":
-        solver = "cg" if min(count, size) > DENSE_UP_TO else "woodbury" if count < size else "cholesky"
+        solver = "cg" if min(count, size) > DENSE_UP_TO else cheaper(count, size)
 
     def operator(x):
         return optax.tree.add_scale(combine_rows(rows, apply_rows(rows, x)), damping, x)
@@ -58,6 +58,15 @@ def solve_rows(rows, b, damping, *, solver: str, max_iters, tol):
     return jax.lax.fori_loop(
         0, REFINEMENTS, lambda _, x: optax.tree.add(x, inverse(optax.tree.sub(b, operator(x)))), inverse(b)
     )
+
+
+def cheaper(count: int, size: int) -> str:
+    """The dense solver that costs less for K rows of n parameters, K²n + K³/3 against K n² + n³/3 multiplications.
+
+    That is the one with the smaller matrix. Measured (benchmarks/row_solvers.py), no other term matters: where the two
+    are close in time their matrices are close in size.
+    """
+    return "woodbury" if count < size else "cholesky"
 
 
 def _row_space(rows, damping):

@@ -1,0 +1,69 @@
+"""Times of the dense row solvers over K rows of n parameters, and what "auto" loses against the faster of them.
+
+python benchmarks/row_solvers.py [--sizes 10 30 100 300 1000 3000] [--rounds 5] [--dtype float32]
+
+The two solvers are timed in turn, in rounds; a table of medians with auto's choice, and the largest loss at the end.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_curv.preconditioners import row_solvers
+
+BOUND = 1.2
+SOLVERS = ("woodbury", "cholesky")
+
+
+@functools.partial(jax.jit, static_argnames="solver")
+def solve(rows, b, solver):
+    return row_solvers.solve_rows(rows, b, jnp.asarray(1e-3, b["w"].dtype), solver=solver, max_iters=0, tol=0.0)
+
+
+def seconds(rows, b, solver):
+    start = time.perf_counter()
+    jax.block_until_ready(solve(rows, b, solver))
+    return time.perf_counter() - start
+
+
+def measure(count, size, rounds, dtype):
+    """Median times of the solvers: at least `rounds` interleaved rounds, more where they are quick."""
+    rng = np.random.default_rng(0)
+    rows = {"w": jnp.asarray(rng.normal(size=(count, size)) / np.sqrt(count), dtype)}
+    b = {"w": jnp.asarray(rng.normal(size=size), dtype)}
+    longest = max(seconds(rows, b, solver) * 0 + seconds(rows, b, solver) for solver in SOLVERS)
+    repeats = int(np.clip(0.2 / longest, rounds, 200))
+    times = {solver: [] for solver in SOLVERS}
+    for _ in range(repeats):
+        for solver in SOLVERS:
+            times[solver].append(seconds(rows, b, solver))
+    return {solver: statistics.median(values) for solver, values in times.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="*", default=[10, 30, 100, 300, 1000, 3000])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="float32")
+    options = parser.parse_args()
+    jax.config.update("jax_enable_x64", options.dtype == "float64")
+    worst = 0.0
+    print("    K     n  woodbury [ms]  cholesky [ms]  auto      auto / faster")
+    for count in options.sizes:
+        for size in options.sizes:
+            times = measure(count, size, options.rounds, options.dtype)
+            chosen = row_solvers.cheaper(count, size)
+            loss = times[chosen] / min(times.values())
+            worst = max(worst, loss)
+            columns = "  ".join(f"{1e3 * times[solver]:13.3f}" for solver in SOLVERS)
+            print(f"{count:5d} {size:5d}  {columns}  {chosen:8s}  {loss:.2f}{' *' if loss > BOUND else ''}", flush=True)
+    print(f"largest: {worst:.2f} (bound {BOUND}), {options.dtype}, {jax.devices()[0].device_kind}")
+
+
+if __name__ == "__main__":
+    main()
