@@ -1,0 +1,169 @@
+# ---
+# jupyter:
+#   jupytext: {text_representation: {extension: .py, format_name: percent}}
+#   kernelspec: {display_name: Python 3, language: python, name: python3}
+# ---
+
+# %% [markdown]
+# # Solving a PDE by Gauss-Newton in the parameters
+#
+# A network u solves Poisson's equation -Δu = f on the unit square, u = 0 on its boundary, when its residuals vanish at
+# many points. Adam stalls on such losses, whose condition is that of a differential operator squared. The residuals'
+# Jacobian rows are samples of the parameters, "branches", and their metric is the Gauss-Newton matrix: `residual_rows`
+# makes them and `scale_by_branch_fisher` solves with them.
+
+# %%
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+import optax_curv
+
+jax.config.update("jax_enable_x64", True)  # errors far below 1e-6 are the point
+STEPS = 300 if os.environ.get("OPTAX_CURV_FAST") == "1" else 1500
+BLUE, ORANGE = "#0072B2", "#D55E00"
+plt.rc("axes", titlelocation="left")
+plt.rc("axes.spines", top=False, right=False)
+
+
+def solution(x):
+    """Two waves; f follows from them, and is all that the network gets to know."""
+    return jnp.sin(jnp.pi * x[0]) * jnp.sin(jnp.pi * x[1]) + 0.5 * jnp.sin(2 * jnp.pi * x[0]) * jnp.sin(
+        3 * jnp.pi * x[1]
+    )
+
+
+def minus_laplacian(u, x):
+    return -jnp.trace(jax.hessian(u)(x))
+
+
+def network(params, x):
+    hidden = jnp.tanh(x @ params["w1"] + params["b1"])
+    return hidden @ params["w2"] + params["b2"]
+
+
+axis = (np.arange(20) + 0.5) / 20
+interior = jnp.asarray(np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2))
+edge, zero, one = np.linspace(0, 1, 25), np.zeros(25), np.ones(25)
+boundary = jnp.asarray(
+    np.concatenate([np.stack(p, -1) for p in ((edge, zero), (edge, one), (zero, edge), (one, edge))])
+)
+source = jax.vmap(lambda x: minus_laplacian(solution, x))(interior)
+keys = jax.random.split(jax.random.key(0), 3)
+params = {
+    "w1": 2 * jax.random.normal(keys[0], (2, 48)),
+    "b1": jax.random.normal(keys[1], (48,)),
+    "w2": jax.random.normal(keys[2], (48,)) / 7,
+    "b2": jnp.zeros(()),
+}
+
+# %% [markdown]
+# ## The problem is two residuals
+#
+# One block for the interior and one for the boundary, each a function of the parameters and a batch of points.
+
+
+# %%
+def inside(params, batch):
+    points, f = batch
+    return jax.vmap(lambda x: minus_laplacian(lambda y: network(params, y), x))(points) - f
+
+
+def on_the_boundary(params, points):
+    return network(params, points)
+
+
+weights = (1.0, 100.0)
+rows = optax_curv.residual_rows(inside, on_the_boundary, weights=weights)
+
+
+def loss(params):
+    r, b = inside(params, (interior, source)), on_the_boundary(params, boundary)
+    return 0.5 * (weights[0] * jnp.mean(r**2) + weights[1] * jnp.mean(b**2))
+
+
+# %% [markdown]
+# `rows` returns the loss, its gradient and the Gauss-Newton rows in one pass. The damping may be a tracer, so that it
+# can be part of what a step carries: this is all of Levenberg and Marquardt's method.
+
+
+# %%
+def gauss_newton_step(carry, _):
+    params, damping = carry
+    value, grads, branches = rows(params, (interior, source), boundary)
+    gauss_newton = optax_curv.scale_by_branch_fisher(damping, solver="auto", centered=False)
+    direction, _ = gauss_newton.update(grads, gauss_newton.init(params), branches=branches)
+    trial = optax.tree.sub(params, direction)
+    better = loss(trial) < value
+    params = jax.tree.map(lambda new, old: jnp.where(better, new, old), trial, params)
+    return (params, jnp.where(better, damping / 3, damping * 4)), None
+
+
+adam = optax.adam(optax.exponential_decay(1e-2, 1000, 0.7))
+
+
+def adam_step(carry, _):
+    params, state = carry
+    updates, state = adam.update(jax.grad(loss)(params), state, params)
+    return (optax.apply_updates(params, updates), state), None
+
+
+test_axis = np.linspace(0, 1, 101)
+test = jnp.asarray(np.stack(np.meshgrid(test_axis, test_axis), -1).reshape(-1, 2))
+exact = jax.vmap(solution)(test)
+
+
+def train(step, state, steps_at_once, seconds=None):
+    """Parameters, times and relative L2 errors, for STEPS steps or as many as the seconds allow."""
+
+    @jax.jit
+    def advance(carry):
+        carry, _ = jax.lax.scan(step, carry, None, steps_at_once)
+        return carry, jnp.linalg.norm(network(carry[0], test) - exact) / jnp.linalg.norm(exact)
+
+    carry, times, errors = (params, state), [0.0], [1.0]  # u = 0 has the error 1
+    jax.block_until_ready(advance(advance(carry)[0]))  # compiles
+    start = time.perf_counter()
+    while len(errors) <= STEPS // steps_at_once if seconds is None else times[-1] < seconds:
+        carry, error = advance(carry)
+        errors.append(float(error))
+        times.append(time.perf_counter() - start)
+    return carry[0], np.array(times), np.array(errors)
+
+
+found, times, errors = train(gauss_newton_step, jnp.ones(()), 10)
+found_adam, times_adam, errors_adam = train(adam_step, adam.init(params), 100, times[-1])
+print(f"Gauss-Newton {errors[-1]:.1e} after {STEPS} steps, Adam {errors_adam[-1]:.1e} after {100 * len(errors_adam)}")
+
+# %%
+figure, panels = plt.subplots(1, 4, figsize=(13, 3.4), width_ratios=(1, 1, 1, 1.3), layout="constrained")
+picture = panels[0].imshow(
+    exact.reshape(101, 101), cmap="RdBu_r", vmin=-1.4, vmax=1.4, origin="lower", extent=(0, 1, 0, 1)
+)
+figure.colorbar(picture, ax=panels[0], location="bottom", label="u")
+panels[0].set_title("The solution")
+for axes, p, name in ((panels[1], found_adam, "Adam"), (panels[2], found, "Gauss-Newton")):
+    off = jnp.abs(network(p, test) - exact).reshape(101, 101)
+    picture = axes.imshow(np.log10(off), cmap="magma", vmin=-6, vmax=-1, origin="lower", extent=(0, 1, 0, 1))
+    figure.colorbar(picture, ax=axes, location="bottom", label="log10 |error of u|")
+    axes.set_title(f"Error of {name}")
+panels[3].semilogy(times_adam, errors_adam, color=BLUE, lw=2)
+panels[3].semilogy(times, errors, color=ORANGE, lw=2)
+panels[3].annotate(
+    "Adam", (times_adam[-1], errors_adam[-1]), (0, 6), textcoords="offset points", color=BLUE, ha="right"
+)
+panels[3].annotate(
+    "Gauss-Newton", (times[-1], errors[-1]), (0, 5), textcoords="offset points", color=ORANGE, ha="right"
+)
+panels[3].set(xlabel="seconds on this machine", ylabel="relative L2 error", title="At equal time")
+for axes in panels[:3]:
+    axes.set(xlabel="x", ylabel="y", xticks=(0, 1), yticks=(0, 1))
+
+# %% [markdown]
+# What to see: both maps have one scale of colours, five decades of it. In the same time, without compilation, Adam has
+# the waves to two or three digits; Gauss-Newton goes on falling.
