@@ -213,6 +213,8 @@ def _update(options: Options, updates, state, params=None, *, sound=None, **extr
     if params is not None:
         contracts.require_same_leaves(METHOD, "the gradients", updates, "the parameters", params)
     contracts.require_same_leaves(METHOD, "the gradients", updates, "the state's momentum", state.momentum)
+    likes = ("factors", "roots", "energies")
+    state = state._replace(**{name: contracts.tuples_at_leaves(getattr(state, name), updates) for name in likes})
     layout = options.layout_of(updates)
     good, total_notfinite = axis_factors.soundness(updates, sound, state.total_notfinite)
     grads = jax.tree.map(lambda g: jnp.where(good, g, 0), updates)

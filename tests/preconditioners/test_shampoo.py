@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import optax_curv
 
@@ -84,3 +85,15 @@ def test_the_alias_sends_matrices_to_shampoo_and_the_rest_to_adam():
     direction["kernel"], _ = quick_jit(ours.update)(grads["kernel"], ours.init(params["kernel"]))
     for name in shapes:
         np.testing.assert_allclose(updates[name], -0.1 * (direction[name] + 0.01 * params[name]), rtol=1e-3)
+
+
+def test_an_nnx_optimizer_takes_the_same_steps_as_a_tree():
+    model, tx = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), optax_curv.shampoo(0.1)
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    state, optimizer = tx.init(params), nnx.Optimizer(model, tx, wrt=nnx.Param)
+    for _ in range(2):
+        grads = jax.tree.map(lambda x: jnp.sin(7 * x) + 0.1, nnx.state(model, nnx.Param))
+        optimizer.update(model, grads)
+        updates, state = tx.update(nnx.as_pure(grads), state, params)
+        params = optax.apply_updates(params, updates)
+    jax.tree.map(np.testing.assert_array_equal, nnx.as_pure(nnx.state(model, nnx.Param)), params)
