@@ -7,8 +7,8 @@
 # %% [markdown]
 # # From Adam to curvature in three lines
 #
-# You have a Flax network, a loss and `optax.adam`. This notebook replaces Adam by Kronecker PSGD, which needs nothing
-# but gradients, and by K-FAC, which also looks at the layers; first in nnx, then in linen.
+# You have a Flax network, a loss and `optax.adam`. This notebook replaces Adam by Shampoo and by Kronecker PSGD, which
+# need nothing but gradients, and by K-FAC, which also looks at the layers; first in nnx, then in linen.
 
 # %%
 import os
@@ -26,7 +26,7 @@ from sklearn.datasets import load_digits
 import optax_curv
 
 STEPS = 150 if os.environ.get("OPTAX_CURV_FAST") == "1" else 300
-COLOURS = {"Adam": "#888888", "Muon": "#56B4E9", "kron_psgd": "#009E73", "kfac": "#D55E00"}
+COLOURS = {"Adam": "#888888", "Muon": "#56B4E9", "shampoo": "#0072B2", "kron_psgd": "#009E73", "kfac": "#D55E00"}
 plt.rc("axes", titlelocation="left", grid=True)
 plt.rc("axes.spines", top=False, right=False)
 plt.rc("grid", alpha=0.25)
@@ -38,8 +38,9 @@ batches = jax.random.randint(jax.random.key(0), (STEPS, 128), 0, len(images))  #
 # %% [markdown]
 # ## nnx
 #
-# The loss is any function of the model and a batch; nothing in it knows of curvature. With **Adam**, or any other
-# method that needs gradients only, Kronecker PSGD among them, a step is the usual one.
+# The loss is any function of the model and a batch; nothing in it knows of curvature. A step with **Adam** is the
+# usual one. To drop in `optax_curv.shampoo(0.05)` or `optax_curv.kron_psgd(0.03)` change the optimizer and nothing
+# else; Shampoo is the one we would try first.
 
 
 # %%
@@ -99,6 +100,7 @@ kron_psgd = optax.chain(
 methods = {
     "Adam": (optax.adam(cosine(0.05)), step),
     "Muon": (optax.contrib.muon(cosine(0.05)), step),
+    "shampoo": (optax_curv.shampoo(cosine(0.05)), step),
     "kron_psgd": (kron_psgd, step),
     "kfac": (optax_curv.kfac(cosine(0.05), layers, damping=0.01), kfac_step),
 }
