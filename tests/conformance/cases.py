@@ -111,3 +111,54 @@ PIECES = {
     ),
 }
 CASES = METHODS | PIECES
+
+
+def _newton(method, **options):
+    def extras(rng):
+        trees = [{name: _array(rng, *shape) for name, shape in SHAPES.items()} | {"none": None} for _ in range(2)]
+        return dict(zip(("probe", "hvp"), trees, strict=True))
+
+    return _psgd(method, criterion="newton", **options)._replace(extras=extras)
+
+
+def _rows(rng):
+    return {"branches": {name: _array(rng, 5, *shape) for name, shape in SHAPES.items()} | {"none": None}}
+
+
+def _parameter_branches(**options):
+    return Case(**(_branch(fisher, **options) | {"extras": _rows, "any_tree": False}))
+
+
+# Every other choice of a geometry, solver, rule and the like: through the tests that only trace.
+VARIANTS = {
+    **{
+        f"kron_psgd_{geometry}": _psgd(optax_curv.scale_by_kron_psgd, geometry=geometry)
+        for geometry in ("eq", "qep", "qeq", "quad", "quad4p", "right_triangular")
+    },
+    "kron_psgd_newton": _newton(optax_curv.scale_by_kron_psgd),
+    "kron_psgd_newton_eq": _newton(optax_curv.scale_by_kron_psgd, geometry="eq"),
+    "kron_psgd_momentum": _psgd(optax_curv.scale_by_kron_psgd, whiten="momentum", b1=0.9),
+    "kron_psgd_bfloat16": _psgd(optax_curv.scale_by_kron_psgd, precond_dtype="bfloat16", block_size=2),
+    "dense_psgd_newton": _newton(optax_curv.scale_by_dense_psgd, geometry="quad"),
+    "lra_psgd_newton": _newton(optax_curv.scale_by_lra_psgd, rank=1),
+    **{
+        f"branch_fisher_{solver}": Case(**_branch(fisher, solver=solver)) for solver in ("woodbury", "cholesky", "auto")
+    },
+    "branch_fisher_fixed": Case(**_branch(fisher, projection="fixed", centered=False)),
+    **{
+        f"branch_fisher_rows_{solver}": _parameter_branches(solver=solver)
+        for solver in ("cg", "woodbury", "cholesky", "auto")
+    },
+    "branch_fisher_rows_momentum": _parameter_branches(solver="auto", momentum=0.9, centered=False),
+    "branch_kfac_complement": Case(**_branch(branch_kfac, projection="orthonormal", complement=True)),
+    "branch_kfac_fixed": Case(**_branch(branch_kfac, projection="fixed")),
+    "kfac_trace": Case(**_kfac(optax_curv.scale_by_kfac, damping_rule="trace", kl_clip=1.0), extras=_factors),
+    "kfac_eigh": Case(**_kfac(optax_curv.scale_by_kfac, inverse="eigh", update_every=2), extras=_factors),
+    "kfac_cg": Case(**_kfac(optax_curv.scale_by_kfac, inverse="cg"), extras=_factors),
+    "ekfac_seldom": Case(**_kfac(optax_curv.scale_by_ekfac, invert_every=5, kl_clip=1.0), extras=_moments),
+}
+# What takes complex leaves; every other method refuses them in init, by name.
+COMPLEX = (
+    *("clip_by_max_abs", "normalize_by_rms", "normalize_by_reference", "estimate_gradients"),
+    *("kron_psgd", "kron_psgd_sometimes"),
+)

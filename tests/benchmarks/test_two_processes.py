@@ -1,0 +1,22 @@
+"""A run over two processes survives the loss of one of them."""
+
+import importlib.util
+import pathlib
+
+import pytest
+
+PATH = pathlib.Path(__file__).parents[2] / "benchmarks" / "two_processes.py"
+
+
+@pytest.fixture(scope="module")
+def two_processes():
+    spec = importlib.util.spec_from_file_location("two_processes", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("method", ["kfac", "kron_psgd"])
+def test_a_killed_process_and_a_restart_leave_no_trace(two_processes, method):
+    undisturbed, interrupted, equal = two_processes.compare(method, steps=6, killed_at=5)
+    assert equal and undisturbed == interrupted

@@ -1,0 +1,112 @@
+"""Run by test_many_devices.py in a process with eight devices: prints "check method figure" for each result."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conformance import cases
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_curv
+
+MESH = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+BOTH = NamedSharding(MESH, P(("data", "model")))
+SPECS = {"w": P("model", "data"), "b": P("data"), "scalar": P(), "tensor": P(None, "data"), "none": None}
+LAYERS, WIDTH = 16, 32
+
+
+def report(check, name, figure):
+    print(check, name, float(figure), flush=True)
+
+
+def difference(tree, reference):
+    """The largest difference of two trees of numbers, relative to the largest entry of each leaf."""
+
+    def of_leaf(x, y):
+        x, y = np.asarray(x), np.asarray(y)
+        return np.max(np.abs(x - y), initial=0) / max(np.max(np.abs(y), initial=0), 1e-30)
+
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(reference), strict=True)
+    return max(of_leaf(x, y) for x, y in pairs if jnp.issubdtype(x.dtype, jnp.floating))
+
+
+def compare_with_one_device(name):
+    """One step of a method with sharded leaves, and one inside shard_map, against the same step on one device."""
+    case = cases.CASES[name]
+    tx, arrays = case.transformation(), case.extras(np.random.default_rng(0))
+    params, grads = cases.tree(0), cases.tree(1)
+    state = tx.init(params)
+
+    def update(grads, state, params, arrays):
+        return tx.update(grads, state, params, **arrays, **case.static)
+
+    expected = jax.jit(update)(grads, state, params, arrays)
+    placed = {k: None if x is None else NamedSharding(MESH, SPECS[k]) for k, x in params.items()}
+    everywhere = jax.tree.map(lambda _: NamedSharding(MESH, P()), (state, arrays))
+    sharded, (state_there, arrays_there) = (
+        jax.device_put((grads, params), (placed, placed)),
+        jax.device_put((state, arrays), everywhere),
+    )
+    step = jax.jit(update, out_shardings=(placed, everywhere[0]))
+    report("auto", name, difference(step(sharded[0], state_there, sharded[1], arrays_there), expected))
+    mapped = jax.jit(jax.shard_map(update, mesh=MESH, in_specs=P(), out_specs=P()))
+    report("shard_map", name, difference(mapped(grads, state, params, arrays), expected))
+
+
+def equal_layers():
+    """Parameters, gradients, layers and statistics of equal layers."""
+    rng = np.random.default_rng(0)
+    names = [f"layer{i:02d}" for i in range(LAYERS)]
+    grads = {name: jnp.asarray(rng.normal(size=(WIDTH, WIDTH)), jnp.float32) for name in names}
+    layers = optax_curv.Layers([optax_curv.Layer(x, "dense", f"['{x}']", None, WIDTH, WIDTH) for x in names])
+
+    def second_moment():
+        rows = rng.normal(size=(2 * WIDTH, WIDTH))
+        return jnp.asarray(rows.T @ rows / len(rows), jnp.float32)
+
+    factors = {x: optax_curv.KroneckerFactors(second_moment(), second_moment(), jnp.int32(1)) for x in names}
+    moments = {x: optax_curv.EigenbasisMoments(*factors[x], jnp.square(grads[x])) for x in names}
+    return grads, layers, factors, moments
+
+
+def measure_division():
+    """FLOPs of one device with factor_sharding over those without, and whether results and shardings stay."""
+    grads, layers, factors, moments = equal_layers()
+    makers = {
+        "kfac": (lambda x: optax_curv.scale_by_kfac(layers, 1e-2, factor_sharding=x), {"curvature": factors}),
+        "ekfac": (lambda x: optax_curv.scale_by_ekfac(layers, 1e-2, factor_sharding=x), {"curvature": moments}),
+        "kron_psgd": (lambda x: optax_curv.scale_by_kron_psgd(b1=0.9, factor_sharding=x), {}),
+    }
+    for name, (make, arrays) in makers.items():
+        flops, results = [], []
+        for sharding in (None, BOTH):
+            tx = make(sharding)
+            state = jax.jit(tx.init)(grads)
+            update = jax.jit(lambda grads, state, arrays, tx=tx: tx.update(grads, state, None, **arrays))
+            everywhere = NamedSharding(MESH, P()) if sharding else None
+            given = jax.device_put((grads, arrays), everywhere)
+            compiled = update.lower(given[0], state, given[1]).compile()
+            flops.append(compiled.cost_analysis()["flops"])
+            updates, new_state = compiled(given[0], state, given[1])
+            results.append(updates)
+        report("flops", name, flops[1] / flops[0])
+        report("divided", name, difference(results[1], results[0]))
+        moved = [
+            x.sharding != y.sharding
+            for x, y in zip(jax.tree.leaves(new_state), jax.tree.leaves(state), strict=True)
+            if x.ndim >= 2 and sharding
+        ]
+        report("sharding", name, sum(moved))
+
+
+if __name__ == "__main__":
+    assert jax.device_count() == 8, "set XLA_FLAGS=--xla_force_host_platform_device_count=8"
+    jax.config.update("jax_disable_most_optimizations", True)
+    names = sys.argv[1:] or [*cases.METHODS, "division"]
+    for name in names:
+        if name == "division":
+            measure_division()
+        else:
+            compare_with_one_device(name)
