@@ -84,8 +84,8 @@ class _Kept:
     def read(self) -> dict:
         return json.loads(self.path.read_text()) if self.path.exists() else {}
 
-    def get(self, name: str, otherwise: dict) -> dict:
-        return self.read().get(self.title, {}).get(name, otherwise)
+    def get(self, name: str) -> dict | None:
+        return self.read().get(self.title, {}).get(name)
 
     def keep(self, name: str, settings: dict):
         kept = self.read()
@@ -110,30 +110,24 @@ def main(arguments: list[str] | None = None):
     asked = options.methods or list(METHODS)
     names = list(dict.fromkeys([report.REFERENCE, *asked] if options.seeds else asked))
     steps = options.steps or problem.steps
-    kept, evaluate = _Kept(options.out, title), running.evaluator(problem)
+    kept, evaluate, untuned = _Kept(options.out, title), running.evaluator(problem), []
 
     def settle(name, compiled):
         if options.tune and name in asked:
             note = functools.partial(tqdm.write, file=sys.stderr)
-            settings = running.tune(problem, compiled, name, TUNING_SEED, steps, evaluate, note)
-            kept.keep(name, settings)
-        elif options.tune or options.tuned:
-            settings = kept.get(name, compiled.settings)
-        else:
-            settings = compiled.settings
-        return compiled._replace(settings=settings)
+            kept.keep(name, running.tune(problem, compiled, name, TUNING_SEED, steps, evaluate, note))
+        settings = kept.get(name) if options.tune or options.tuned else None
+        if settings is None and compiled.settings:
+            untuned.append(name)
+        return compiled._replace(settings=settings or compiled.settings)
 
     ready, failures = _prepare(names, problem, steps, settle)
     if not options.seeds:
         return
     if report.REFERENCE not in ready:
         parser.error(f"{report.REFERENCE}, the reference, {failures[report.REFERENCE]}")
-    tuning = "untuned"
-    if options.tune or options.tuned:
-        tuning = (
-            f"tuned from seed {TUNING_SEED} on the grid 1, 3, 10, … (other settings: powers of ten) until the "
-            "best is inside"
-        )
+    tuning = f"tuned from seed {TUNING_SEED} on the grid 1, 3, 10, … (others: powers of ten) until the best is inside"
+    tuning += f", but for {', '.join(untuned)}" if untuned else ""
     with tqdm(total=steps * len(options.seeds), unit="step", desc=title, file=sys.stderr) as bar:
         runs = [running.train(problem, ready, seed, steps, evaluate, bar.update) for seed in options.seeds]
     summary = report.summarize(problem, ready, runs, options.seeds)
