@@ -103,10 +103,10 @@ def energy(factor, root) -> jax.Array:
     return jnp.sum((factor * root.conj()).real, axis=(-2, -1)) if factor.ndim == 3 else jnp.zeros(len(factor))
 
 
-def batches(groups: list[tuple]) -> dict[Any, list[tuple[int, int]]]:
+def batches(groups: list[tuple], small: int = SMALL) -> dict[Any, list[tuple[int, int]]]:
     """Where the dense factors of one batch of roots stand, (group, axis), by its width and dtype.
 
-    A width goes with the next larger one where that is at most SMALL: a root more costs less than one more to compile.
+    Widths up to `small` go with the largest of them: a larger root costs less than one more to compile.
     """
     dense = [
         (g, axis, factor.shape[-1], factor.dtype)
@@ -116,8 +116,8 @@ def batches(groups: list[tuple]) -> dict[Any, list[tuple[int, int]]]:
     ]
     places = {}
     for g, axis, width, dtype in dense:
-        small = [w for _, _, w, other in dense if w <= SMALL and other == dtype]
-        places.setdefault((max(small) if width <= SMALL else width, dtype), []).append((g, axis))
+        close = [w for _, _, w, other in dense if w <= small and other == dtype]
+        places.setdefault((max(close, default=0) if width <= small else width, dtype), []).append((g, axis))
     return places
 
 

@@ -78,7 +78,7 @@ def eigenbasis(opt_state) -> dict[str, Eigenbasis]:
     return found[0].basis
 
 
-def _rotate(basis, x, transpose=False):
+def rotate(basis, x, transpose=False):
     """Uᵀ x (or U x) along the rows of a batch [B, m, n]; None leaves x as it is."""
     return x if basis is None else jnp.matmul(basis.mT if transpose else basis, x, precision=HIGHEST)
 
@@ -90,42 +90,64 @@ def _eigen(factors, stacks, sharding):
     return {key: tuple(found[key]) if key in full else (f, None) for key, f in factors.items()}
 
 
+def layer_bases(present, factors, sharding=None):
+    """(factors' eigenvalues, `Eigenbasis`) by layer."""
+    stacks = {(name, side): x.layer.stack for name, x in present.items() for side in (0, 1)}
+    eigen = _eigen({key: factors[key[0]][key[1]] for key in stacks}, stacks, sharding)
+    values = {name: (eigen[name, 0][0], eigen[name, 1][0]) for name in present}
+    return values, {name: Eigenbasis(eigen[name, 0][1], eigen[name, 1][1]) for name in present}
+
+
 def _carried(new_a, old_a, new_g, old_g, moments):
-    """The moments of one basis in another, (R_A ∘ R_A) M (R_G ∘ R_G)ᵀ with R = U'ᵀ U; None stands for the identity."""
     if new_a is not None:
-        moments = jnp.matmul(jnp.square(_rotate(new_a, old_a, transpose=True)), moments, precision=HIGHEST)
+        moments = jnp.matmul(jnp.square(rotate(new_a, old_a, transpose=True)), moments, precision=HIGHEST)
     if new_g is not None:
-        moments = jnp.matmul(moments, jnp.square(_rotate(new_g, old_g, transpose=True)).mT, precision=HIGHEST)
+        moments = jnp.matmul(moments, jnp.square(rotate(new_g, old_g, transpose=True)).mT, precision=HIGHEST)
     return moments
 
 
-def _change_basis(present, factors, basis, moments, first, sharding):
-    """The factors' eigenbasis and the moments in it.
+def carry_moments(present, moments, old, new, sharding=None):
+    """The diagonal matrices of moments in old bases, written in new ones, as far as their diagonals say.
 
-    In the first step they are those of the Kronecker product, s_A s_Gᵀ. Later the diagonal matrix of the old moments
-    is written in the new basis and its diagonal kept.
+    M' = (R_A ∘ R_A) M (R_G ∘ R_G)ᵀ with R = U'ᵀ U.
     """
-    stacks = {(name, side): x.layer.stack for name, x in present.items() for side in (0, 1)}
-    eigen = _eigen({key: factors[key[0]][key[1]] for key in stacks}, stacks, sharding)
-    new_basis = {name: Eigenbasis(eigen[name, 0][1], eigen[name, 1][1]) for name in present}
-    pairs = [{name: x[side] for name, x in bases.items()} for side in (0, 1) for bases in (new_basis, basis)]
-    moved = map_grouped(_carried, _stacks(present), *pairs, moments, sharding=sharding)
-    new_moments = {}
-    for name in present:
-        values_a, values_g = (jnp.maximum(eigen[name, side][0], 0) for side in (0, 1))
-        new_moments[name] = jnp.where(first, values_a[..., :, None] * values_g[..., None, :], moved[name])
-    return new_basis, new_moments
+    sides = [{name: x[side] for name, x in bases.items()} for side in (0, 1) for bases in (new, old)]
+    return map_grouped(_carried, _stacks(present), *sides, moments, sharding=sharding)
+
+
+def _change_basis(present, factors, basis, moments, first, sharding):
+    """The factors' eigenbasis and the moments in it: in the first step those of the Kronecker product, s_A s_Gᵀ."""
+    values, new_basis = layer_bases(present, factors, sharding)
+    moved = carry_moments(present, moments, basis, new_basis, sharding)
+
+    def in_new_basis(name):
+        values_a, values_g = (jnp.maximum(x, 0) for x in values[name])
+        return jnp.where(first, values_a[..., :, None] * values_g[..., None, :], moved[name])
+
+    return new_basis, {name: in_new_basis(name) for name in present}
 
 
 def _stacks(present):
     return {name: x.layer.stack for name, x in present.items()}
 
 
+def identity_basis(method: str, x) -> Eigenbasis:
+    """A layer's basis before any step; refuses a layer of which a leaf is masked, whose statistics do not fit."""
+    layer = x.layer
+    if layer.rows_of_matrix != x.whole.rows_of_matrix:
+        raise ValueError(f"{method}: layer {layer.name!r} is masked in part; mask all of {x.whole.paths} or none.")
+    sides = [
+        jnp.broadcast_to(jnp.eye(shape[-1], dtype=x.dtype), shape) if len(shape) == len(layer.stack) + 2 else None
+        for shape in layer.factor_shapes
+    ]
+    return Eigenbasis(*sides)
+
+
 def _direction(u_a, u_g, damped, matrix):
     """U_A [(U_Aᵀ ∇ U_G) / (M + λ)] U_Gᵀ, with the damped moments M + λ."""
-    inside = _rotate(u_g, _rotate(u_a, matrix, transpose=True).mT, transpose=True).mT
+    inside = rotate(u_g, rotate(u_a, matrix, transpose=True).mT, transpose=True).mT
     inside = jnp.where(damped > 0, inside / jnp.where(damped > 0, damped, 1), 0)
-    return _rotate(u_g, _rotate(u_a, inside).mT).mT
+    return rotate(u_g, rotate(u_a, inside).mT).mT
 
 
 def scale_by_ekfac(
@@ -198,19 +220,11 @@ def scale_by_ekfac(
         contracts.require_number(method, name, value, **limits)
 
     def init_rule(present):
-        basis, moments = {}, {}
-        for name, x in present.items():
-            layer = x.layer
-            if layer.rows_of_matrix != x.whole.rows_of_matrix:
-                raise ValueError(f"{method}: layer {name!r} is masked in part; mask all of {x.whole.paths} or none.")
-            sides = [
-                jnp.broadcast_to(jnp.eye(shape[-1], dtype=x.dtype), shape)
-                if len(shape) == len(layer.stack) + 2
-                else None
-                for shape in layer.factor_shapes
-            ]
-            basis[name] = Eigenbasis(*sides)
-            moments[name] = jnp.zeros((*layer.stack, layer.rows_of_matrix, layer.out_dim), x.dtype)
+        basis = {name: identity_basis(method, x) for name, x in present.items()}
+        moments = {
+            name: jnp.zeros((*x.layer.stack, x.layer.rows_of_matrix, x.layer.out_dim), x.dtype)
+            for name, x in present.items()
+        }
         return {"factors": zero_factors(present), "basis": basis, "moments": moments}
 
     def measured(x, value):

@@ -91,6 +91,10 @@ METHODS = {
     "dense_psgd": _psgd(optax_curv.scale_by_dense_psgd),
     "lra_psgd": _psgd(optax_curv.scale_by_lra_psgd, rank=2),
     "shampoo": Case(lambda damping=1e-6: optax_curv.scale_by_shampoo(damping=damping, root_every=2), "damping"),
+    "soap": Case(lambda eps=1e-8: optax_curv.scale_by_soap(eps=eps, basis_every=2), "eps", 1e-6),
+    "adam_in_basis": Case(
+        lambda: optax_curv.scale_by_adam_in_basis(LAYERS, fallback=optax.identity()), extras=_factors, any_tree=False
+    ),
     "branch_fisher": Case(**_branch(fisher)),
     "branch_fisher_complement": Case(**_branch(fisher, projection="orthonormal", complement=True)),
     "branch_kfac": Case(**_branch(branch_kfac, blocks=2)),

@@ -1,0 +1,344 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's factors."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_curv.linalg import kron_matvec
+from optax_curv.preconditioners import axis_factors, contracts
+from optax_curv.preconditioners.chain_pieces import normalize_by_rms
+from optax_curv.preconditioners.matrices_and_adam import matrices_and_adam
+
+METHOD = "scale_by_soap"
+
+
+class ScaleBySoapState(NamedTuple):
+    """State of `scale_by_soap`.
+
+    Attributes:
+      count: steps taken, int32 [].
+      momentum: like the parameters, float32 at least.
+      moments: like the parameters, each leaf replaced by its blocks' average squares in the basis, [*stack, ...].
+      factors: like the parameters, each leaf replaced by the tuple of its axis factors, [*stack, d, d] or diagonal
+        [*stack, d]; a leaf cut by `block_size` by the tuple of its blocks' tuples.
+      bases: like factors: orthonormal columns, or ones where the factor is diagonal.
+      total_notfinite: steps skipped for a NaN or infinity, int32 [].
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    momentum: Any
+    moments: Any
+    factors: Any
+    bases: Any
+    total_notfinite: jax.Array
+
+
+class Options(NamedTuple):
+    """The arguments of `scale_by_soap`, which documents them."""
+
+    b1: Any
+    b2: Any
+    eps: Any
+    decay: Any
+    basis_every: Any
+    max_dim: int
+    block_size: int | None
+    stacked: Any
+    factor_dtype: Any
+
+    def layout_of(self, tree):
+        """The pieces of a tree of leaves."""
+        return axis_factors.layout_of(
+            METHOD,
+            tree,
+            max_dim=self.max_dim,
+            block_size=self.block_size,
+            stacked=self.stacked,
+            dtype=self.factor_dtype,
+        )
+
+
+def scale_by_soap(
+    b1: Any = 0.95,
+    b2: Any = 0.95,
+    *,
+    eps=1e-8,
+    decay=None,
+    basis_every=10,
+    max_dim=8192,
+    block_size=None,
+    stacked=None,
+    factor_dtype="float32",
+) -> optax.GradientTransformationExtraArgs:
+    """Adam in the eigenbasis of the gradients' second moment along every axis.
+
+    With Qᵢ the basis of axis i and G' = ⊗Qᵢᴴ · G, which is Q_Lᵀ G Q_R for a matrix,
+
+        M ← b1 M + (1 - b1) G,    V ← b2 V + (1 - b2) |G'|²,    u = ⊗Qᵢ · [(⊗Qᵢᴴ · M) / (√V + eps)],
+
+    M and V free of the bias of their start. Then Fᵢ ← decay · Fᵢ + (1 - decay) · G₍ᵢ₎G₍ᵢ₎ᴴ, and every `basis_every`
+    steps one step of orthogonal iteration, Qᵢ ← QR(Fᵢ Qᵢ), after the columns (and V with them) have been sorted by
+    qᴴ Fᵢ q.
+
+    Args:
+      b1: decay of the momentum, in [0, 1]; a number or a schedule.
+      b2: decay of V, in [0, 1]; a number or a schedule.
+      eps: at least 0.
+      decay: of the factors; None: b2, as published.
+      basis_every: steps between refreshes of the basis.
+      max_dim: longer axes keep their own basis, as axes of length 1 do.
+      block_size: longer axes are cut into the fewest blocks of nearly equal length, each with factors of its own.
+      stacked: how many leading axes of a leaf count layers, each with factors of its own: an int or bool for all
+        leaves, a tree of them that is a prefix of the parameters', or a function of the parameters that returns one.
+      factor_dtype: in which dense factors and bases are kept for leaves up to float32; the arithmetic stays float32.
+
+    Returns:
+      A `GradientTransformationExtraArgs` with `update(grads, state, params=None, *, sound=None)`. With a NaN or an
+      infinity (or where `sound`, a bool [], is given and False) the update is zero and the state keeps its last value
+      but for `total_notfinite`.
+
+    Raises:
+      ValueError: for a number out of range or a leaf that is not of floating point; in `update` for trees or shapes
+        that differ from those of `init`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_curv
+      >>> tx = optax.chain(optax_curv.scale_by_soap(), optax.scale_by_learning_rate(3e-3))
+      >>> params = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
+      >>> state = tx.init(params)
+      >>> [basis.shape for basis in state[0].bases["w"]]
+      [(4, 4), (3, 3)]
+      >>> updates, state = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), state)
+      >>> jax.tree.map(jnp.shape, updates)
+      {'b': (3,), 'w': (4, 3)}
+
+    References:
+      Vyas et al., *SOAP: improving and stabilizing Shampoo using Adam*, 2024, arXiv:2409.11321, Algorithms 3 and 4.
+      Deviation: their first step only sets the basis; here it is also taken, in the basis of its own factors.
+    """
+    options = Options(
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        decay=b2 if decay is None else decay,
+        basis_every=basis_every,
+        max_dim=max_dim,
+        block_size=block_size,
+        stacked=stacked,
+        factor_dtype=factor_dtype,
+    )
+    for name in ("b1", "b2", "decay"):
+        contracts.require_number(METHOD, name, getattr(options, name), at_least=0, at_most=1)
+    contracts.require_number(METHOD, "eps", eps, at_least=0)
+    for name in ("basis_every", "max_dim", "block_size"):
+        contracts.require_number(METHOD, name, getattr(options, name), at_least=1)
+    return optax.GradientTransformationExtraArgs(functools.partial(_init, options), functools.partial(_update, options))
+
+
+def soap(
+    learning_rate,
+    b1=0.95,
+    *,
+    b2=0.95,
+    weight_decay=0.0,
+    weight_decay_mask=None,
+    rms=None,
+    adam_for=None,
+    adam_b1=0.9,
+    adam_b2=0.999,
+    adam_eps=1e-8,
+    eps=1e-8,
+    decay=None,
+    basis_every=10,
+    max_dim=8192,
+    block_size=None,
+    stacked=None,
+    factor_dtype="float32",
+) -> optax.GradientTransformationExtraArgs:
+    """SOAP for matrices, Adam for the rest, decoupled weight decay and a learning rate.
+
+    Matrices receive `scale_by_soap`, which documents the other arguments, and, where `rms` is given,
+    `normalize_by_rms(rms)`; what is not a matrix, or `adam_for` selects, `optax.scale_by_adam`. Then come
+    `optax.add_decayed_weights` and `optax.scale_by_learning_rate`.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1: decay of the matrices' momentum.
+      b2: decay of their second moments.
+      weight_decay: decoupled, as in AdamW. Other than the Python number 0, update needs params.
+      weight_decay_mask: as in `optax.add_decayed_weights`.
+      rms: root mean square of each matrix's update before decay and learning rate; None leaves SOAP's own.
+      adam_for: which matrices Adam takes: a function of a leaf's path and the leaf, or a tree of its values that is a
+        prefix of the parameters': True or "adam" for Adam; False for the rule, that matrices go to SOAP and all else
+        to Adam; "soap" for SOAP whatever the rank.
+      adam_b1: Adam's b1.
+      adam_b2: Adam's b2.
+      adam_eps: Adam's eps.
+      eps: see `scale_by_soap`, as for all that follow.
+      decay: see there.
+      basis_every: see there.
+      max_dim: see there.
+      block_size: see there.
+      stacked: see there; a leaf is a matrix if it is one without these axes.
+      factor_dtype: see there.
+
+    Returns:
+      A `GradientTransformationExtraArgs`. With a NaN or infinity in any gradient no leaf moves.
+
+    Raises:
+      ValueError: as `scale_by_soap`; for a label that is none of the above, and for labels that miss a leaf.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax_curv
+      >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
+      >>> tx = optax_curv.soap(3e-3, weight_decay=1e-2)
+      >>> updates, state = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+      >>> print(updates["bias"].round(4))
+      [-0.003 -0.003 -0.003]
+
+    References:
+      See `scale_by_soap`.
+    """
+    if rms is not None:
+        contracts.require_number("soap", "rms", rms, above=0)
+    matrices = scale_by_soap(
+        b1,
+        b2,
+        eps=eps,
+        decay=decay,
+        basis_every=basis_every,
+        max_dim=max_dim,
+        block_size=block_size,
+        stacked=stacked,
+        factor_dtype=factor_dtype,
+    )
+    matrices = matrices if rms is None else optax.chain(matrices, normalize_by_rms(rms))
+    decays = not contracts.is_python_number(weight_decay, 0)
+    return optax.chain(
+        matrices_and_adam("soap", matrices, adam_for, stacked, b1=adam_b1, b2=adam_b2, eps=adam_eps),
+        optax.add_decayed_weights(weight_decay, weight_decay_mask) if decays else optax.identity(),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _init(options: Options, params) -> Any:
+    contracts.require_float_leaves(METHOD, params, complex_leaves=True)
+    layout = options.layout_of(params)
+
+    def basis(shape):
+        dense = shape.ndim > 1 and shape.shape[-1] == shape.shape[-2]
+        start = jnp.eye(shape.shape[-1], dtype=shape.dtype) if dense else jnp.ones([], shape.dtype)
+        return jnp.broadcast_to(start, shape.shape)
+
+    return ScaleBySoapState(
+        count=jnp.zeros([], jnp.int32),
+        momentum=axis_factors.momentum_of(params),
+        moments=layout.build(lambda piece: jnp.zeros((*piece.stack, *piece.shape), piece.real_dtype)),
+        factors=layout.build(lambda piece: tuple(jnp.zeros(f.shape, f.dtype) for f in piece.factors)),
+        bases=layout.build(lambda piece: tuple(map(basis, piece.factors))),
+        total_notfinite=jnp.zeros([], jnp.int32),
+    )
+
+
+def _update(options: Options, updates, state, params=None, *, sound=None, **extra_args):
+    del extra_args
+    if params is not None:
+        contracts.require_same_leaves(METHOD, "the gradients", updates, "the parameters", params)
+    contracts.require_same_leaves(METHOD, "the gradients", updates, "the state's momentum", state.momentum)
+    layout = options.layout_of(updates)
+    good, total_notfinite = axis_factors.soundness(updates, sound, state.total_notfinite)
+    grads = jax.tree.map(lambda g: jnp.where(good, g, 0), updates)
+    momentum, direction = axis_factors.momentum_and_direction(
+        options.b1, False, state.count, state.momentum, grads, good
+    )
+
+    tensors, directions = layout.tensors(grads), layout.tensors(direction)
+    trees = (state.factors, state.bases, state.moments)
+    factors, bases, moments = (layout.join(tree) for tree in trees)
+    factors = layout.rounded(
+        [_averaged(options, state.count, x, f, good) for x, f in zip(tensors, factors, strict=True)]
+    )
+    first = good & (state.count == 0)
+    bases = jax.lax.cond(first, lambda: _eigenvectors(factors, bases), lambda: bases)
+    steps = [
+        _adam(options, state.count, good, *of_group)
+        for of_group in zip(tensors, directions, bases, moments, strict=True)
+    ]
+    directions = [jax.vmap(kron_matvec)(q, u) for q, (u, _) in zip(bases, steps, strict=True)]
+    directions = layout.leaves(directions, layout.without_pieces(direction), updates)
+
+    moments = [v for _, v in steps]
+    due = good & (state.count > 0) & (state.count % options.basis_every == 0)
+    bases, moments = jax.lax.cond(due, lambda: _iterated(factors, bases, moments), lambda: (bases, moments))
+    new = ScaleBySoapState(
+        count=jnp.where(good, optax.safe_increment(state.count), state.count),
+        momentum=momentum,
+        moments=layout.split(moments, state.moments),
+        factors=layout.split(factors, state.factors),
+        bases=layout.split(layout.rounded(bases), state.bases),
+        total_notfinite=total_notfinite,
+    )
+    return jax.tree.map(lambda u: jnp.where(good & jnp.isfinite(u), u, jnp.zeros_like(u)), directions), new
+
+
+def _averaged(options: Options, count, x, factors, good):
+    """A group's factors with this step's second moments averaged in."""
+    decay = contracts.value_at(options.decay, count, jnp.finfo(x.dtype).dtype)
+    weight = jnp.where(good, axis_factors.running_weight(decay, count), 0)
+    moments = [axis_factors.axis_moment(x, axis, f.ndim == 2) for axis, f in enumerate(factors)]
+    return tuple(f + weight * (m - f) for f, m in zip(factors, moments, strict=True))
+
+
+def _adam(options: Options, count, good, x, momentum, bases, v):
+    """(a group's direction within the basis, its average squares there)."""
+    inverse = [q.mT.conj() if q.ndim == 3 else q for q in bases]
+    x, momentum = (jax.vmap(kron_matvec)(inverse, y) for y in (x, momentum))
+    weight = axis_factors.running_weight(contracts.value_at(options.b2, count, v.dtype), count)
+    v = v + jnp.where(good, weight, 0) * (jnp.square(jnp.abs(x)) - v)
+    scale = jnp.sqrt(v) + jnp.asarray(options.eps, v.dtype)
+    return jnp.where(scale > 0, momentum / jnp.where(scale > 0, scale, 1), 0), v
+
+
+def _by_width(function, factors, bases):
+    """`function` of all dense factors of a width and of their bases in one call; its outputs by (group, axis)."""
+    found = {}
+    for places in axis_factors.batches(factors, small=0).values():
+        joined = [jnp.concatenate([tree[g][axis] for g, axis in places]) for tree in (factors, bases)]
+        ends = np.cumsum([len(factors[g][axis]) for g, axis in places])[:-1]
+        outputs = [jnp.split(x, ends) for x in function(*joined)]
+        found |= dict(zip(places, zip(*outputs, strict=True), strict=True))
+    return found
+
+
+def _eigenvectors(factors, bases):
+    """The bases of a first step, largest eigenvalue first."""
+    found = _by_width(lambda f, _: (jnp.linalg.eigh(f, symmetrize_input=False)[1][..., ::-1],), factors, bases)
+    return [
+        tuple(found[g, axis][0] if (g, axis) in found else q for axis, q in enumerate(group))
+        for g, group in enumerate(bases)
+    ]
+
+
+def _iterated(factors, bases, moments):
+    """Bases after one step of orthogonal iteration, and the moments in the order of their columns."""
+
+    def iterate(f, q):
+        image = jnp.matmul(f, q, precision=axis_factors.HIGHEST)
+        order = jnp.argsort(-jnp.sum((q.conj() * image).real, axis=-2), axis=-1)
+        return jnp.linalg.qr(jnp.take_along_axis(image, order[:, None, :], axis=-1))[0], order
+
+    found = _by_width(iterate, factors, bases)
+    new_bases, new_moments = [], []
+    for g, (group, v) in enumerate(zip(bases, moments, strict=True)):
+        for axis in range(len(group)):
+            if (g, axis) in found:
+                order = found[g, axis][1]
+                shape = [len(v), *(order.shape[1] if i == axis else 1 for i in range(len(group)))]
+                v = jnp.take_along_axis(v, order.reshape(shape), axis=axis + 1)
+        new_bases.append(tuple(found[g, axis][0] if (g, axis) in found else q for axis, q in enumerate(group)))
+        new_moments.append(v)
+    return new_bases, new_moments

@@ -1,0 +1,134 @@
+"""SOAP's published recursion, step by step, and Adam in K-FAC's eigenbasis."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_curv
+
+ROUNDING = 1e-7  # relative, in float64, through some steps of QR iteration
+# Not 1e-8: the first gradient is diagonal in its own basis, and eps what its other entries, rounding, are divided by.
+B1, B2, EPS, EVERY = 0.9, 0.8, 1e-3, 2
+
+# Small matrices take longer to compile than to run.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def gradients(count, shape, seed=0):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.standard_normal(shape)) for _ in range(count)]
+
+
+def run(tx, steps):
+    state, update, updates = tx.init(steps[0]), quick_jit(tx.update), []
+    for g in steps:
+        new, state = update(g, state)
+        updates.append(new)
+    return updates, state
+
+
+def published(steps):
+    """Vyas et al., Algorithms 3 and 4, for matrices; the first step is taken in the basis of its own factors."""
+    left = right = momentum = v = 0.0
+    for count, g in enumerate(map(np.asarray, steps)):
+        left, right = B2 * left + (1 - B2) * g @ g.T, B2 * right + (1 - B2) * g.T @ g
+        if count == 0:
+            q_left, q_right = (np.linalg.eigh(f)[1][:, ::-1] for f in (left, right))
+        rotated = q_left.T @ g @ q_right
+        momentum, v = B1 * momentum + (1 - B1) * g, B2 * v + (1 - B2) * rotated**2
+        inside = (q_left.T @ momentum @ q_right) / (1 - B1 ** (count + 1))
+        inside = inside / (np.sqrt(v / (1 - B2 ** (count + 1))) + EPS)
+        yield q_left @ inside @ q_right.T
+        if count and count % EVERY == 0:
+            orders = [np.argsort(-np.diag(q.T @ f @ q)) for q, f in ((q_left, left), (q_right, right))]
+            v = v[orders[0]][:, orders[1]]
+            q_left = np.linalg.qr(left @ q_left[:, orders[0]])[0]
+            q_right = np.linalg.qr(right @ q_right[:, orders[1]])[0]
+
+
+def test_every_step_is_that_of_the_published_recursion(x64):
+    steps = gradients(7, (4, 4))
+    updates, state = run(optax_curv.scale_by_soap(B1, B2, eps=EPS, basis_every=EVERY), steps)
+    for u, expected in zip(updates, published(steps), strict=True):
+        np.testing.assert_allclose(u, expected, rtol=0, atol=ROUNDING * np.abs(expected).max())
+    for q in state.bases:
+        np.testing.assert_allclose(q.T @ q, np.eye(4), atol=1e-12)
+
+
+def test_in_the_basis_of_a_constant_diagonal_factor_it_is_adam(x64):
+    """Gradients with one entry have coordinate axes for a basis, whatever their order."""
+    mask = jnp.zeros((3, 5)).at[1, 2].set(1.0)
+    steps = [mask * g for g in gradients(4, (3, 5))]
+    updates, _ = run(optax_curv.scale_by_soap(B1, B2, eps=EPS), steps)
+    expected, _ = run(optax.scale_by_adam(B1, B2, EPS), steps)
+    np.testing.assert_allclose(jnp.stack(updates), jnp.stack(expected), atol=1e-9)
+
+
+def test_stacked_and_blocked_leaves_are_the_leaves_done_one_by_one(x64):
+    leaves = gradients(3, (4, 5))
+    options = {"b1": B1, "b2": B2, "basis_every": 1}
+    alone = jnp.stack([run(optax_curv.scale_by_soap(**options), [g, 2 * g])[0][-1] for g in leaves])
+    steps = jnp.stack(leaves)
+    stacked = run(optax_curv.scale_by_soap(stacked=True, **options), [steps, 2 * steps])[0][-1]
+    np.testing.assert_allclose(stacked, alone, atol=ROUNDING)
+    wide = jnp.concatenate(leaves, axis=1)
+    blocked = run(optax_curv.scale_by_soap(block_size=5, **options), [wide, 2 * wide])[0][-1]
+    np.testing.assert_allclose(blocked, jnp.concatenate(list(alone), axis=1), atol=ROUNDING)
+
+
+def test_a_bad_gradient_changes_nothing_but_the_counter():
+    tx = optax_curv.scale_by_soap()
+    steps = [g.astype(jnp.float32) for g in gradients(2, (4, 3))]
+    _, state = run(tx, steps)
+    updates, after = quick_jit(tx.update)(steps[0].at[0, 0].set(jnp.inf), state)
+    assert jnp.all(updates == 0) and after.total_notfinite == 1
+    jax.tree.map(np.testing.assert_array_equal, after._replace(total_notfinite=jnp.int32(0)), state)
+
+
+LAYERS = optax_curv.Layers([optax_curv.Layer("dense", "dense", "['w']", "['b']", 3, 2)])
+
+
+def statistic(seed):
+    x, y = (np.asarray(g) for shape in ((9, 4), (9, 2)) for g in gradients(1, shape, seed))
+    return {"dense": optax_curv.KroneckerFactors(jnp.asarray(x.T @ x), jnp.asarray(y.T @ y), jnp.int32(1))}
+
+
+def test_adam_in_the_basis_of_captured_factors(x64):
+    """The moments are Adam's of the rotated gradient while the basis stays, and the rule is not its rotation."""
+    tx = optax_curv.scale_by_adam_in_basis(LAYERS, B1, B2, eps=EPS)
+    steps = [{"w": w, "b": b} for w, b in zip(gradients(3, (3, 2)), gradients(3, (2,), 1), strict=True)]
+    state, adam = tx.init(steps[0]), optax.scale_by_adam(B1, B2, EPS)
+    update = quick_jit(lambda g, s, c: tx.update(g, s, curvature=c))
+    rotated_state = None
+    for seed, grads in enumerate(steps):
+        updates, state = update(grads, state, statistic(seed))
+        u_a, u_g = state.basis["dense"]
+        first = statistic(0)["dense"]
+        np.testing.assert_allclose(
+            np.diag(np.diag(u_a.T @ first.input_factor @ u_a)), u_a.T @ first.input_factor @ u_a, atol=1e-9
+        )
+        rotated = u_a.T @ jnp.concatenate([grads["w"], grads["b"][None]]) @ u_g
+        rotated_state = adam.init(rotated) if rotated_state is None else rotated_state
+        inside, rotated_state = adam.update(rotated, rotated_state)
+        expected = u_a @ inside @ u_g.T
+        np.testing.assert_allclose(updates["w"], expected[:3], atol=ROUNDING)
+        np.testing.assert_allclose(updates["b"], expected[3], atol=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: optax_curv.scale_by_soap(-0.1), r"scale_by_soap: expected b1 >= 0, got b1=-0.1"),
+        (lambda: optax_curv.scale_by_soap(basis_every=0), r"expected basis_every >= 1"),
+        (lambda: optax_curv.scale_by_soap(block_size=0), r"expected block_size >= 1"),
+        (lambda: optax_curv.scale_by_adam_in_basis(LAYERS, eps=-1), r"expected eps >= 0"),
+        (lambda: optax_curv.soap(0.1, adam_for={"w": 3}).init({"w": jnp.ones((2, 2))}), r"adam_for gives 3 for .*'w'"),
+    ],
+)
+def test_bad_options_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
