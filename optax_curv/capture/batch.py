@@ -9,7 +9,7 @@ import math
 
 from optax_curv.capture.marks import Batch
 
-LOST = Batch(None)
+LOST, UNKNOWN = Batch(None), Batch(None, 0)
 
 
 def propagate(eqn, batches: list[Batch | None], shapes: list[tuple[int, ...]], batch: int) -> list[Batch | None]:
@@ -30,9 +30,9 @@ def propagate(eqn, batches: list[Batch | None], shapes: list[tuple[int, ...]], b
         return [None] * len(outs)
     name = eqn.primitive.name
     if all(b.axis is None for b, _ in given):
-        return [LOST] * len(outs)
+        return [LOST if any(b == LOST for b, _ in given) else min(given, key=lambda x: x[0].inner == 0)[0]] * len(outs)
     if name in MOVES:
-        return [MOVES[name](eqn.params, batches, shapes, outs[0], batch)]
+        return [MOVES[name](eqn.params, batches, shapes, outs[0], batch)] * len(outs)
     if (name.startswith("reduce_") and "axes" in eqn.params) or name in ("argmax", "argmin"):
         return [_reduce(eqn.params["axes"], given[0][0])] * len(outs)
     return [_same_place(given, out) for out in outs]
@@ -87,6 +87,16 @@ def _squeeze(params, batches, shapes, out, batch):
     return Batch(b.axis - sum(axis < b.axis for axis in params["dimensions"]), b.inner)
 
 
+def _stack(params, batches, shapes, out, batch):
+    b = next(b for b in batches if b is not None and b.axis is not None)
+    return Batch(b.axis + (b.axis >= params["axis"]), b.inner)
+
+
+def _unstack(params, batches, shapes, out, batch):
+    b = batches[0]
+    return LOST if b.axis == params["axis"] else Batch(b.axis - (b.axis > params["axis"]), b.inner)
+
+
 def _dot_general(params, batches, shapes, out, batch):
     contracting, together = params["dimension_numbers"]
     first, found = 0, None
@@ -129,6 +139,9 @@ MOVES = {
     "transpose": _transpose,
     "broadcast_in_dim": _broadcast,
     "squeeze": _squeeze,
+    "tile": lambda params, batches, *_: batches[0],
+    "stack": _stack,
+    "unstack": _unstack,
     "dot_general": _dot_general,
     "conv_general_dilated": _convolution,
     "gather": _gather,

@@ -5,14 +5,17 @@ import math
 from optax_curv.capture import layouts
 from optax_curv.capture.jaxpr import Literal
 from optax_curv.capture.layouts import View
-from optax_curv.capture.marks import Found, Mark
+from optax_curv.capture.marks import Examples, Found, Mark
 from optax_curv.capture.views import is_plain, shape_of
 
 
 def multiply(walk, eqn, marks):
     """A scale where a leaf meets the examples; before that, coefficients of the leaf."""
     side = next((side for side in (0, 1) if marks[side].leaves), None)
-    if side is None or marks[1 - side].leaves or marks[1 - side].derived or len(marks[side].leaves) != 1:
+    if side is None:
+        _later_tap(walk, eqn, marks)
+        return None
+    if marks[1 - side].leaves or marks[1 - side].derived or len(marks[side].leaves) != 1:
         return None
     view, other = _spread(marks[side].leaves[0], eqn), eqn.invars[1 - side]
     if isinstance(other, Literal) and math.prod(shape_of(other)) == 1:
@@ -29,6 +32,14 @@ def divide(walk, eqn, marks):
         return None
     view = marks[0].leaves[0]
     return [Mark(leaves=(view._replace(gain=view.gain / float(eqn.invars[1].val)),))]
+
+
+def negate(walk, eqn, marks):
+    """A leaf with the other sign."""
+    if len(marks[0].leaves) != 1:
+        return None
+    view = marks[0].leaves[0]
+    return [Mark(leaves=(view._replace(gain=-view.gain),))]
 
 
 def add(walk, eqn, marks):
@@ -59,13 +70,22 @@ def add(walk, eqn, marks):
 
 
 def _later_tap(walk, eqn, marks):
-    """Moves the tap of a layer that all examples share to where its output meets them."""
+    """Finds the examples of a layer whose input is the same for all of them: where its output meets what is not.
+
+    They are rows it has already, or its tap moves there to have a row, and a gradient, for each.
+    """
     side = next((side for side in (0, 1) if marks[side].output and marks[side].batch is None), None)
     batch = side is not None and marks[1 - side].batch
-    if side is None or not batch or batch.axis is None or not walk.once(eqn.invars[side]):
+    if side is None or not batch or batch.axis is None:
         return
     group = walk.groups[marks[side].output.source]
     output = _spread(marks[side].output, eqn)
+    held = [layouts.role_at(walk.uses[group[0]].output_segments, s) for s, _ in output.axes[batch.axis] if s]
+    if len(group) == 1 and len(output.axes[batch.axis]) == 1 and held and held[0][0] == "row":
+        walk.uses[group[0]].examples = Examples(held[0][1], batch.inner)
+        return
+    if not walk.once(eqn.invars[side]):
+        return
     segments = []
     for axis, pieces in enumerate(output.axes):
         for stride, size in pieces:
@@ -78,7 +98,7 @@ def _later_tap(walk, eqn, marks):
                 segments.append((role, ((leaf_stride, size),)))
     new = [pieces[0][0] for role, pieces in segments if role == "row" and pieces[0][0] < 0]
     if len(group) == 1 and new == [-1.0 - batch.axis]:
-        walk.move_tap(group[0], tuple(segments), walk.examples(batch._replace(axis=new[0]), segments))
+        walk.move_tap(group[0], side, tuple(segments), walk.examples(batch._replace(axis=new[0]), segments))
 
 
 def _joined_bias(walk, eqn, mark, marks, side):
@@ -108,9 +128,9 @@ def _joined_bias(walk, eqn, mark, marks, side):
 
 
 def _spread(view: View, eqn) -> View:
-    """The view broadcast to the shape of an element-wise result."""
+    """The view broadcast to the shape of an element-wise result; a scalar has no axes to keep."""
     out = shape_of(eqn.outvars[0])
-    return layouts.broadcast(view, out, range(len(out))) if len(view.axes) == len(out) else view
+    return layouts.broadcast(view, out, range(len(view.axes)))
 
 
 def _elementwise_use(walk, marks, view, kind, operands):

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_curv.capture import layouts, statistics
+from optax_curv.capture.batch import UNKNOWN
 from optax_curv.capture.grouping import Use, group
 from optax_curv.capture.jaxpr import inlined
 from optax_curv.capture.layers import Layers
-from optax_curv.capture.marks import Batch, Mark, Node
+from optax_curv.capture.marks import Batch, Examples, Mark, Node
 from optax_curv.capture.model_fisher import model_curvature
 from optax_curv.capture.nnx_models import take_apart
 from optax_curv.capture.objective import Objective
@@ -126,7 +127,7 @@ def _initial_marks(shapes, constants, parameters: int, batch: int) -> tuple[list
     groups = [[shape[:1] == (batch,) for shape in group] for group in (shapes[parameters:], constants)]
     if any(groups[0]) or not any(groups[1]):
         groups[1] = [False] * len(constants)
-    unknown = None if any(groups[0] + groups[1]) else Batch(None)
+    unknown = None if any(groups[0] + groups[1]) else UNKNOWN
     marks = [[Mark(batch=Batch(0) if holds else unknown) for holds in group] for group in groups]
     return leaves + marks[0], marks[1]
 
@@ -183,13 +184,23 @@ class Probing:
         self._taps, self.zeros = {}, {}
         dtype = jnp.result_type(jnp.float32, *traced.leaves)
         for number, use in self._uses.items():
+            if sharing == "reduce" and use.found.examples == Examples() and use.batch > 1:
+                raise ValueError(
+                    "value_grad_and_curvature: sharing='reduce' sums over the rows of each example, but nothing tells "
+                    f"the examples apart where the layer {use.layer.name!r} is used; take sharing='expand', or leave "
+                    "it out of layers=."
+                )
             key = use.layer.name if statistic != "raw" else f"{use.layer.name}#{number}"
             lengths = tuple(length for length, _ in use.found.loops)
             if key not in self.zeros:
                 self._first[key] = use
                 self._basis[key] = basis[use.layer.name] if basis is not None else (None, None)
                 self.zeros[key] = statistics.probe(statistic, sharing, use, dtype, lengths)
-            loops = use.loops if statistic != "raw" else (True,) * len(lengths)
+            apart = statistics.is_linear(use.layer, sharing)
+            loops = tuple(
+                own or statistic == "raw" or (apart and depth == use.example_loop)
+                for depth, own in enumerate(use.loops)
+            )
             self._taps[number] = Tap(key, use.found.operands, self._tap(use), loops)
 
     def _tap(self, use: Use) -> Callable:

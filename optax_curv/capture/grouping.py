@@ -11,7 +11,7 @@ import numpy as np
 from optax_curv.capture import layouts
 from optax_curv.capture.layers import Layer, Layers
 from optax_curv.capture.layouts import Arrangement, Piece, size_of
-from optax_curv.capture.marks import Found
+from optax_curv.capture.marks import Examples, Found
 
 ELEMENTWISE = ("scale", "shift")
 
@@ -34,6 +34,7 @@ class Use:
       positions: entries of the leaf that a shift or scale touches, None for all.
       batch: number of examples.
       examples: number of examples that can be told apart, `batch` or 1.
+      example_loop: depth of the scan that walks from example to example; None: the examples are in the rows.
       rows: rows of all uses of the layer, R.
     """
 
@@ -51,6 +52,7 @@ class Use:
     positions: Any
     batch: int
     examples: int
+    example_loop: int | None
     rows: int
     found: Found
 
@@ -259,6 +261,8 @@ def _elementwise_layer(uses, numbers, leaf, keys, shapes):
     whole = (*loops, *layouts.in_order(found[0].outputs))
     for f in found:
         own = tuple((s.stride, s.size) for s in f.view.slots if s.loop is not None)
+        if f.examples == Examples():
+            return "the examples cannot be told apart where it is used"
         if own != loops or any(stride < 0 for stride, _ in f.outputs):
             return "its uses run along different axes"
         if loops and _split((*own, *layouts.in_order(f.outputs)), size) is None:
@@ -289,7 +293,7 @@ def _uses(uses, numbers, layer, matrix, bias, batch) -> dict[int, Use]:
     rows = _over_branches(
         [(uses[n], _rows(uses[n]) * math.prod(length for length, own in uses[n].loops if not own)) for n in numbers]
     )
-    told_apart = all(uses[n].examples is not None for n in numbers)
+    told_apart, example_loop = _told_apart([uses[n] for n in numbers])
     biased = {f.partner for f in uses if bias is not None and f.view.source == bias}
     measured = {}
     for place, number in enumerate(numbers):
@@ -317,10 +321,18 @@ def _uses(uses, numbers, layer, matrix, bias, batch) -> dict[int, Use]:
             positions=_positions(found, layer) if matrix is None else None,
             batch=batch,
             examples=batch if told_apart else 1,
+            example_loop=example_loop,
             rows=rows,
             found=found,
         )
     return measured
+
+
+def _told_apart(uses: list[Found]) -> tuple[bool, int | None]:
+    """Whether all uses of a layer tell the examples apart in one way, and the `example_loop` of each `Use`."""
+    ways = {None if f.examples is None else (f.examples.row is None, f.examples.loop) for f in uses}
+    way = ways.pop()
+    return (False, None) if ways or way in (None, (True, None)) else (True, way[1])
 
 
 def _positions(found: Found, layer: Layer):

@@ -40,7 +40,16 @@ SAME_PLACES = {
     "device_put",
 }
 # Primitives whose results are entries of their operand.
-KEEP_ENTRIES = SAME_PLACES | {"reshape", "transpose", "squeeze", "broadcast_in_dim", "expand_dims", "rev", "slice"}
+KEEP_ENTRIES = SAME_PLACES | {
+    "reshape",
+    "transpose",
+    "squeeze",
+    "broadcast_in_dim",
+    "expand_dims",
+    "tile",
+    "rev",
+    "slice",
+}
 
 
 def closed(jaxpr) -> core.ClosedJaxpr:

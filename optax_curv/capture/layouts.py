@@ -120,6 +120,12 @@ def broadcast(view: View, shape, dimensions) -> View:
     return view._replace(axes=tuple(axes))
 
 
+def tile(view: View, reps) -> View:
+    """The view after `tile`, whose copies of an axis lie one after the other."""
+    axes = [((0, count), *axis) if count != 1 else axis for axis, count in zip(view.axes, reps, strict=True)]
+    return view._replace(axes=tuple(axes))
+
+
 def reverse(view: View, dimensions) -> View:
     """The view after `rev`."""
     axes, offset = list(view.axes), view.offset

@@ -14,12 +14,29 @@ class Batch(NamedTuple):
     """Where the examples lie in an array computed from them.
 
     Attributes:
-      axis: axis that holds the examples; None where it is no longer known.
-      inner: how many neighbouring entries of that axis belong to one example.
+      axis: axis that holds the examples; None where there is none.
+      inner: how many neighbouring entries of that axis belong to one example; 0 where nobody knows and the size of an
+        axis has to tell.
+      loop: depth of the scan that walks from example to example, or None; with neither, the examples are lost.
     """
 
     axis: int | None
     inner: int = 1
+    loop: int | None = None
+
+
+class Examples(NamedTuple):
+    """What tells the examples apart in the rows of a layer; with neither row nor loop, nothing does.
+
+    Attributes:
+      row: number of the row that holds the examples.
+      inner: how many of its neighbouring entries belong to one example.
+      loop: depth of the scan that walks from example to example.
+    """
+
+    row: float | None = None
+    inner: int = 1
+    loop: int | None = None
 
 
 class Mark(NamedTuple):
@@ -49,18 +66,22 @@ class Node:
     Attributes:
       jaxpr: the jaxpr.
       taps: numbers of uses by the index of the equation whose result they tap.
+      operand_taps: (number of a use, place) by the index of the equation of which they tap an operand, spread over the
+        axes of the result.
       children: nodes of the bodies by the index of the equation.
     """
 
     def __init__(self, jaxpr: core.ClosedJaxpr):
         self.jaxpr = jaxpr
         self.taps: dict[int, list[int]] = {}
+        self.operand_taps: dict[int, list[tuple[int, int]]] = {}
         self.children: dict[int, tuple[Node, ...]] = {}
 
     def uses(self) -> list[int]:
         """Numbers of all uses in and below."""
         below = [use for nodes in self.children.values() for node in nodes for use in node.uses()]
-        return [use for uses in self.taps.values() for use in uses] + below
+        at_operands = [use for taps in self.operand_taps.values() for use, _ in taps]
+        return [use for uses in self.taps.values() for use in uses] + at_operands + below
 
 
 @dataclasses.dataclass
@@ -73,7 +94,7 @@ class Found:
       operands: variables the tap needs: the layer's input, then coefficients.
       stack, inputs, outputs: pieces of the leaf by their role in this equation.
       input_segments, output_segments: roles of the axes of input and output.
-      examples: number of the row with the examples and its inner size, or None.
+      examples: what tells the examples apart; None for a layer whose input is the same for all of them.
       windows: (axis, start, size) of the part of the input and of the output that belongs to this leaf, or None.
       conv: what `conv_general_dilated_patches` needs, or None.
       loops: (length, whether the leaf is sliced along it) of each scan around the use, outermost first.
@@ -90,7 +111,7 @@ class Found:
     outputs: tuple[Piece, ...]
     input_segments: Segments
     output_segments: Segments
-    examples: tuple[int, int] | None
+    examples: Examples | None
     windows: tuple = (None, None)
     conv: tuple | None = None
     loops: tuple[tuple[int, bool], ...] = ()

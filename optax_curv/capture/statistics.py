@@ -190,7 +190,11 @@ def probe(statistic: str, sharing: str, use, dtype, loops: tuple[int, ...] = ())
             "output_grads": (*lead, examples * positions, out),
         }
     elif is_linear(layer, sharing):
-        shapes = {"inputs": (*layer.stack, use.examples, rows), "grads": (*layer.stack, use.examples, out)}
+        lead = (*layer.stack, use.examples)
+        if use.example_loop is not None:  # along which the probe is sliced as along those of the stack
+            outer = sum(use.loops[: use.example_loop])
+            lead = (*layer.stack[:outer], use.examples, *layer.stack[outer:], 1)
+        shapes = {"inputs": (*lead, rows), "grads": (*lead, out)}
         if layer.kind in ("scale", "shift"):
             del shapes["inputs"]
     else:
@@ -264,6 +268,9 @@ def finish(statistic: str, sharing: str, use, sums: dict, basis):
     """
     layer, rows = use.layer, use.rows
     if is_linear(layer, sharing):
+        if use.example_loop is not None:
+            outer = sum(use.loops[: use.example_loop])
+            sums = {name: jnp.moveaxis(x, outer, -3)[..., 0, :] for name, x in sums.items()}
         inputs = sums.get("inputs")
         rows = use.examples
         if inputs is None:

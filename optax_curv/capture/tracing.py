@@ -4,6 +4,7 @@ import collections
 import dataclasses
 from collections.abc import Callable
 
+import jax.numpy as jnp
 from jax.extend import core
 
 from optax_curv.capture import layouts
@@ -18,7 +19,7 @@ from optax_curv.capture.jaxpr import (
     run_cond,
     run_scan,
 )
-from optax_curv.capture.marks import NOTHING, Batch, Found, Mark, Node
+from optax_curv.capture.marks import NOTHING, Batch, Examples, Found, Mark, Node
 from optax_curv.capture.rules import RULES
 from optax_curv.capture.views import shape_of
 
@@ -57,20 +58,22 @@ class Walk:
         """Whether a variable is read only once."""
         return self._counts[variable] == 1
 
-    def examples(self, batch: Batch | None, segments) -> tuple[int, int] | None:
-        """The row that holds the examples, and its inner size."""
-        rows = [piece for role, pieces in segments if role == "row" for piece in pieces]
+    def examples(self, batch: Batch | None, segments) -> Examples | None:
+        """What tells the examples apart in the rows of a layer whose input has them there."""
         if batch is None:
             return None
+        if batch.loop is not None or batch == LOST:
+            return Examples(loop=batch.loop)
+        rows = [piece for role, pieces in segments if role == "row" for piece in pieces]
         if batch.axis is not None:
             fits = [size for number, size in rows if number == batch.axis and size % (self.batch * batch.inner) == 0]
-            return (batch.axis, batch.inner) if fits else None
+            return Examples(batch.axis, batch.inner) if fits else Examples()
         for number, size in rows:
             if size == self.batch:
-                return number, 1
+                return Examples(number)
         if rows and rows[0][1] % self.batch == 0:
-            return rows[0][0], rows[0][1] // self.batch
-        return None
+            return Examples(rows[0][0], rows[0][1] // self.batch)
+        return Examples()
 
     def add_uses(self, uses: list[Found], eqn) -> layouts.View:
         """Records the uses one equation makes; returns the view of its result as their output."""
@@ -87,13 +90,12 @@ class Walk:
             self.uses.append(found)
         return layouts.whole(len(self.groups) - 1, shape_of(eqn.outvars[0]))
 
-    def move_tap(self, number: int, segments, examples):
-        """Taps a use at the current equation's result instead, whose axes have these roles."""
+    def move_tap(self, number: int, place: int, segments, examples):
+        """Taps a use at an operand of the current equation instead, over the axes of the result with these roles."""
         node, index = self._places[number]
         if node is self._node:
             node.taps[index].remove(number)
-            node.taps.setdefault(self._index, []).append(number)
-            self._places[number] = node, self._index
+            node.operand_taps.setdefault(self._index, []).append((number, place))
             self.uses[number].output_segments, self.uses[number].examples = segments, examples
 
     def is_bias(self, number: int, output: layouts.View, shift: Found) -> bool:
@@ -222,43 +224,54 @@ class Walk:
             mark if k in unchanged else mark._replace(leaves=(), derived=mark.derived + _entries(mark))
             for k, mark in enumerate(given[consts : consts + carry])
         ]
-        slices = [self._slice(mark) for mark in given[consts + carry :]]
+        slices = [self._slice(mark, params["length"]) for mark in given[consts + carry :]]
         self._loops = (*self._loops, params["length"])
-        saved = len(self.uses), len(self.groups), dict(self.refused)
+        saved, met = (len(self.uses), len(self.groups), dict(self.refused)), {}
         while True:  # until the marks of the carry no longer change: only `batch` and `derived` can, and only grow
             nodes[0].taps.clear()
+            nodes[0].operand_taps.clear()
             nodes[0].children.clear()
             results = self.node(nodes[0], [*given[:consts], *state, *slices])
             grown = [
-                old if k in unchanged else _either((old, new._replace(leaves=(), output=None)))
+                old if k in unchanged else _either((old, self._carried(new)))
                 for k, (old, new) in enumerate(zip(state, results[:carry], strict=True))
             ]
+            met |= {leaf: reason for mark in grown if mark.batch is not None for leaf, reason in mark.derived}
+            grown = [mark if mark.batch is None else mark._replace(derived=()) for mark in grown]
             if grown == state:
                 break
             state = grown
             del self.uses[saved[0] :], self.groups[saved[1] :]
             self.refused = dict(saved[2])
+        self.refused = met | self.refused
         self._loops = self._loops[:-1]
-        over_examples = any(mark.batch is not None and mark.batch.axis == 0 for mark in given[consts + carry :])
-        return state + [self._unsliced(mark, over_examples) for mark in results[carry:]]
+        return state + [self._unsliced(mark) for mark in results[carry:]]
 
-    def _slice(self, mark):
+    def _carried(self, mark):
+        """The mark of a state after a step; one that runs from example to example mixes them."""
+        mixed = mark.batch is not None and mark.batch.loop == len(self._loops) - 1
+        return mark._replace(leaves=(), output=None, batch=LOST if mixed else mark.batch)
+
+    def _slice(self, mark, length):
         """The mark of one slice of the leading axis."""
         sliced = [layouts.enter_loop(view, len(self._loops)) for view in mark.leaves]
         leaves = tuple(view for view in sliced if view is not None)
         batch = mark.batch
         if batch is not None and batch.axis is not None:
-            batch = LOST if batch.axis == 0 else batch._replace(axis=batch.axis - 1)
+            one = batch.inner == 1 and length == self.batch
+            first = Batch(None, loop=len(self._loops)) if one else LOST
+            batch = first if batch.axis == 0 else batch._replace(axis=batch.axis - 1)
         if len(leaves) != len(mark.leaves) or len(leaves) > 1:
             return Mark(batch=batch, derived=mark.derived + _entries(mark))
         return Mark(leaves=leaves, batch=batch, derived=mark.derived)
 
-    def _unsliced(self, mark, over_examples):
+    def _unsliced(self, mark):
         """The mark of the slices stacked again."""
         batch = mark.batch
-        if batch is not None:
-            axis = batch.axis + 1 if batch.axis is not None else 0 if over_examples else None
-            batch = Batch(axis, batch.inner)
+        if batch is not None and batch.axis is not None:
+            batch = batch._replace(axis=batch.axis + 1)
+        elif batch is not None and batch.loop == len(self._loops):
+            batch = Batch(0)
         return Mark(batch=batch, derived=mark.derived + _entries(mark))
 
     def _hidden(self, eqn, given):
@@ -276,7 +289,7 @@ class Walk:
 
 
 def _entries(mark):
-    return tuple((view.source, "it changes from step to step of a scan") for view in mark.leaves)
+    return tuple((view.source, "it is carried through a scan that changes it") for view in mark.leaves)
 
 
 def _either(marks):
@@ -333,11 +346,16 @@ def run_with_taps(node: Node, operands, taps: dict[int, Tap], probes: dict, dept
 
     for index, eqn in enumerate(jaxpr.eqns):
         given = [read(v) for v in eqn.invars]
+
+        def tapped(x, number):
+            tap = taps.get(number)
+            return x if tap is None else tap.apply(x, tuple(map(read, tap.operands)), probes[tap.key])
+
+        for number, place in node.operand_taps.get(index, ()):
+            given[place] = tapped(jnp.broadcast_to(given[place], shape_of(eqn.outvars[0])), number)
         results = _run_equation(eqn, given, node.children.get(index), taps, probes, depth)
         for number in node.taps.get(index, ()):
-            if number in taps:
-                tap = taps[number]
-                results[0] = tap.apply(results[0], tuple(map(read, tap.operands)), probes[tap.key])
+            results[0] = tapped(results[0], number)
         env.update(zip(eqn.outvars, results, strict=True))
     return [read(v) for v in jaxpr.jaxpr.outvars]
 

@@ -36,6 +36,8 @@ def _moved(eqn, view: View) -> View | None:
         return layouts.transpose(view, kept)
     if name in ("broadcast_in_dim", "expand_dims"):
         return layouts.broadcast(view, params["shape"], params["broadcast_dimensions"])
+    if name == "tile":
+        return layouts.tile(view, params["reps"])
     if name == "rev":
         return layouts.reverse(view, params["dimensions"])
     if name == "slice" and all(step == 1 for step in params["strides"] or (1,)):
@@ -94,3 +96,28 @@ def split(walk, eqn, marks):
         results.append(Mark(leaves=(piece,)))
         start += int(size)
     return results
+
+
+def unstack(walk, eqn, marks):
+    """The slices of one leaf along an axis."""
+    axis, results = eqn.params["axis"], []
+    if len(marks[0].leaves) != 1:
+        return None
+    for index in range(len(eqn.outvars)):
+        piece = layouts.cut(marks[0].leaves[0], axis, index, 1)
+        if piece is None:
+            return None
+        kept = [k for k in range(len(piece.axes)) if k != axis]
+        results.append(Mark(leaves=(layouts.transpose(piece, kept),)))
+    return results
+
+
+def stack(walk, eqn, marks):
+    """Several whole leaves one behind the other, along a new axis."""
+    if not all(len(mark.leaves) == 1 and is_plain(mark.leaves[0]) for mark in marks):
+        return None
+    axis, views = eqn.params["axis"], []
+    for mark in marks:
+        (view,) = mark.leaves
+        views.append(view._replace(axes=(*view.axes[:axis], (), *view.axes[axis:])))
+    return [Mark(leaves=tuple(views), joined=axis)]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import unusual_architectures  # noqa: F401 - which registers its own
 
 from optax_curv import find_layers, value_grad_and_curvature
 from optax_curv.capture.layers import layer_matrix

@@ -66,6 +66,18 @@ def test_a_while_loop_around_a_layer_is_an_error():
         find_layers(loss, W, X)
 
 
+def test_layers_that_cannot_tell_the_examples_apart_are_named():
+    def loss(p, x):
+        return jnp.mean(lax.map(lambda x: jnp.tanh(x @ p["w"]) * p["s"], x, batch_size=2) ** 2)
+
+    params, x = {"w": jnp.ones((3, 3)), "s": jnp.ones(3)}, jnp.ones((4, 3))
+    layers = find_layers(loss, params, x)
+    assert [layer.name for layer in layers] == ["w"]
+    assert layers.uncovered == {"['s']": "the examples cannot be told apart where it is used"}
+    with pytest.raises(ValueError, match="nothing tells the examples apart where the layer 'w' is used"):
+        value_grad_and_curvature(loss, sharing="reduce")(params, x)
+
+
 def test_a_batch_size_nobody_shows_is_an_error():
     x = jnp.ones((5, 3))
     with pytest.raises(ValueError, match="give batch_size="):
