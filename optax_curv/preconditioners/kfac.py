@@ -12,7 +12,7 @@ from optax_curv.preconditioners import contracts
 from optax_curv.preconditioners.damping import RULES
 from optax_curv.preconditioners.diagnostics import LayerDiagnostics
 from optax_curv.preconditioners.kfac_blocks import Blocks, KroneckerInverse
-from optax_curv.preconditioners.layerwise import averaged, kron_product, layerwise, map_grouped, zero_factors
+from optax_curv.preconditioners.layerwise import averaged, layerwise, zero_factors
 from optax_curv.preconditioners.quadratic_model import adapt_damping, scale_by_quadratic_model
 
 INVERSES = ("cholesky", "eigh", "cg")
@@ -26,7 +26,8 @@ class ScaleByKFACState(NamedTuple):
     Attributes:
       count: steps taken, int32 [].
       factors: running averages, `KroneckerFactors` by layer.
-      inverses: `KroneckerInverse` by layer; empty under inverse="cg".
+      inverses: `KroneckerInverse` by layer; empty where no later step needs them, under inverse="cg" and where
+        invert_every is the Python number 1.
       stale: whether the next step inverts out of turn, bool [].
       diagnostics: `LayerDiagnostics` of the layers in the order of their names; zeros under inverse="cg".
       fallback: state of the transformation for uncovered leaves.
@@ -77,8 +78,9 @@ def scale_by_kfac(
       inverse: "cholesky", "eigh" (slower, for factors that are far from definite), or "cg" (no inverses: conjugate
         gradients at every step; for layers too wide to factorise).
       update_every: steps between averaging statistics in.
-      invert_every: steps between inversions; the first step always inverts. Under `jax.vmap` over a hyper-parameter
-        `lax.cond` computes both branches, so longer periods save nothing there. Without effect under "cg".
+      invert_every: steps between inversions; the first step always inverts. The Python number 1, the default, keeps no
+        inverses in the state, which halves it. Under `jax.vmap` over a hyper-parameter `lax.cond` computes both
+        branches, so longer periods save nothing there. Without effect under "cg".
       kl_clip: None, or c: all directions are scaled by min(1, sqrt(c / Σ ⟨u, ∇⟩)), the sum over all layers and
         without the learning rate.
       fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`; None refuses them.
@@ -119,6 +121,7 @@ def scale_by_kfac(
     contracts.require_number(method, "decay", decay, at_least=0, at_most=1)
     contracts.require_number(method, "update_every", update_every, at_least=1)
     contracts.require_number(method, "invert_every", invert_every, at_least=1)
+    always = isinstance(invert_every, int) and invert_every == 1  # then no step needs the inverses of an earlier one
 
     def init_rule(present):
         factors = zero_factors(present)
@@ -126,7 +129,7 @@ def scale_by_kfac(
         return {
             "factors": factors,
             "inverses": {}
-            if inverse == "cg"
+            if inverse == "cg" or always
             else {n: KroneckerInverse(*map(jnp.zeros_like, f[:2])) for n, f in factors.items()},
             "stale": jnp.bool_(False),
             "diagnostics": LayerDiagnostics(*(jnp.zeros(len(present), dtype) for _ in LayerDiagnostics._fields)),
@@ -138,13 +141,14 @@ def scale_by_kfac(
         blocks = Blocks(present, factors, lam, damping_rule, factor_sharding)
         if inverse == "cg":
             return blocks.solve_by_cg(matrices), {"factors": factors}
+        if always:
+            inverses, diagnostics = blocks.invert(inverse)
+            return blocks.precondition(inverses, matrices), {"factors": factors, "diagnostics": diagnostics}
         due = (state.count % invert_every == 0) | state.stale
         inverses, diagnostics = jax.lax.cond(
             due, lambda: blocks.invert(inverse), lambda: (state.inverses, state.diagnostics)
         )
-        left = {name: x.input_inverse for name, x in inverses.items()}
-        right = {name: x.output_inverse for name, x in inverses.items()}
-        directions = map_grouped(kron_product, blocks.stacks, left, matrices, right, sharding=factor_sharding)
+        directions = blocks.precondition(inverses, matrices)
         directions, ratio = jax.lax.cond(
             due,
             lambda: (directions, jnp.ones_like(diagnostics.model_ratio)),

@@ -10,7 +10,7 @@ import numpy as np
 from optax_curv.linalg import cholesky, cholesky_solve, conjugate_gradient
 from optax_curv.preconditioners.damping import factor_damping, mean_diagonal
 from optax_curv.preconditioners.diagnostics import LayerDiagnostics
-from optax_curv.preconditioners.layerwise import HIGHEST, map_grouped
+from optax_curv.preconditioners.layerwise import HIGHEST, kron_product, map_grouped
 
 # Damping of a layer that is not to move: its inverses are 1e-18 each, and their product still is no denormal number.
 STILL = 1e18
@@ -150,6 +150,12 @@ class Blocks:
         ]
         ones = jnp.ones_like(self.trace_ratio)
         return inverses, LayerDiagnostics(*map(self._largest, (*figures, self.trace_ratio, ones)))
+
+    def precondition(self, inverses, matrices):
+        """The directions that these inverses give."""
+        left = {name: x.input_inverse for name, x in inverses.items()}
+        right = {name: x.output_inverse for name, x in inverses.items()}
+        return map_grouped(kron_product, self.stacks, left, matrices, right, sharding=self.sharding)
 
     def solve_by_cg(self, matrices):
         """The directions without any inverse."""

@@ -163,6 +163,16 @@ def test_periods_hold_back_statistics_and_inverses(x64):
     assert inverted == [False, False, True]
 
 
+def test_without_a_period_the_state_holds_no_inverses(x64):
+    grads, curvature = draw(0, jnp.float64, ONE), statistics(1, jnp.float64, ONE)
+    every, periodic = scale_by_kfac(ONE, 0.1), scale_by_kfac(ONE, 0.1, invert_every=jnp.array(1))
+    updates, state = stepper(every)(grads, every.init(grads), curvature)
+    expected, _ = stepper(periodic)(grads, periodic.init(grads), curvature)
+    assert not state.inverses and not state.stale
+    np.testing.assert_allclose(state.diagnostics.model_ratio, 1)
+    jax.tree.map(lambda u, e: np.testing.assert_allclose(u, e, rtol=EXACT), updates, expected)
+
+
 def test_a_stale_direction_is_cut_to_its_models_minimum_and_inverted_anew(x64):
     grads = draw(0, jnp.float64)
     before = statistics(1, jnp.float64)
