@@ -11,6 +11,7 @@ from optax_curv import linalg
 from optax_curv.capture.layers import Layers, layer_leaves, layer_matrix
 from optax_curv.capture.statistics import KroneckerFactors
 from optax_curv.preconditioners import contracts
+from optax_curv.preconditioners.distribution import with_sharding_types
 from optax_curv.preconditioners.kfac_blocks import Blocks
 from optax_curv.preconditioners.layerwise import (
     averaged,
@@ -185,7 +186,7 @@ def scale_by_gauss_newton(
         new_updates, new_state = contracts.skip_unless(good, new_updates, counted, state._replace(start=None))
         return new_updates, new_state._replace(start=start)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, with_sharding_types(update))
 
 
 def _product(method, params, given) -> Callable[[Any], Any]:

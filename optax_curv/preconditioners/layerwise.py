@@ -231,7 +231,7 @@ def layerwise(method, layers, state_type, init_rule, update_rule, *, kl_clip, fa
         matrices = {name: layer_matrix(x.layer, leaves).astype(x.dtype) for name, x in present.items()}
         directions, fields = update_rule(present, state, matrices, curvature)
         if kl_clip is not None:
-            decrease = sum(jnp.vdot(directions[name], matrices[name]).real for name in present)
+            decrease = sum(jnp.vdot(directions[name], matrices[name], precision=HIGHEST).real for name in present)
             # a NaN-free 1 where the decrease is zero, as the root of infinity is infinite
             scale = jnp.minimum(1, jnp.sqrt(kl_clip / jnp.maximum(decrease, 0)))
             directions = {name: scale.astype(d.dtype) * d for name, d in directions.items()}

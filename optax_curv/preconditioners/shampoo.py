@@ -11,6 +11,7 @@ from optax_curv.linalg import kron_matvec
 from optax_curv.linalg.roots import factor_root
 from optax_curv.preconditioners import axis_factors, contracts
 from optax_curv.preconditioners.chain_pieces import normalize_by_rms
+from optax_curv.preconditioners.distribution import with_sharding_types
 from optax_curv.preconditioners.matrices_and_adam import matrices_and_adam
 
 METHOD = "scale_by_shampoo"
@@ -166,7 +167,8 @@ def scale_by_shampoo(
         factor_dtype=factor_dtype,
     )
     _check(options)
-    return optax.GradientTransformationExtraArgs(functools.partial(_init, options), functools.partial(_update, options))
+    update = with_sharding_types(functools.partial(_update, options))
+    return optax.GradientTransformationExtraArgs(functools.partial(_init, options), update)
 
 
 def _check(options: Options):
