@@ -141,5 +141,5 @@ right.legend(frameon=False, loc="lower left")
 
 # %% [markdown]
 # What to see. Left: the directions of a gradient differ by six decades in variance; a few steps lift the lower ones,
-# and in the end all are alike. Right: every geometry gets there, "qep" first, "eq" most slowly; the original's line
-# does not move.
+# and in the end all are alike. Right: every geometry gets there, "qep" first, "eq" most slowly ("quad4p" lies under
+# "qeq"); the original's line does not move.
