@@ -31,8 +31,7 @@ import optax_curv
 
 STEPS = 60 if os.environ.get("OPTAX_CURV_FAST") == "1" else 200
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#888888"
-plt.rc("axes", titlelocation="left")
-plt.rc("axes.spines", top=False, right=False)
+plt.rcParams.update({"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False})
 
 images, labels = load_digits(return_X_y=True)
 images, labels = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels, jnp.int32)

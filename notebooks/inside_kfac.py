@@ -27,8 +27,7 @@ from optax_curv import testing
 
 STEPS = 100 if os.environ.get("OPTAX_CURV_FAST") == "1" else 400
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#888888"
-plt.rc("axes", titlelocation="left", prop_cycle=plt.cycler(color=[BLUE, ORANGE, GREEN]))
-plt.rc("axes.spines", top=False, right=False)
+plt.rcParams.update({"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False})
 
 # %% [markdown]
 # ## What is covered

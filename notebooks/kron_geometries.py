@@ -32,8 +32,7 @@ COLOURS = {
     "qep": "#009E73",
     "q0.5eq1.5": "#D55E00",
 }
-plt.rc("axes", titlelocation="left")
-plt.rc("axes.spines", top=False, right=False)
+plt.rcParams.update({"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False})
 
 # %% [markdown]
 # ## Two parameters: a cloud becomes round

@@ -27,15 +27,13 @@ import optax_curv
 jax.config.update("jax_enable_x64", True)  # errors far below 1e-6 are the point
 STEPS = 300 if os.environ.get("OPTAX_CURV_FAST") == "1" else 1500
 BLUE, ORANGE = "#0072B2", "#D55E00"
-plt.rc("axes", titlelocation="left")
-plt.rc("axes.spines", top=False, right=False)
+plt.rcParams.update({"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False})
 
 
 def solution(x):
     """Two waves; f follows from them, and is all that the network gets to know."""
-    return jnp.sin(jnp.pi * x[0]) * jnp.sin(jnp.pi * x[1]) + 0.5 * jnp.sin(2 * jnp.pi * x[0]) * jnp.sin(
-        3 * jnp.pi * x[1]
-    )
+    x, y = jnp.pi * x
+    return jnp.sin(x) * jnp.sin(y) + 0.5 * jnp.sin(2 * x) * jnp.sin(3 * y)
 
 
 def minus_laplacian(u, x):
@@ -49,10 +47,8 @@ def network(params, x):
 
 axis = (np.arange(20) + 0.5) / 20
 interior = jnp.asarray(np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2))
-edge, zero, one = np.linspace(0, 1, 25), np.zeros(25), np.ones(25)
-boundary = jnp.asarray(
-    np.concatenate([np.stack(p, -1) for p in ((edge, zero), (edge, one), (zero, edge), (one, edge))])
-)
+edge = np.linspace(0, 1, 25)
+boundary = jnp.asarray([point for e in edge for point in ((e, 0), (e, 1), (0, e), (1, e))])
 source = jax.vmap(lambda x: minus_laplacian(solution, x))(interior)
 keys = jax.random.split(jax.random.key(0), 3)
 params = {
@@ -142,27 +138,19 @@ print(f"Gauss-Newton {errors[-1]:.1e} after {STEPS} steps, Adam {errors_adam[-1]
 
 # %%
 figure, panels = plt.subplots(1, 4, figsize=(13, 3.4), width_ratios=(1, 1, 1, 1.3), layout="constrained")
-picture = panels[0].imshow(
-    exact.reshape(101, 101), cmap="RdBu_r", vmin=-1.4, vmax=1.4, origin="lower", extent=(0, 1, 0, 1)
-)
-figure.colorbar(picture, ax=panels[0], location="bottom", label="u")
-panels[0].set_title("The solution")
-for axes, p, name in ((panels[1], found_adam, "Adam"), (panels[2], found, "Gauss-Newton")):
-    off = jnp.abs(network(p, test) - exact).reshape(101, 101)
-    picture = axes.imshow(np.log10(off), cmap="magma", vmin=-6, vmax=-1, origin="lower", extent=(0, 1, 0, 1))
-    figure.colorbar(picture, ax=axes, location="bottom", label="log10 |error of u|")
-    axes.set_title(f"Error of {name}")
-panels[3].semilogy(times_adam, errors_adam, color=BLUE, lw=2)
-panels[3].semilogy(times, errors, color=ORANGE, lw=2)
-panels[3].annotate(
-    "Adam", (times_adam[-1], errors_adam[-1]), (0, 6), textcoords="offset points", color=BLUE, ha="right"
-)
-panels[3].annotate(
-    "Gauss-Newton", (times[-1], errors[-1]), (0, 5), textcoords="offset points", color=ORANGE, ha="right"
-)
+off_adam, off = (np.log10(jnp.abs(network(p, test) - exact)) for p in (found_adam, found))
+for axes, picture, title, label, shades, limits in (
+    (panels[0], exact, "The solution", "u", "RdBu_r", (-1.4, 1.4)),
+    (panels[1], off_adam, "Error of Adam", "log10 |error of u|", "magma", (-6, -1)),
+    (panels[2], off, "Error of Gauss-Newton", "log10 |error of u|", "magma", (-6, -1)),
+):
+    picture = axes.imshow(picture.reshape(101, 101), cmap=shades, clim=limits, origin="lower", extent=(0, 1, 0, 1))
+    figure.colorbar(picture, ax=axes, location="bottom", label=label)
+    axes.set(title=title, xlabel="x", ylabel="y", xticks=(0, 1), yticks=(0, 1))
+panels[3].semilogy(times_adam, errors_adam, color=BLUE, lw=2, label="Adam")
+panels[3].semilogy(times, errors, color=ORANGE, lw=2, label="Gauss-Newton")
 panels[3].set(xlabel="seconds on this machine", ylabel="relative L2 error", title="At equal time")
-for axes in panels[:3]:
-    axes.set(xlabel="x", ylabel="y", xticks=(0, 1), yticks=(0, 1))
+panels[3].legend(frameon=False)
 
 # %% [markdown]
 # What to see: both maps have one scale of colours, five decades of it. In the same time, without compilation, Adam has

@@ -26,8 +26,7 @@ import optax_curv
 
 FAST = os.environ.get("OPTAX_CURV_FAST") == "1"
 STEPS = 60 if FAST else 200
-plt.rc("axes", titlelocation="left")
-plt.rc("axes.spines", top=False, right=False)
+plt.rcParams.update({"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False})
 
 images, labels = load_digits(return_X_y=True)
 images, labels = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels, jnp.int32)
