@@ -103,6 +103,12 @@ def energy(factor, root) -> jax.Array:
     return jnp.sum((factor * root.conj()).real, axis=(-2, -1)) if factor.ndim == 3 else jnp.zeros(len(factor))
 
 
+def has_moved(factors, roots, reference, limit) -> jax.Array:
+    """Whether tr(F R) of any of a batch of dense factors is above `limit` times its reference, or F is no longer 0."""
+    wakes = (reference == 0) & (jnp.trace(factors, axis1=-2, axis2=-1).real > 0)  # the root of 0 is 0
+    return jnp.any(wakes | (energy(factors, roots) > limit * reference))
+
+
 def batches(groups: list[tuple], small: int = SMALL) -> dict[Any, list[tuple[int, int]]]:
     """Where the dense factors of one batch of roots stand, (group, axis), by its width and dtype.
 
@@ -159,7 +165,7 @@ def refresh(groups: list[tuple], roots: list[tuple], energies: list[jax.Array], 
             new = [jnp.where(jnp.all(jnp.isfinite(r)), r, o) for r, o in zip(new, old, strict=True)]
             return new, list(map(energy, factors, new))
 
-        grown = [jnp.any(e > limit * r) for e, r in zip(map(energy, factors, old), references, strict=True)]
+        grown = [has_moved(*of_place, limit) for of_place in zip(factors, old, references, strict=True)]
         moved = functools.reduce(jnp.logical_or, grown)
         found = jax.lax.cond(due | moved, fresh, lambda kept=(old, references): kept)
         for (g, axis), r, e in zip(places, *found, strict=True):

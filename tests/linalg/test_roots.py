@@ -105,3 +105,32 @@ def test_bad_input_is_refused():
         linalg.inverse_root(jnp.ones((2, 3, 3)), 2, damping=jnp.ones(3))
     with pytest.raises(ValueError, match="expected p > 0, got p=-2"):
         linalg.inverse_root(jnp.eye(2), -2, damping=0.1)
+
+
+NEWTON_TOLERANCE = 100 * EPS  # times the condition, for each of n rows
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6, 1e9, 1e12])
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_newton_agrees_with_eigh(x64, p, condition):
+    rotated = spectra.rotation(np.random.default_rng(p), 6)
+    a = spectra.symmetric(rotated, np.geomspace(1, 1 / condition, 6))
+    expected = linalg.inverse_root(a, p, damping=0.0)
+    found = linalg.inverse_root(a, p, damping=0.0, method="newton")
+    limit = NEWTON_TOLERANCE * len(a) * condition * np.abs(expected).max()
+    assert np.abs(found - expected).max() <= limit
+
+
+@pytest.mark.parametrize("method", ["eigh", "newton"])
+def test_relative_damping_is_in_units_of_the_largest_eigenvalue(x64, method):
+    a = np.stack([np.diag([4.0, 1.0, 0.0]), np.zeros((3, 3))])
+    found = linalg.inverse_root(a, 2, damping=0.25, relative=True, method=method)
+    np.testing.assert_allclose(found[0], np.diag([5.0, 2.0, 1.0]) ** np.where(np.eye(3), -0.5, 1), rtol=1e-3)
+    np.testing.assert_array_equal(found[1], np.zeros((3, 3)))
+
+
+def test_methods_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="unknown method='qr'"):
+        linalg.inverse_root(jnp.eye(2), 2, damping=0.1, method="qr")
+    with pytest.raises(ValueError, match=r"needs a whole number p, got p=2.5"):
+        linalg.inverse_root(jnp.eye(2), 2.5, damping=0.1, method="newton")

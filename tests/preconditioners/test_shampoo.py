@@ -97,3 +97,66 @@ def test_an_nnx_optimizer_takes_the_same_steps_as_a_tree():
         updates, state = tx.update(nnx.as_pure(grads), state, params)
         params = optax.apply_updates(params, updates)
     jax.tree.map(np.testing.assert_array_equal, nnx.as_pure(nnx.state(model, nnx.Param)), params)
+
+
+def test_stacked_and_blocked_leaves_are_the_leaves_done_one_by_one(x64):
+    leaves = gradients((4, 5), (4, 5), (4, 5))
+    alone = jnp.stack([run(optax_curv.scale_by_shampoo(), [g, 2 * g])[0][-1] for g in leaves])
+    steps = jnp.stack(leaves)
+    stacked = run(optax_curv.scale_by_shampoo(stacked=True), [steps, 2 * steps])[0][-1]
+    np.testing.assert_allclose(stacked, alone, rtol=0, atol=ROUNDING * jnp.abs(alone).max())
+    wide = jnp.concatenate(leaves, axis=1)
+    blocked = run(optax_curv.scale_by_shampoo(block_size=5), [wide, 2 * wide])[0][-1]
+    expected = jnp.concatenate(list(alone), axis=1)
+    np.testing.assert_allclose(blocked, expected, rtol=0, atol=ROUNDING * jnp.abs(alone).max())
+
+
+def test_the_covariance_is_the_fixed_point_of_the_kl_variant(x64):
+    """For gradients A^(1/2) Z B^(1/2) the mean step from the factors A and B is no step."""
+    x, y = gradients((3, 9), (4, 9), seed=2)
+    factors = (x @ x.T, y @ y.T)
+    halves = [jnp.asarray(damped_power(f, -0.5)) for f in factors]
+    roots = tuple(jnp.linalg.inv(half) for half in halves)
+    tx = optax_curv.scale_by_shampoo(0.0, kl=True, root_every=10)
+    state = tx.init(jnp.zeros((3, 4)))._replace(count=jnp.int32(1), factors=factors, roots=roots)
+    units = jnp.eye(12).reshape(12, 3, 4) * jnp.sqrt(12.0)  # their mean outer product is the identity
+    steps = jax.vmap(lambda z: tx.update(halves[0] @ z @ halves[1], state)[1].factors)
+    for kept, factor in zip(quick_jit(steps)(units), factors, strict=True):
+        np.testing.assert_allclose(kept.mean(axis=0), factor, atol=1e-4 * jnp.abs(factor).max())
+
+
+def test_gradients_of_every_fault_leave_all_finite():
+    """Zero, rank-1 and huge gradients, and a leaf that wakes late, which moves at once."""
+    tx = optax.chain(optax_curv.scale_by_shampoo(root_every=100), optax_curv.normalize_by_rms(0.2))
+    state, update = tx.init(jnp.zeros((4, 3))), quick_jit(tx.update)
+    normal = gradients((4, 3))[0].astype(jnp.float32)
+    rank_one = jnp.outer(normal[:, 0], normal[0])
+    for g in (*[0 * normal] * 30, normal, rank_one, 1e15 * normal, 1e30 * normal, 1e-15 * normal, normal):
+        updates, state = update(g, state)
+        assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves((updates, state)))
+        assert jnp.any(g) == jnp.any(updates) or jnp.max(jnp.abs(g)) > 1e20
+    assert state[0].total_notfinite == 1  # the square of 1e30 overflows
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exponent": 0.0}, r"exponent > 0, got exponent=0.0"),
+        ({"exponent": -1}, r"exponent > 0"),
+        ({"root": "svd"}, r"unknown root='svd'; expected one of"),
+        ({"root": "newton", "exponent": 0.7}, r"whose inverse is whole, got exponent=0.7"),
+        ({"block_size": 0}, r"block_size >= 1, got block_size=0"),
+        ({"kl": True, "exponent": 0.25}, r"needs exponent=0.5, got 0.25"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        optax_curv.scale_by_shampoo(**options)
+
+
+def test_labels_that_miss_a_leaf_or_say_nothing_are_refused():
+    params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"adam_for must label every leaf; it misses \[\"\['b'\]\"\]"):
+        optax_curv.shampoo(0.1, adam_for={"w": True}).init(params)
+    with pytest.raises(ValueError, match=r"adam_for gives 'sgd' for the leaf \['w'\]"):
+        optax_curv.shampoo(0.1, adam_for={"w": "sgd", "b": True}).init(params)
