@@ -95,9 +95,13 @@ def measure_division():
             given = jax.device_put((grads, arrays), everywhere)
             compiled = update.lower(given[0], state, given[1]).compile()
             flops.append(compiled.cost_analysis()["flops"])
+            if name != "kfac":  # the others are only compiled: with fewer cores than devices they wait for each other
+                continue
             updates, new_state = compiled(given[0], state, given[1])
             results.append(updates)
         report("flops", name, flops[1] / flops[0])
+        if name != "kfac":
+            continue
         report("divided", name, difference(results[1], results[0]))
         moved = [
             x.sharding != y.sharding
