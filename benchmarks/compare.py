@@ -129,11 +129,15 @@ def main(arguments: list[str] | None = None):
     tuning = f"tuned from seed {TUNING_SEED} on the grid 1, 3, 10, … (others: powers of ten) until the best is inside"
     tuning += f", but for {', '.join(untuned)}" if untuned else ""
     with tqdm(total=steps * len(options.seeds), unit="step", desc=title, file=sys.stderr) as bar:
-        runs = [running.train(problem, ready, seed, steps, evaluate, bar.update) for seed in options.seeds]
-    summary = report.summarize(problem, ready, runs, options.seeds)
-    summary["methods"] |= {name: {"failure": reason} for name, reason in failures.items()}
-    summary |= {"machine": report.machine(), "tuning": tuning}
-    print(report.save(title, summary, options.out))
+        runs, table = [], ""
+        for seed in options.seeds:
+            runs.append(running.train(problem, ready, seed, steps, evaluate, bar.update))
+            # After every seed, so that an interrupted run leaves those that it finished.
+            summary = report.summarize(problem, ready, runs, options.seeds[: len(runs)])
+            summary["methods"] |= {name: {"failure": reason} for name, reason in failures.items()}
+            summary |= {"machine": report.machine(), "tuning": tuning}
+            table = report.save(title, summary, options.out)
+    print(table)
     print(f"written: {options.out}/{title}.json, .md and .png", file=sys.stderr)
 
 
