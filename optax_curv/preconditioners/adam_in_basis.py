@@ -48,7 +48,6 @@ def scale_by_adam_in_basis(
     update_every=1,
     basis_every=10,
     fallback=None,
-    factor_sharding=None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam in the eigenbasis of K-FAC's factors: SOAP with captured factors in the place of the gradients' own.
 
@@ -70,7 +69,6 @@ def scale_by_adam_in_basis(
       basis_every: steps between eigendecompositions; the first step always has one. The moments are carried into the
         new basis, as far as their diagonal says.
       fallback: transformation for leaves that no layer covers; None refuses them.
-      factor_sharding: how the work is divided over devices, see `scale_by_kfac`.
 
     Returns:
       A transformation whose `update` needs `curvature=`, a dict from layer name to `KroneckerFactors`. With a
@@ -111,8 +109,8 @@ def scale_by_adam_in_basis(
         return {"factors": zero_factors(present), "basis": basis, "momentum": zeros(), "moments": zeros()}
 
     def new_basis(present, factors, state):
-        _, basis = layer_bases(present, factors, factor_sharding)
-        return basis, carry_moments(present, state.moments, state.basis, basis, factor_sharding)
+        _, basis = layer_bases(present, factors)
+        return basis, carry_moments(present, state.moments, state.basis, basis)
 
     def update_rule(present, state, matrices, curvature):
         factors = averaged(METHOD, present, state, curvature, decay, update_every)
@@ -134,7 +132,7 @@ def scale_by_adam_in_basis(
             directions[name] = rotate(basis[name].output_basis, rotate(basis[name].input_basis, inside).mT).mT
         return directions, {"factors": factors, "basis": basis, "momentum": momentum, "moments": moments}
 
-    options = {"kl_clip": None, "fallback": fallback, "factor_sharding": factor_sharding}
+    options = {"kl_clip": None, "fallback": fallback, "factor_sharding": None}
     return layerwise(METHOD, layers, ScaleByAdamInBasisState, init_rule, update_rule, **options)
 
 

@@ -83,17 +83,17 @@ def rotate(basis, x, transpose=False):
     return x if basis is None else jnp.matmul(basis.mT if transpose else basis, x, precision=HIGHEST)
 
 
-def _eigen(factors, stacks, sharding):
+def _eigen(factors, stacks):
     """Eigenvalues and eigenvectors by key, one batch for each width; a diagonal factor's are itself and None."""
     full = {key: f for key, f in factors.items() if f.ndim == len(stacks[key]) + 2}
-    found = map_grouped(jnp.linalg.eigh, {key: stacks[key] for key in full}, full, sharding=sharding)
+    found = map_grouped(jnp.linalg.eigh, {key: stacks[key] for key in full}, full)
     return {key: tuple(found[key]) if key in full else (f, None) for key, f in factors.items()}
 
 
-def layer_bases(present, factors, sharding=None):
+def layer_bases(present, factors):
     """(factors' eigenvalues, `Eigenbasis`) by layer."""
     stacks = {(name, side): x.layer.stack for name, x in present.items() for side in (0, 1)}
-    eigen = _eigen({key: factors[key[0]][key[1]] for key in stacks}, stacks, sharding)
+    eigen = _eigen({key: factors[key[0]][key[1]] for key in stacks}, stacks)
     values = {name: (eigen[name, 0][0], eigen[name, 1][0]) for name in present}
     return values, {name: Eigenbasis(eigen[name, 0][1], eigen[name, 1][1]) for name in present}
 
@@ -106,19 +106,19 @@ def _carried(new_a, old_a, new_g, old_g, moments):
     return moments
 
 
-def carry_moments(present, moments, old, new, sharding=None):
+def carry_moments(present, moments, old, new):
     """The diagonal matrices of moments in old bases, written in new ones, as far as their diagonals say.
 
     M' = (R_A ∘ R_A) M (R_G ∘ R_G)ᵀ with R = U'ᵀ U.
     """
     sides = [{name: x[side] for name, x in bases.items()} for side in (0, 1) for bases in (new, old)]
-    return map_grouped(_carried, _stacks(present), *sides, moments, sharding=sharding)
+    return map_grouped(_carried, _stacks(present), *sides, moments)
 
 
-def _change_basis(present, factors, basis, moments, first, sharding):
+def _change_basis(present, factors, basis, moments, first):
     """The factors' eigenbasis and the moments in it: in the first step those of the Kronecker product, s_A s_Gᵀ."""
-    values, new_basis = layer_bases(present, factors, sharding)
-    moved = carry_moments(present, moments, basis, new_basis, sharding)
+    values, new_basis = layer_bases(present, factors)
+    moved = carry_moments(present, moments, basis, new_basis)
 
     def in_new_basis(name):
         values_a, values_g = (jnp.maximum(x, 0) for x in values[name])
@@ -159,7 +159,6 @@ def scale_by_ekfac(
     invert_every=1,
     kl_clip=None,
     fallback=None,
-    factor_sharding=None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions each layer's gradient by its second moments in the eigenbasis of K-FAC's factors.
 
@@ -185,7 +184,6 @@ def scale_by_ekfac(
         branches, so longer periods save nothing there.
       kl_clip: None, or c: all directions are scaled by min(1, sqrt(c / Σ ⟨u, ∇⟩)), without the learning rate.
       fallback: transformation for leaves that no layer covers; None refuses them.
-      factor_sharding: how the work is divided over devices, see `scale_by_kfac`.
 
     Returns:
       A transformation whose `update` needs `curvature=`, a dict from layer name to `EigenbasisMoments`. With a
@@ -253,7 +251,7 @@ def scale_by_ekfac(
             moments[name] = jnp.where(averaging, weight * old + (1 - weight) * new[name], old)
         basis, moments = jax.lax.cond(
             state.count % invert_every == 0,
-            lambda: _change_basis(present, factors, state.basis, moments, first, factor_sharding),
+            lambda: _change_basis(present, factors, state.basis, moments, first),
             lambda: (state.basis, moments),
         )
         # Without any moments yet there is no reason to move a layer.
@@ -262,10 +260,10 @@ def scale_by_ekfac(
             for name, m in moments.items()
         }
         sides = [{name: x[side] for name, x in basis.items()} for side in (0, 1)]
-        directions = map_grouped(_direction, _stacks(present), *sides, damped, matrices, sharding=factor_sharding)
+        directions = map_grouped(_direction, _stacks(present), *sides, damped, matrices)
         return directions, {"factors": factors, "basis": basis, "moments": moments}
 
-    options = {"kl_clip": kl_clip, "fallback": fallback, "factor_sharding": factor_sharding}
+    options = {"kl_clip": kl_clip, "fallback": fallback, "factor_sharding": None}
     return layerwise(method, layers, ScaleByEKFACState, init_rule, update_rule, **options)
 
 
@@ -279,7 +277,6 @@ def ekfac(
     invert_every=1,
     kl_clip=None,
     fallback=None,
-    factor_sharding=None,
     momentum=0.9,
     weight_decay=0.0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -289,14 +286,13 @@ def ekfac(
 
     Args:
       learning_rate: a number or a schedule.
-      layers: see `scale_by_ekfac`, as for `damping` to `factor_sharding`.
+      layers: see `scale_by_ekfac`, as for `damping` to `fallback`.
       damping: λ ≥ 0.
       decay: weight of the old factors and moments.
       update_every: steps between averaging statistics in.
       invert_every: steps between eigendecompositions.
       kl_clip: None, or the bound of Σ ⟨u, ∇⟩.
       fallback: transformation for uncovered leaves.
-      factor_sharding: how the work is divided over devices.
       momentum: decay of the heavy ball.
       weight_decay: added to the direction, times the parameters, before the momentum.
 
@@ -324,7 +320,6 @@ def ekfac(
             invert_every=invert_every,
             kl_clip=kl_clip,
             fallback=fallback,
-            factor_sharding=factor_sharding,
         ),
         optax.add_decayed_weights(weight_decay),
         optax.trace(momentum),

@@ -15,6 +15,9 @@ MESH = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 BOTH = NamedSharding(MESH, P(("data", "model")))
 SPECS = {"w": P("model", "data"), "b": P("data"), "scalar": P(), "tensor": P(None, "data"), "none": None}
 LAYERS, WIDTH = 16, 32
+# The first gradient of a matrix has no component along some axes of its square factor's basis, which are arbitrary:
+# there SOAP divides rounding by its own root, but for a large eps, and the bases themselves are not compared.
+ARBITRARY_BASES = {"soap": 1.0}
 
 
 def report(check, name, figure):
@@ -41,12 +44,14 @@ def difference(tree, reference):
 def compare_with_one_device(name):
     """One step of a method with sharded leaves, and one inside shard_map, against the same step on one device."""
     case = cases.CASES[name]
-    tx, arrays = case.transformation(), case.extras(np.random.default_rng(0))
+    tx = case.make(eps=ARBITRARY_BASES[name]) if name in ARBITRARY_BASES else case.transformation()
+    arrays = case.extras(np.random.default_rng(0))
     params, grads = cases.tree(0), cases.tree(1)
     state = tx.init(params)
 
     def update(grads, state, params, arrays):
-        return tx.update(grads, state, params, **arrays, **case.static)
+        updates, state = tx.update(grads, state, params, **arrays, **case.static)
+        return updates, state._replace(bases=None, moments=None) if name in ARBITRARY_BASES else state
 
     expected = jax.jit(update)(grads, state, params, arrays)
     placed = {k: None if x is None else NamedSharding(MESH, SPECS[k]) for k, x in params.items()}
@@ -55,7 +60,7 @@ def compare_with_one_device(name):
         jax.device_put((grads, params), (placed, placed)),
         jax.device_put((state, arrays), everywhere),
     )
-    step = jax.jit(update, out_shardings=(placed, everywhere[0]))
+    step = jax.jit(update, out_shardings=(placed, NamedSharding(MESH, P())))
     report("auto", name, step_difference(step(sharded[0], state_there, sharded[1], arrays_there), expected))
     mapped = jax.jit(jax.shard_map(update, mesh=MESH, in_specs=P(), out_specs=P()))
     report("shard_map", name, step_difference(mapped(grads, state, params, arrays), expected))
@@ -73,16 +78,14 @@ def equal_layers():
         return jnp.asarray(rows.T @ rows / len(rows), jnp.float32)
 
     factors = {x: optax_curv.KroneckerFactors(second_moment(), second_moment(), jnp.int32(1)) for x in names}
-    moments = {x: optax_curv.EigenbasisMoments(*factors[x], jnp.square(grads[x])) for x in names}
-    return grads, layers, factors, moments
+    return grads, layers, factors
 
 
 def measure_division():
     """FLOPs of one device with factor_sharding over those without, and whether results and shardings stay."""
-    grads, layers, factors, moments = equal_layers()
+    grads, layers, factors = equal_layers()
     makers = {
         "kfac": (lambda x: optax_curv.scale_by_kfac(layers, 1e-2, factor_sharding=x), {"curvature": factors}),
-        "ekfac": (lambda x: optax_curv.scale_by_ekfac(layers, 1e-2, factor_sharding=x), {"curvature": moments}),
         "kron_psgd": (lambda x: optax_curv.scale_by_kron_psgd(b1=0.9, factor_sharding=x), {}),
     }
     for name, (make, arrays) in makers.items():
@@ -95,13 +98,9 @@ def measure_division():
             given = jax.device_put((grads, arrays), everywhere)
             compiled = update.lower(given[0], state, given[1]).compile()
             flops.append(compiled.cost_analysis()["flops"])
-            if name != "kfac":  # the others are only compiled: with fewer cores than devices they wait for each other
-                continue
             updates, new_state = compiled(given[0], state, given[1])
             results.append(updates)
         report("flops", name, flops[1] / flops[0])
-        if name != "kfac":
-            continue
         report("divided", name, difference(results[1], results[0]))
         moved = [
             x.sharding != y.sharding

@@ -39,13 +39,13 @@ def updater(name, tx):
     def update(grads, state, params, arrays):
         return tx.update(grads, state, params, **arrays, **cases.CASES[name].static, unknown=1)
 
+    update.__name__ = name  # traces are counted by name
     return update
 
 
 @functools.cache
 def compiled(name):
     """The transformation and its jitted update, which donates the state and may be traced once."""
-    chex.clear_trace_counter()
     tx = cases.CASES[name].transformation()
     return tx, jax.jit(chex.assert_max_traces(updater(name, tx), n=1), donate_argnums=1)
 
