@@ -14,7 +14,7 @@ from optax_curv.preconditioners import contracts, kron_layout
 
 HIGHEST = jax.lax.Precision.HIGHEST
 # Between refreshes of the roots lie 1 + count / EARLY steps, as far as the period allows: the gradients change most
-# at the start. On the character transformer 8 instead of 4 costs twice the roots and gains nothing.
+# at the start.
 EARLY = 4
 SMALL = 64
 

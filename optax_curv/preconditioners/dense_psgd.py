@@ -19,9 +19,12 @@ def on_flat_vector(method: str, tx: optax.GradientTransformationExtraArgs) -> op
     def dtype_of(tree):
         return jnp.result_type(jnp.float32, *[leaf.dtype for leaf in jax.tree.leaves(tree)])
 
+    def size_of(tree):
+        return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
     def ravel(tree):
         leaves = [jnp.ravel(leaf).astype(dtype_of(tree)) for leaf in jax.tree.leaves(tree)]
-        return jnp.concatenate(leaves) if leaves else jnp.zeros(0)
+        return jnp.concatenate(leaves) if size_of(tree) else jnp.zeros(1)
 
     def unravel(vector, like):
         leaves, treedef = jax.tree.flatten(like)
@@ -33,8 +36,8 @@ def on_flat_vector(method: str, tx: optax.GradientTransformationExtraArgs) -> op
 
     def init(params):
         contracts.require_float_leaves(method, params)
-        size = sum(leaf.size for leaf in jax.tree.leaves(params))
-        vector: Any = jax.ShapeDtypeStruct((size,), dtype_of(params))
+        # A tree without numbers counts as one: the state's structure must not depend on how many there are.
+        vector: Any = jax.ShapeDtypeStruct((max(1, size_of(params)),), dtype_of(params))
         return tx.init(vector)
 
     def update(updates, state, params=None, *, probe=None, hvp=None, **extra_args):

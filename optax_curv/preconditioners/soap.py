@@ -11,6 +11,7 @@ import optax
 from optax_curv.linalg import kron_matvec
 from optax_curv.preconditioners import axis_factors, contracts
 from optax_curv.preconditioners.chain_pieces import normalize_by_rms
+from optax_curv.preconditioners.distribution import with_sharding_types
 from optax_curv.preconditioners.matrices_and_adam import matrices_and_adam
 
 METHOD = "scale_by_soap"
@@ -136,7 +137,8 @@ def scale_by_soap(
     contracts.require_number(METHOD, "eps", eps, at_least=0)
     for name in ("basis_every", "max_dim", "block_size"):
         contracts.require_number(METHOD, name, getattr(options, name), at_least=1)
-    return optax.GradientTransformationExtraArgs(functools.partial(_init, options), functools.partial(_update, options))
+    update = with_sharding_types(functools.partial(_update, options))
+    return optax.GradientTransformationExtraArgs(functools.partial(_init, options), update)
 
 
 def soap(
@@ -249,6 +251,8 @@ def _update(options: Options, updates, state, params=None, *, sound=None, **extr
     if params is not None:
         contracts.require_same_leaves(METHOD, "the gradients", updates, "the parameters", params)
     contracts.require_same_leaves(METHOD, "the gradients", updates, "the state's momentum", state.momentum)
+    likes = ("factors", "bases", "moments")
+    state = state._replace(**{name: contracts.tuples_at_leaves(getattr(state, name), updates) for name in likes})
     layout = options.layout_of(updates)
     good, total_notfinite = axis_factors.soundness(updates, sound, state.total_notfinite)
     grads = jax.tree.map(lambda g: jnp.where(good, g, 0), updates)

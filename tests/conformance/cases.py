@@ -164,5 +164,5 @@ VARIANTS = {
 # What takes complex leaves; every other method refuses them in init, by name.
 COMPLEX = (
     *("clip_by_max_abs", "normalize_by_rms", "normalize_by_reference", "estimate_gradients"),
-    *("kron_psgd", "kron_psgd_sometimes", "shampoo"),
+    *("kron_psgd", "kron_psgd_sometimes", "shampoo", "soap"),
 )

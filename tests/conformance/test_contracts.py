@@ -175,15 +175,19 @@ def test_wrappers_of_optax_trace(name, wrapper):
     keeps_shapes(updater(name, tx), tx.init, cases.tree(0), cases.tree(1), extras(name))
 
 
-@pytest.mark.parametrize("name", ["branch_kfac", "normalize_by_rms"])
-def test_nnx_optimizer_forwards_the_extra_arguments(name):
+@pytest.mark.parametrize("name", ["branch_kfac", "normalize_by_rms", "kron_psgd", "shampoo", "soap", "lra_psgd"])
+def test_nnx_optimizer_forwards_the_extra_arguments_step_after_step(name):
     model, tx = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), cases.CASES[name].transformation()
     params = nnx.state(model, nnx.Param)
     grads = jax.tree.map(jnp.ones_like, params)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    updates, _ = tx.update(grads, tx.init(params), params, **extras(name))
-    expected = jax.tree.map(jnp.copy, optax.apply_updates(params, updates))
-    optimizer.update(model, grads, **extras(name))
+    expected, state = params, tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(grads, state, expected, **extras(name))
+        expected = optax.apply_updates(expected, updates)
+    expected = jax.tree.map(jnp.copy, expected)
+    for _ in range(2):
+        optimizer.update(model, grads, **extras(name))
     chex.assert_trees_all_close(nnx.state(model, nnx.Param), expected, **ROUNDING)
 
 
