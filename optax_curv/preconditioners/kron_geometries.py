@@ -49,8 +49,8 @@ def preconditioners(geometry, factors: Factors) -> Factors:
     return tuple(product(adjoint(q), q) for q in factors)
 
 
-def _procrustes(q):
-    """Rotates Q by ``exp(aR)``, R = Qᴴ - Q, towards the symmetric matrix of its polar decomposition.
+def _rotation(q):
+    """aR, R ∝ Qᴴ - Q, and aRQ: exp(aR) turns Q towards the symmetric matrix of its polar decomposition.
 
     To second order tr(exp(aR) Q) = tr Q + a tr(RQ) + a²/2 tr(R²Q); a maximises it with ‖aR‖₂ ≤ `ROTATION_LIMIT`.
     Since R is skew, tr(RQ) = ‖R‖²_F / 2 ≥ 0: the first-order term always raises the trace.
@@ -63,7 +63,7 @@ def _procrustes(q):
     curvature = jnp.real(jnp.sum(skew.T * first))  # tr(R RQ)
     angle = jnp.where(curvature < 0, -slope / jnp.where(curvature < 0, curvature, -1.0), ROTATION_LIMIT)
     angle = jnp.clip(angle, 0.0, ROTATION_LIMIT)
-    return q + angle * (first + 0.5 * angle * product(skew, first))
+    return angle * skew, angle * first
 
 
 def _move_eq(q, d, rate):
@@ -79,8 +79,14 @@ def _move_qeq(q, d, rate):
 
 
 def _move_q05eq15(q, d, rate):
-    q = q - rate * product(d, q)
-    return q if q.ndim == 1 else _procrustes(q)
+    """(I - μ/L D) exp(aR) Q, to second order in the rotation: Q + aRQ/2 + (aR/2 - μ/L D)(Q + aRQ).
+
+    The rotation leaves P as it is, so that it may as well come before the step, where both share a product.
+    """
+    if q.ndim == 1:
+        return q - rate * product(d, q)
+    turn, turned = _rotation(q)
+    return q + 0.5 * turned + product(0.5 * turn - rate * d, q + turned)
 
 
 def _move_quad(q, d, rate):
@@ -126,12 +132,13 @@ def _inverse_adjoint_matvec(factors: Factors, x):
     return x
 
 
-def move_factors(geometry, factors: Factors, lipschitz, g, v, rate, lipschitz_decay):
+def move_factors(geometry, factors: Factors, applied: Factors, lipschitz, g, v, rate, lipschitz_decay):
     """One step of every factor of one tensor.
 
     Args:
       geometry: a key of `MOVES`.
       factors: one [d, d] or [d] for each axis of g.
+      applied: the axis preconditioners that they give.
       lipschitz: running bounds L, real [axes].
       g: the gradient, or the Hessian-vector product; never all zero.
       v: the probe, or None for whitening without one, whose second moment has the expectation (N/d) I.
@@ -144,7 +151,7 @@ def move_factors(geometry, factors: Factors, lipschitz, g, v, rate, lipschitz_de
     if geometry == "eq":
         a, b = kron_matvec(factors, g), _inverse_adjoint_matvec(factors, v)
     else:
-        a, b = kron_matvec(preconditioners(geometry, factors), g), v
+        a, b = kron_matvec(applied, g), v
     moved, bounds = [], []
     for axis, q in enumerate(factors):
         t1 = second_moment(a, axis, q.ndim == 1)

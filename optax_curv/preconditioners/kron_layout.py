@@ -2,13 +2,13 @@
 
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-LIKE_FACTORS = ("factors", "lipschitz", "preconditioners")  # the state's trees with one entry a piece; P if cached
+LIKE_FACTORS = ("factors", "lipschitz", "preconditioners")  # the state's trees with one entry a piece
 
 
 class Piece(NamedTuple):
@@ -46,6 +46,24 @@ class Piece(NamedTuple):
             else jax.ShapeDtypeStruct((*self.stack, d, d), self.factor_dtype)
             for d, diagonal in zip(self.shape, self.diagonal, strict=True)
         )
+
+
+class Group(NamedTuple):
+    """What a step changes, of pieces counted by the first axis of every array.
+
+    Attributes:
+      factors: of each axis.
+      lipschitz: running bounds [n, axes].
+      preconditioners: P of each axis for the factors of this fingerprint; None where it is not kept.
+      fingerprint: uint32 [n], or None.
+      tensor: what P is applied to, but for the bias correction; afterwards the product.
+    """
+
+    factors: tuple[jax.Array, ...]
+    lipschitz: jax.Array
+    preconditioners: Any
+    fingerprint: jax.Array | None
+    tensor: jax.Array
 
 
 def cut(length: int, block_size: int | None) -> list[slice]:
@@ -167,27 +185,41 @@ class Layout:
         """Undoes `join`, in the dtypes of `like`."""
         return jax.tree.map(lambda x, y: x.astype(y.dtype), self._nest(iter(self._split(by_group))), like)
 
-    def join_state(self, state):
-        """The state with its trees like the factors by group; what is kept in less than float32 is widened to it."""
-        trees = _trees_like_factors(state)
-        return state._replace(**{name: self.join(tree) for name, tree in trees.items()})
+    def groups(self, state, tensors: list) -> list:
+        """The state by group, what is kept in less than float32 widened to it, and the tensors."""
+        trees = [getattr(state, name) for name in LIKE_FACTORS]
+        trees = [[None] * len(tensors) if tree is None else self.join(tree) for tree in trees]
+        prints, start = [], 0
+        for tensor in tensors:
+            prints.append(None if state.fingerprint is None else state.fingerprint[start : start + len(tensor)])
+            start += len(tensor)
+        return [Group(*of_group) for of_group in zip(*trees, prints, tensors, strict=True)]
 
-    def split_state(self, state, like):
-        """Undoes `join_state`, in the dtypes of `like`."""
-        groups = _trees_like_factors(state)
-        return state._replace(**{name: self.split(of_name, getattr(like, name)) for name, of_name in groups.items()})
+    def with_groups(self, state, groups: list):
+        """The state with its factors and what belongs to them from the groups after a step, in the state's dtypes."""
+
+        def tree(name):
+            like = getattr(state, name)
+            return None if like is None else self.split([getattr(group, name) for group in groups], like)
+
+        prints = [group.fingerprint for group in groups]
+        if state.fingerprint is not None:
+            state = state._replace(fingerprint=jnp.concatenate([state.fingerprint[:0], *prints]))
+        return state._replace(**{name: tree(name) for name in LIKE_FACTORS})
 
     def rounded(self, by_group: list) -> list:
         """Factors of the values that they have once kept."""
+        return [rounded(*of_group) for of_group in zip(by_group, self.kept_dtypes, strict=True)]
 
-        def rounded(x, kept):
-            if x.dtype == kept.dtype:
-                return x
-            kept = jnp.finfo(kept.dtype)
-            return jax.lax.reduce_precision(x, kept.nexp, kept.nmant)
+    @property
+    def kept_dtypes(self) -> list:
+        """Of each group the dtypes in which its factors are kept."""
+        return [tuple(q.dtype for q in self.pieces[positions[0]].factors) for positions in self._groups]
 
-        kept = [self.pieces[positions[0]].factors for positions in self._groups]
-        return [tuple(map(rounded, *of_group)) for of_group in zip(by_group, kept, strict=True)]
+    @property
+    def count(self) -> int:
+        """How many tensors have factors."""
+        return sum(math.prod(piece.stack) for piece in self.pieces)
 
     def as_kept(self, factors):
         """The factors as arrays of the dtypes in which they are kept."""
@@ -227,9 +259,16 @@ class Layout:
         return by_piece
 
 
-def _trees_like_factors(state) -> dict:
-    """The state's trees like the factors by name; that of an empty tree may be None, but the cached P has a mark."""
-    return {name: getattr(state, name) for name in LIKE_FACTORS[: 2 + (state.fingerprint is not None)]}
+def rounded(arrays, kept) -> tuple:
+    """The arrays of the values that they have once kept in these dtypes."""
+
+    def of_one(x, dtype):
+        if x.dtype == dtype:
+            return x
+        limits = jnp.finfo(dtype)
+        return jax.lax.reduce_precision(x, limits.nexp, limits.nmant)
+
+    return tuple(map(of_one, arrays, kept))
 
 
 def blocks_of(pieces: list[Piece], tree) -> tuple:

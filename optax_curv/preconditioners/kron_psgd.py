@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_curv.linalg import kron_matvec
-from optax_curv.preconditioners import contracts, kron_geometries, kron_layout
+from optax_curv.preconditioners import contracts, kron_geometries, kron_steps
 from optax_curv.preconditioners.chain_pieces import clip_by_max_abs
 from optax_curv.preconditioners.contracts import static
-from optax_curv.preconditioners.distribution import as_kept, divided, with_sharding_types
+from optax_curv.preconditioners.distribution import as_kept, with_sharding_types
 from optax_curv.preconditioners.kron_layout import LIKE_FACTORS
 from optax_curv.preconditioners.kron_options import (
     METHOD,
@@ -22,7 +21,6 @@ from optax_curv.preconditioners.kron_options import (
     layout_of_params,
     layout_of_state,
 )
-from optax_curv.preconditioners.kron_steps import applied_factors, learn, momentum_and_direction
 
 
 class ScaleByKronPsgdState(NamedTuple):
@@ -36,7 +34,7 @@ class ScaleByKronPsgdState(NamedTuple):
       lipschitz: like the parameters, each leaf replaced by its blocks' running bounds L, [*stack, axes].
       momentum: like the parameters, float32 at least; None where b1 is the Python number 0.
       preconditioners: like factors, P of each axis; None where P would be used once only, or is the factor itself.
-      fingerprint: of the factors to which `preconditioners` belong, uint32 []; None with them.
+      fingerprint: of the factors to which `preconditioners` belong, uint32 [factored tensors]; None with them.
       total_notfinite: steps skipped for a NaN or infinity, int32 [].
     """
 
@@ -82,7 +80,7 @@ def scale_by_kron_psgd(
     eq          Uᵢ(⊗Q g), Uᵢ(⊗Q⁻ᴴ v)             Q ← Q - μ/L triu(D) Q
     qep         Qᵢ Uᵢ(P g) Qᵢᴴ, (N/dᵢ) Qᵢ Qᵢᴴ    Q ← Q - μ/L D Q, balanced at every step
     qeq         Uᵢ(P g), (N/dᵢ) I                Q ← Q - μ/L Q D
-    q0.5eq1.5   as qeq                           Q ← Q - μ/L D Q, then a Procrustes rotation that keeps Q near symmetric
+    q0.5eq1.5   as qeq                           a Procrustes rotation that keeps Q near symmetric, then Q ← Q - μ/L D Q
     quad        as qeq                           E = μ/2L D, p = Q - E Q, p ← p - p E, Q ← (p + pᴴ)/2
     quad4p      as qeq, Q holds P itself         as quad with μ/L
     =========== ================================ ==================================================================
@@ -319,7 +317,7 @@ def _init(options, params) -> Any:
         lipschitz=layout.build(lambda p: jnp.zeros((*p.stack, len(p.shape)), p.real_dtype)),
         momentum=None if is_python_number(options.b1, 0) else jax.tree.map(momentum_of, params),
         preconditioners=jax.tree.map(jnp.zeros_like, layout.build(factors_of)) if options.caches else None,
-        fingerprint=jnp.zeros([], jnp.uint32) if options.caches else None,
+        fingerprint=jnp.zeros(layout.count, jnp.uint32) if options.caches else None,
         total_notfinite=jnp.zeros([], jnp.int32),
     )
     return _as_kept(options, state)
@@ -327,7 +325,7 @@ def _init(options, params) -> Any:
 
 def _as_kept(options, state):
     """The state with its factors and what belongs to them divided over devices."""
-    trees = {name: as_kept(getattr(state, name), options.factor_sharding) for name in kron_layout.LIKE_FACTORS}
+    trees = {name: as_kept(getattr(state, name), options.factor_sharding) for name in LIKE_FACTORS}
     return state._replace(**trees)
 
 
@@ -338,34 +336,32 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
     state = state._replace(**{name: contracts.tuples_at_leaves(getattr(state, name), grads) for name in LIKE_FACTORS})
     layout = layout_of_state(options, grads, state)
     state = state._replace(factors=layout.as_kept(state.factors))
-    momentum, direction = momentum_and_direction(options.b1, grads, state)
+    momentum, correction = kron_steps.averaged(options.b1, grads, state)
+    direction = grads if momentum is None else momentum
     newton = options.criterion == "newton"
     signal = hvp if newton else grads if options.whiten == "gradient" else direction
 
     # By group up to the end: whatever is done leaf by leaf is also compiled leaf by leaf.
-    old = layout.join_state(state)
+    key, step_key, noise_key = jax.random.split(jax.random.wrap_key_data(state.key), 3)
+    now = kron_steps.numbers(options, state.count, correction, step_key)
     tensors = layout.tensors(direction)
-    signals = tensors if signal is direction else layout.tensors(signal)
-    probes = layout.tensors(probe) if newton else [None] * len(tensors)
-    factors, lipschitz, key = learn(options, state, old.factors, old.lipschitz, signals, probes)
-    factors = layout.rounded(factors)
-    applied, fingerprint = applied_factors(options, factors, old.preconditioners, state.fingerprint)
-    applied = layout.rounded(applied) if options.caches else applied
-    apply = divided(jax.vmap(kron_matvec), options.factor_sharding)
-    directions = [apply(p, x) for p, x in zip(applied, tensors, strict=True)]
-    rest = layout.without_pieces(direction)
-
-    new = ScaleByKronPsgdState(
-        count=jnp.asarray(optax.safe_increment(state.count)),
-        key=key,
-        factors=factors,
-        lipschitz=lipschitz,
-        momentum=momentum,
-        preconditioners=applied if options.caches else None,
-        fingerprint=fingerprint,
-        total_notfinite=state.total_notfinite,
+    groups = layout.groups(state, tensors)
+    nothing = [None] * len(tensors)
+    givens = zip(
+        nothing if signal is direction else layout.tensors(signal),
+        layout.tensors(probe) if newton else nothing,
+        kron_steps.random_bits(options, tensors, noise_key),
+        strict=True,
     )
-    # A bound is not finite wherever a second moment is not, so the factors need not be read.
-    good = contracts.is_squarable(rest, tensors, signals, probes) & contracts.is_finite(lipschitz, directions)
-    (directions, rest), new = contracts.skip_unless(good, (directions, rest), new, old)
-    return layout.leaves(directions, rest, grads), _as_kept(options, layout.split_state(new, state))
+    steps = [
+        kron_steps.step_of_group(options, now, kept, group, kron_steps.Given(*given))
+        for kept, group, given in zip(layout.kept_dtypes, groups, givens, strict=True)
+    ]
+    rest = [leaf / correction for leaf in layout.without_pieces(direction)]
+    new = layout.with_groups(state, [group for group, _ in steps])._replace(
+        count=jnp.asarray(optax.safe_increment(state.count)), key=jax.random.key_data(key), momentum=momentum
+    )
+    good = functools.reduce(jnp.logical_and, [fine for _, fine in steps], contracts.is_squarable(rest))
+    updates = layout.leaves([group.tensor for group, _ in steps], rest, grads)
+    updates, new = contracts.skip_unless(good, updates, new, state)
+    return updates, _as_kept(options, new)

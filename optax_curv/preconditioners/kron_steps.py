@@ -1,129 +1,197 @@
-"""One step of all factors of a tree, by group, and the preconditioners that they give."""
+"""One step of a group of pieces: their factors move, and the new P is applied to their tensors.
+
+A step of one piece touches some dozen arrays of its size. On a CPU a group therefore goes through in chunks that fit
+the cache; on an accelerator it is one batch. With `factor_sharding` each device does so with its part of the group.
+"""
 
 import functools
-import itertools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from optax_curv.linalg import kron_matvec
 from optax_curv.preconditioners import contracts, kron_geometries
 from optax_curv.preconditioners.distribution import as_kept, divided
+from optax_curv.preconditioners.kron_layout import Group, rounded
 from optax_curv.preconditioners.kron_options import Options
 
 BALANCE_PROBABILITY = 0.01  # as in psgd_torch: the factors' scales drift slowly apart
+CHUNK = 2**18  # entries: 1 MiB of float32, a core's cache
+WORD = 32  # bits
 
 
-def momentum_and_direction(b1, grads, state):
-    """(new momentum, bias-corrected momentum), or (None, the gradients)."""
+class Numbers(NamedTuple):
+    """The scalars of one step."""
+
+    moves: jax.Array
+    balances: jax.Array
+    correction: Any
+    rate: jax.Array
+    damping: jax.Array
+
+
+class Given(NamedTuple):
+    """What a step reads: the signal to whiten (None: the tensor itself), the probe or None, random bits or None."""
+
+    signal: jax.Array | None
+    probe: jax.Array | None
+    bits: jax.Array | None
+
+
+def averaged(b1, grads, state):
+    """(new momentum, bias correction by which to divide it), or (None, 1)."""
     if state.momentum is None:
-        return None, grads
+        return None, 1.0
     b1 = jnp.asarray(b1)
     momentum = jax.tree.map(lambda m, g: (b1 * m + (1 - b1) * g).astype(m.dtype), state.momentum, grads)
-    correction = 1 - b1 ** (state.count + 1)
-    return momentum, jax.tree.map(lambda m: (m / correction).astype(m.dtype), momentum)
+    return momentum, 1 - b1 ** (state.count + 1)
 
 
-def _set_scale(options, count, factors, lipschitz, signal, probe):
-    """The factors of a group, of the right scale where they were not set."""
-    damping = contracts.value_at(options.damping, count, lipschitz.dtype)
+def numbers(options: Options, count, correction, key) -> Numbers:
+    """The scalars of the step `count`."""
+    update_key, balance_key = jax.random.split(key)
+    moves = jnp.bool_(True)
+    if not options.always_updates:
+        moves = jax.random.uniform(update_key) < contracts.value_at(options.update_probability, count)
+    return Numbers(
+        moves=moves,
+        balances=jax.random.bernoulli(balance_key, BALANCE_PROBABILITY),
+        correction=correction,
+        rate=contracts.value_at(options.precond_lr, count),
+        damping=contracts.value_at(options.damping, count),
+    )
+
+
+def random_bits(options: Options, tensors, key) -> list:
+    """Bits for `_signs` of each group, uint32 [n, words], all of one draw: each draw costs compile time."""
+    if options.geometry == "right_triangular":
+        return [None] * len(tensors)
+    shapes = [(len(x), -(-_parts(options, x) * math.prod(x.shape[1:]) // WORD)) for x in tensors]
+    draw = as_kept(jax.random.bits(key, (sum(map(math.prod, shapes)),), jnp.uint32), options.factor_sharding)
+    bits, start = [], 0
+    for shape in shapes:
+        bits.append(draw[start : start + math.prod(shape)].reshape(shape))
+        start += math.prod(shape)
+    return bits
+
+
+def _parts(options, x):
+    """How many real numbers are drawn for an entry: noise, the probe of "eq", and imaginary parts of both."""
+    return (1 + (options.geometry == "eq")) * (1 + jnp.iscomplexobj(x))
+
+
+def _signs(options, bits, x):
+    """Noise, and a probe, of unit variance like x [n, ...]: signs, ± 1/√2 ± i/√2 where complex.
+
+    Everything here sees second moments only, and of independent signs they are those of a normal: E[n nᴴ] = I. A sign
+    costs one bit, a normal a hash and an inverse error function.
+    """
+    size, real = _parts(options, x) * math.prod(x.shape[1:]), jnp.finfo(x.dtype).dtype
+    spread = (bits[:, :, None] >> jnp.arange(WORD, dtype=jnp.uint32)) & jnp.uint32(1)
+    signs = 1 - 2 * spread.reshape(len(x), -1)[:, :size].astype(real)
+    signs = signs.reshape(len(x), -1, 1 + jnp.iscomplexobj(x), *x.shape[1:])
+    signs = (signs[:, :, 0] + 1j * signs[:, :, 1]) / math.sqrt(2) if jnp.iscomplexobj(x) else signs[:, :, 0]
+    return signs[:, 0], signs[:, -1]
+
+
+def _with_scale(options, now: Numbers, factors, signal, probe):
+    """The factors, of the right scale where they were not set."""
+    if options.geometry == "right_triangular":
+        return factors
+    damping = now.damping.astype(jnp.finfo(signal.dtype).dtype)
     of_one = functools.partial(kron_geometries.set_scale, options.geometry, damping=damping)
-    return divided(jax.vmap(of_one), options.factor_sharding)(factors, signal, probe)
+    unset = jnp.any(jnp.all(factors[0].reshape(len(signal), -1) == 0, axis=1))
+    return jax.lax.cond(unset, lambda q: jax.vmap(of_one)(q, signal, probe), lambda q: q, factors)
 
 
-def _move(options, count, factors, lipschitz, signal, probe, noise):
-    """(factors, lipschitz) of a group after one step of every factor."""
-    real = lipschitz.dtype
-    rate = contracts.value_at(options.precond_lr, count, real)
+def _moved(options, now: Numbers, factors, applied, lipschitz, signal, given: Given):
+    """(factors, lipschitz) after one step of every factor."""
+    rate = now.rate.astype(lipschitz.dtype)
     if options.geometry == "right_triangular":
-        move = functools.partial(kron_geometries.move_right_triangular, rate=rate, eps=jnp.asarray(options.eps, real))
-        return divided(jax.vmap(move), options.factor_sharding)(factors, signal), lipschitz
-    noise, normal_probe = noise
-    damping = contracts.value_at(options.damping, count, real)
-    signal = signal + (damping + jnp.finfo(real).eps * jnp.abs(signal)) * noise
-    if probe is None and options.geometry == "eq":
-        probe = normal_probe
-    decay = jnp.asarray(options.lipschitz_decay, real)
+        eps = jnp.asarray(options.eps, lipschitz.dtype)
+        move = functools.partial(kron_geometries.move_right_triangular, rate=rate, eps=eps)
+        return jax.vmap(move)(factors, signal), lipschitz
+    noise, random_probe = _signs(options, given.bits, signal)
+    eps = jnp.finfo(lipschitz.dtype).eps
+    signal = signal + (now.damping.astype(lipschitz.dtype) + eps * jnp.abs(signal)) * noise
+    probe = random_probe if given.probe is None and options.geometry == "eq" else given.probe
+    decay = jnp.asarray(options.lipschitz_decay, lipschitz.dtype)
     move = functools.partial(kron_geometries.move_factors, options.geometry, rate=rate, lipschitz_decay=decay)
-    return divided(jax.vmap(move), options.factor_sharding)(factors, lipschitz, signal, probe)
-
-
-def _noises(options, signals, key):
-    """For each group (noise, probe), N(0, I) like its signal, all of one draw: each draw costs compile time."""
-    if options.geometry == "right_triangular":
-        return [None] * len(signals)
-    shapes = [(1 + (options.geometry == "eq"), 1 + jnp.iscomplexobj(signal), *signal.shape) for signal in signals]
-    ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
-    draw = as_kept(jax.random.normal(key, (ends[-1] if ends else 0,), jnp.float32), options.factor_sharding)
-
-    def noise(signal, shape, end):
-        parts = draw[end - math.prod(shape) : end].reshape(shape).astype(jnp.finfo(signal.dtype).dtype)
-        parts = (parts[:, 0] + 1j * parts[:, 1]) / math.sqrt(2) if shape[1] == 2 else parts[:, 0]
-        return parts[0], parts[-1]
-
-    return [noise(*of_group) for of_group in zip(signals, shapes, ends, strict=True)]
-
-
-def _balance(options, factors, lipschitz, key):
-    """All groups balanced now and then, for "qep", whose steps see the factors' scales, always."""
-
-    def balanced(factors, lipschitz):
-        balance = functools.partial(kron_geometries.balance, options.geometry)
-        balance = divided(jax.vmap(balance), options.factor_sharding)
-        groups = [balance(*of_group) for of_group in zip(factors, lipschitz, strict=True)]
-        return [q for q, _ in groups], [bounds for _, bounds in groups]
-
-    if options.geometry == "right_triangular":
-        return factors, lipschitz
+    moved = jax.vmap(move)(factors, applied, lipschitz, signal, probe)
+    # The steps of "qep" see the factors' scales.
+    balance = jax.vmap(functools.partial(kron_geometries.balance, options.geometry))
     if options.geometry == "qep":
-        return balanced(factors, lipschitz)
-    now = jax.random.bernoulli(key, BALANCE_PROBABILITY)
-    return jax.lax.cond(now, balanced, lambda *kept: kept, factors, lipschitz)
-
-
-def learn(options: Options, state, factors, lipschitz, signals, probes):
-    """(factors, lipschitz, key) of all groups, moved with the probability `update_probability`."""
-    key, update_key, balance_key, noise_key = jax.random.split(jax.random.wrap_key_data(state.key), 4)
-    if options.geometry != "right_triangular":
-        groups = zip(factors, lipschitz, signals, probes, strict=True)
-        factors = [_set_scale(options, state.count, *of_group) for of_group in groups]
-
-    def moved(factors, lipschitz):
-        noises = _noises(options, signals, noise_key)
-        groups = zip(factors, lipschitz, signals, probes, noises, strict=True)
-        steps = [_move(options, state.count, *of_group) for of_group in groups]
-        return _balance(options, [q for q, _ in steps], [bounds for _, bounds in steps], balance_key)
-
-    if options.always_updates:
-        factors, lipschitz = moved(factors, lipschitz)
-    else:
-        probability = contracts.value_at(options.update_probability, state.count)
-        moves = jax.random.uniform(update_key) < probability
-        factors, lipschitz = jax.lax.cond(moves, moved, lambda *kept: kept, factors, lipschitz)
-    return factors, lipschitz, jax.random.key_data(key)
+        return balance(*moved)
+    return jax.lax.cond(now.balances, balance, lambda *kept: kept, *moved)
 
 
 def _fingerprint(factors):
-    """A sum of the factors' bits weighted by position, exact in any order of summation: uint32 []."""
+    """Of each piece a sum of its factors' bits weighted by position, exact in any order of summation: uint32 [n]."""
     total = jnp.uint32(0)
-    for q in jax.tree.leaves(factors):
-        parts = [q.real, q.imag] if jnp.iscomplexobj(q) else [q]
-        for part in parts:
+    for q in factors:
+        for part in [q.real, q.imag] if jnp.iscomplexobj(q) else [q]:
             unsigned = jnp.dtype(f"uint{8 * min(4, part.dtype.itemsize)}")
-            bits = jax.lax.bitcast_convert_type(part, unsigned).reshape(-1).astype(jnp.uint32)
-            weights = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
-            total = 31 * total + jnp.sum(bits * weights, dtype=jnp.uint32)
+            bits = jax.lax.bitcast_convert_type(part, unsigned).reshape(len(q), -1).astype(jnp.uint32)
+            weights = 2 * jnp.arange(bits.shape[1], dtype=jnp.uint32) + 1
+            total = 31 * total + jnp.sum(bits * weights, axis=1, dtype=jnp.uint32)
     return total
 
 
-def applied_factors(options: Options, factors, cached, fingerprint):
-    """(P of each group, fingerprint of the factors): what is cached serves until a bit of the factors changes."""
+def _step(options, now: Numbers, kept, group: Group, given: Given):
+    """(group after the step, whether all that the batch saw and made is sound: bool [n])."""
+    tensor = group.tensor / jnp.asarray(now.correction, jnp.finfo(group.tensor.dtype).dtype)
+    signal = tensor if given.signal is None else given.signal
+    preconditioners = jax.vmap(functools.partial(kron_geometries.preconditioners, options.geometry))
+    factors = _with_scale(options, now, group.factors, signal, given.probe)
 
-    def computed(factors):
-        of_one = functools.partial(kron_geometries.preconditioners, options.geometry)
-        return [divided(jax.vmap(of_one), options.factor_sharding)(q) for q in factors]
+    def moved(factors, applied, lipschitz, _):
+        factors, lipschitz = _moved(options, now, factors, applied, lipschitz, signal, given)
+        factors = rounded(factors, kept)
+        applied = preconditioners(factors)
+        if not options.caches:
+            return factors, applied, lipschitz, None
+        return factors, rounded(applied, kept), lipschitz, _fingerprint(factors)
 
-    if not options.caches:
-        return computed(factors), None
-    now = _fingerprint(factors)
-    return jax.lax.cond(now != fingerprint, computed, lambda _: cached, factors), now
+    fingerprint = None
+    if options.caches:
+        fingerprint = _fingerprint(factors)
+        fresh = jnp.all(fingerprint == group.fingerprint)
+        computed = lambda q: rounded(preconditioners(q), kept)  # noqa: E731
+        applied = jax.lax.cond(fresh, lambda _: group.preconditioners, computed, factors)
+    else:
+        applied = preconditioners(factors)
+    old = (factors, applied, group.lipschitz, fingerprint)
+    if options.always_updates:
+        factors, applied, lipschitz, fingerprint = moved(*old)
+    else:
+        factors, applied, lipschitz, fingerprint = jax.lax.cond(now.moves, moved, lambda *kept: kept, *old)
+    product = jax.vmap(kron_matvec)(applied, tensor)
+    # A bound is not finite wherever a second moment is not, so the factors need not be read.
+    good = contracts.is_squarable(given.signal, tensor, given.probe) & contracts.is_finite(lipschitz, product)
+    group = Group(factors, lipschitz, applied if options.caches else None, fingerprint, product)
+    return group, jnp.broadcast_to(good, len(tensor))
+
+
+def _in_chunks(step, group: Group, given: Given):
+    """`step(group, given)`, on a CPU of as many pieces at a time as fit the cache."""
+    count, size = len(group.tensor), math.prod(group.tensor.shape[1:])
+    limit = max(1, CHUNK // size) if jax.default_backend() == "cpu" else count
+    chunk = max(n for n in range(1, min(limit, count) + 1) if count % n == 0)
+    if chunk == count:
+        return step(group, given)
+
+    def body(i, carry):
+        part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * chunk, slice_size=chunk)
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
+        return jax.tree.map(put, carry, step(jax.tree.map(part, carry[0]), jax.tree.map(part, given)))
+
+    return jax.lax.fori_loop(0, count // chunk, body, (group, jnp.zeros(count, bool)))
+
+
+def step_of_group(options: Options, now: Numbers, kept, group: Group, given: Given):
+    """(group after the step, whether all that it saw and made is sound); `kept` are the dtypes of kept factors."""
+    step = functools.partial(_in_chunks, functools.partial(_step, options, now, kept))
+    group, good = divided(step, options.factor_sharding)(group, given)
+    return group, jnp.all(good)

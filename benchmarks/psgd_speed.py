@@ -1,0 +1,152 @@
+"""What a step of Kronecker PSGD costs beside Adam and the published JAX ports, in one interleaved run.
+
+    OPENBLAS_NUM_THREADS=1 python benchmarks/psgd_speed.py
+
+24 layers of 256×256 and their biases. Peers are installed into a git-ignored cache; distributed-kron gets a private
+copy with postponed annotations, without which it does not import. Times are medians over the rounds; a round runs every
+contender once, so that a change of the machine's load meets all of them alike.
+"""
+
+import argparse
+import importlib
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optax_curv
+
+CACHE = pathlib.Path(__file__).parents[1] / ".benchmarks-cache"
+LAYERS, WIDTH = 24, 256
+GEOMETRIES = ("q0.5eq1.5", "eq", "qep", "qeq", "quad", "quad4p")
+# Products of two 256×256 matrices for one layer and step; those whose result is symmetric count the same. "eq" has two
+# triangular solves beside.
+MATMULS = {"q0.5eq1.5": 14, "eq": 12, "qep": 20, "qeq": 12, "quad": 14, "quad4p": 10}
+
+
+def peer(package, version, module):
+    """A module of a pinned release from the cache, installed on the first run."""
+    target = CACHE / package
+    if not target.exists():
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, f"{package}=={version}"],
+            check=True,
+        )
+    if package == "distributed-kron":
+        patched = CACHE / "distributed-kron-patched"
+        if not patched.exists():
+            shutil.copytree(target, patched)
+            for file in (patched / "distributed_kron").glob("*.py"):
+                file.write_text("from __future__ import annotations\n" + file.read_text())
+        target = patched
+    sys.path.insert(0, str(target))
+    return importlib.import_module(module)
+
+
+def contenders(only):
+    """Name -> transformation."""
+    psgdax = peer("psgdax", "0.1.1", "psgdax")
+    distributed = peer("distributed-kron", "2.0.0", "distributed_kron")
+    plain = {"merge_small_dims": False, "partition_grads_into_blocks": False}
+
+    def port(make, probability, **options):
+        return lambda: make(1e-3, preconditioner_update_probability=probability, **options)
+
+    def ours(**options):
+        return lambda: optax_curv.kron_psgd(1e-3, **options)
+
+    made = {"adam": lambda: optax.adam(1e-3)}
+    made["psgdax"] = port(psgdax.kron, 1.0)
+    made["distributed-kron"] = port(distributed.kron, 1.0, **plain)
+    made |= {geometry: ours(geometry=geometry) for geometry in GEOMETRIES}
+    made["psgdax, applied"] = port(psgdax.kron, 0.0)
+    made["distributed-kron, applied"] = port(distributed.kron, 1e-9, **plain)
+    made |= {
+        f"{geometry}, applied": ours(geometry=geometry, update_probability=0.0)
+        for geometry in (GEOMETRIES[0], "quad4p")
+    }
+    return {name: make for name, make in made.items() if not only or name in (*only, "adam", "psgdax")}
+
+
+def compiled(make, params, grads):
+    """(run one step and wait, seconds of tracing and compiling, bytes of the state over those of the parameters)."""
+    tx = make()
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = jax.tree.map(jnp.copy, params)
+    state = jax.tree.map(jnp.copy, jax.jit(tx.init)(params))
+    jax.block_until_ready(state)
+    started = time.perf_counter()
+    run = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads[0]).compile()
+    seconds = time.perf_counter() - started
+    carry = [run(params, state, grads[0])]
+
+    def once(i):
+        carry[0] = jax.block_until_ready(run(*carry[0], grads[i % len(grads)]))
+
+    return once, seconds, sum(x.nbytes for x in jax.tree.leaves(state))
+
+
+def peak_of_matmul():
+    """Floating-point operations a second of a batch of products of the layers' shape."""
+    a = jax.random.normal(jax.random.key(0), (LAYERS, WIDTH, WIDTH))
+    product = jax.jit(lambda a, b: a @ b).lower(a, a).compile()
+    times = []
+    for _ in range(20):
+        started = time.perf_counter()
+        jax.block_until_ready(product(a, a))
+        times.append(time.perf_counter() - started)
+    return 2 * LAYERS * WIDTH**3 / min(times)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", nargs="*", default=[])
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = [{"w": jnp.zeros((WIDTH, WIDTH)), "b": jnp.zeros(WIDTH)} for _ in range(LAYERS)]
+    grads = [optax.tree.random_like(key, params, sampler=jax.random.normal) for key in keys]
+    runs = {name: compiled(make, params, grads) for name, make in contenders(arguments.only).items()}
+    times = {name: [] for name in runs}
+    peak = peak_of_matmul()
+    for i in range(arguments.rounds):
+        for name, (once, _, _) in runs.items():
+            repeats = 20 if name == "adam" else 5 if "applied" in name else 2
+            started = time.perf_counter()
+            for j in range(repeats):
+                once(i + j)
+            times[name].append((time.perf_counter() - started) / repeats)
+
+    seconds = {name: float(np.median(of_name)) for name, of_name in times.items()}
+    print(f"matmul peak {peak / 1e9:.0f} GFLOP/s; Adam {1e3 * seconds['adam']:.2f} ms")
+    print(
+        f"{'':28}{'ms':>8}{'Adams':>8}{'/psgdax':>9}{'compile s':>11}{'/psgdax':>9}{'state':>7}"
+        f"{'matmuls':>9}{'peak':>6}"
+    )
+    for name, (_, compile_seconds, size) in runs.items():
+        reference = runs["psgdax, applied" if "applied" in name and "psgdax, applied" in runs else "psgdax"]
+        base = seconds["psgdax, applied" if "applied" in name and "psgdax, applied" in runs else "psgdax"]
+        count = MATMULS.get(name, 4 if "applied" in name and name[0] == "q" else None)
+        fraction = f"{count * 2 * LAYERS * WIDTH**3 / seconds[name] / peak:6.0%}" if count else ""
+        print(
+            f"{name:28}{1e3 * seconds[name]:8.1f}{seconds[name] / seconds['adam']:8.1f}{seconds[name] / base:9.2f}"
+            f"{compile_seconds:11.2f}{compile_seconds / reference[1]:9.2f}{size / runs['adam'][2]:7.2f}{count or '':>9}"
+            f"{fraction}"
+        )
+
+
+if __name__ == "__main__":
+    main()
