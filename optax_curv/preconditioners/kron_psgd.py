@@ -336,7 +336,8 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
     state = state._replace(**{name: contracts.tuples_at_leaves(getattr(state, name), grads) for name in LIKE_FACTORS})
     layout = layout_of_state(options, grads, state)
     state = state._replace(factors=layout.as_kept(state.factors))
-    momentum, correction = kron_steps.averaged(options.b1, grads, state)
+    momentum = kron_steps.averaged(options.b1, grads, state)
+    correction = kron_steps.bias_correction(options.b1, state)
     direction = grads if momentum is None else momentum
     newton = options.criterion == "newton"
     signal = hvp if newton else grads if options.whiten == "gradient" else direction
@@ -358,10 +359,12 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
         for kept, group, given in zip(layout.kept_dtypes, groups, givens, strict=True)
     ]
     rest = [leaf / correction for leaf in layout.without_pieces(direction)]
-    new = layout.with_groups(state, [group for group, _ in steps])._replace(
-        count=jnp.asarray(optax.safe_increment(state.count)), key=jax.random.key_data(key), momentum=momentum
-    )
     good = functools.reduce(jnp.logical_and, [fine for _, fine in steps], contracts.is_squarable(rest))
+    new = layout.with_groups(state, [group for group, _ in steps])._replace(
+        count=jnp.asarray(optax.safe_increment(state.count)),
+        key=jax.random.key_data(key),
+        momentum=kron_steps.averaged(options.b1, grads, state, good),  # once more, rather than held during the step
+    )
     updates = layout.leaves([group.tensor for group, _ in steps], rest, grads)
     updates, new = contracts.skip_unless(good, updates, new, state)
     return updates, _as_kept(options, new)

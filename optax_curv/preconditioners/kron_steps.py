@@ -18,7 +18,7 @@ from optax_curv.preconditioners.kron_layout import Group, rounded
 from optax_curv.preconditioners.kron_options import Options
 
 BALANCE_PROBABILITY = 0.01  # as in psgd_torch: the factors' scales drift slowly apart
-CHUNK = 2**18  # entries: 1 MiB of float32, a core's cache
+CHUNK = 2**17  # entries: 0.5 MiB of float32; a step holds several such arrays in a core's cache
 WORD = 32  # bits
 
 
@@ -40,13 +40,22 @@ class Given(NamedTuple):
     bits: jax.Array | None
 
 
-def averaged(b1, grads, state):
-    """(new momentum, bias correction by which to divide it), or (None, 1)."""
+def averaged(b1, grads, state, good: Any = True):
+    """The new momentum m + (1 - b1)(g - m), or where not `good` the old one; None where there is none."""
     if state.momentum is None:
-        return None, 1.0
+        return None
     b1 = jnp.asarray(b1)
-    momentum = jax.tree.map(lambda m, g: (b1 * m + (1 - b1) * g).astype(m.dtype), state.momentum, grads)
-    return momentum, 1 - b1 ** (state.count + 1)
+
+    def average(m, g):
+        change = (1 - b1) * (g - m)
+        return (m + (change if good is True else jnp.where(good, change, 0))).astype(m.dtype)
+
+    return jax.tree.map(average, state.momentum, grads)
+
+
+def bias_correction(b1, state):
+    """By which to divide the momentum after this step."""
+    return 1.0 if state.momentum is None else 1 - jnp.asarray(b1) ** (state.count + 1)
 
 
 def numbers(options: Options, count, correction, key) -> Numbers:

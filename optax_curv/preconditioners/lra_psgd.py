@@ -11,7 +11,7 @@ from optax_curv.preconditioners import contracts, kron_geometries
 from optax_curv.preconditioners.contracts import static
 from optax_curv.preconditioners.dense_psgd import on_flat_vector
 from optax_curv.preconditioners.kron_options import is_python_number, require_probe, structural
-from optax_curv.preconditioners.kron_steps import BALANCE_PROBABILITY, averaged
+from optax_curv.preconditioners.kron_steps import BALANCE_PROBABILITY, averaged, bias_correction
 
 METHOD = "scale_by_lra_psgd"
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -174,8 +174,8 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
     if updates.size == 0:
         return updates, state
     require_probe(METHOD, options.criterion, probe, hvp)
-    momentum, correction = averaged(options.b1, updates, state)
-    direction = updates if momentum is None else (momentum / correction).astype(momentum.dtype)
+    momentum = averaged(options.b1, updates, state)
+    direction = updates if momentum is None else (momentum / bias_correction(options.b1, state)).astype(momentum.dtype)
     whitened = updates if options.whiten == "gradient" else direction
     signal = jnp.asarray(hvp if options.criterion == "newton" else whitened)
     keys = jax.random.split(jax.random.wrap_key_data(state.key), 5)
