@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from optax_curv.linalg import kron_matvec
 from optax_curv.preconditioners import contracts, kron_geometries
-from optax_curv.preconditioners.distribution import as_kept, divided
+from optax_curv.preconditioners.distribution import as_kept, divided, equally_varying
 from optax_curv.preconditioners.kron_layout import Group, rounded
 from optax_curv.preconditioners.kron_options import Options
 
@@ -196,11 +196,11 @@ def _in_chunks(step, group: Group, given: Given):
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
         return jax.tree.map(put, carry, step(jax.tree.map(part, carry[0]), jax.tree.map(part, given)))
 
-    return jax.lax.fori_loop(0, count // chunk, body, (group, jnp.zeros(count, bool)))
+    return jax.lax.fori_loop(0, count // chunk, body, (group, group.lipschitz[:, 0] < 0))
 
 
 def step_of_group(options: Options, now: Numbers, kept, group: Group, given: Given):
     """(group after the step, whether all that it saw and made is sound); `kept` are the dtypes of kept factors."""
     step = functools.partial(_in_chunks, functools.partial(_step, options, now, kept))
-    group, good = divided(step, options.factor_sharding)(group, given)
+    group, good = divided(step, options.factor_sharding)(*equally_varying((group, given)))
     return group, jnp.all(good)
