@@ -10,10 +10,12 @@ import pytest
 from flax import nnx
 
 import optax_curv
+from optax_curv.preconditioners import kron_steps
 
 GEOMETRIES = ("q0.5eq1.5", "eq", "qep", "qeq", "quad", "quad4p")
 WHITENING_ERROR = 0.35  # ‖P H - I‖₂ after 2000 steps of rate 0.5 → 0; Li's implementation reaches 0.10-0.24
 NEWTON_ERROR = 1e-8
+KRONECKER_NEWTON_ERROR = 1e-6
 STEPS = 2000
 
 
@@ -69,6 +71,28 @@ def test_newton_reaches_the_inverse_hessian(geometry, x64):
     assert jnp.linalg.norm(error, 2) < NEWTON_ERROR
 
 
+def test_kronecker_newton_reaches_the_inverse_hessian(x64):
+    """H = H1 ⊗ H2 of condition 100 over both axes, no noise: P = H1⁻¹ ⊗ H2⁻¹."""
+    h1, h2 = spd(5, 10.0, 1), spd(7, 10.0, 2)
+    tx = optax_curv.scale_by_kron_psgd(0.5, criterion="newton", max_skew=np.inf, damping=0.0)
+    state = run(tx, jnp.zeros((5, 7)), lambda v: h1 @ v @ h2, STEPS, newton=True)
+    error = full_preconditioner(state.factors, "q0.5eq1.5") @ jnp.kron(h1, h2) - jnp.eye(35)
+    assert jnp.linalg.norm(error, 2) < KRONECKER_NEWTON_ERROR
+
+
+def test_each_axis_is_whitened_where_the_covariance_is_no_kronecker_product(x64):
+    """No P = P1 ⊗ P2 whitens such gradients; the fixed point has E[Uᵢ(P g)] = (N/dᵢ) I all the same."""
+    root = spd(35, 10.0, 4)
+    tx = optax_curv.scale_by_kron_psgd(optax.linear_schedule(0.5, 0.0, STEPS), max_skew=np.inf)
+    state = run(tx, jnp.zeros((5, 7)), lambda v: (root @ v.reshape(-1)).reshape(5, 7), STEPS)
+    p = full_preconditioner(state.factors, "q0.5eq1.5")
+    covariance = p @ root @ root @ p
+    assert jnp.linalg.norm(covariance - jnp.eye(35), 2) > 2
+    by_axis = covariance.reshape(5, 7, 5, 7)
+    assert jnp.linalg.norm(jnp.einsum("iaja->ij", by_axis) / 7 - jnp.eye(5), 2) < WHITENING_ERROR
+    assert jnp.linalg.norm(jnp.einsum("aiaj->ij", by_axis) / 5 - jnp.eye(7), 2) < WHITENING_ERROR
+
+
 def test_the_original_rule_never_leaves_the_identity():
     """Its probe is the gradient: at Q = I, A = B, so S = 0 for ever, and it is no preconditioner."""
     tx = optax_curv.scale_by_kron_psgd(geometry="right_triangular")
@@ -108,6 +132,38 @@ def test_leaves_stacks_and_blocks_share_one_arithmetic(x64):
     np.testing.assert_allclose(blocks, jnp.concatenate(alone, axis=1), rtol=ROUNDING)
     assert [q.shape for q in stacked_state.factors] == [(3, 4, 4), (3, 6, 6)]
     assert [[q.shape for q in block] for block in blocks_state.factors] == [[(4, 4), (6, 6)]] * 3
+
+
+@pytest.mark.parametrize("update_probability", [1.0, 0.5])
+def test_chunks_of_a_group_take_the_steps_of_one_batch(update_probability, monkeypatch, x64):
+    """Also where one leaf of the group is not finite: then nothing moves."""
+    leaves = gradients((4, 6), (4, 6), (4, 6), (4, 6))
+    tx = optax_curv.scale_by_kron_psgd(b1=0.9, geometry="eq", update_probability=update_probability)
+    poisoned = [leaves[0].at[0, 0].set(jnp.nan), *leaves[1:]]
+
+    def steps_and_a_fault():
+        update, state = quick_jit(lambda *given: tx.update(*given)), tx.init(leaves)
+        for grads in (leaves, leaves, poisoned, leaves):
+            updates, state = update(grads, state)
+        return updates, state
+
+    whole = steps_and_a_fault()
+    monkeypatch.setattr(kron_steps, "CHUNK", 48)  # two leaves
+    assert whole[1].total_notfinite == 1
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=ROUNDING), steps_and_a_fault(), whole)
+
+
+@pytest.mark.parametrize("update_probability", [1.0, 0.5])
+def test_gradients_may_vary_over_a_shard_map_while_the_state_does_not(update_probability, monkeypatch):
+    monkeypatch.setattr(kron_steps, "CHUNK", 24)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = optax_curv.scale_by_kron_psgd(update_probability=update_probability)
+    grads = gradients((4, 6), (4, 6))
+    state = tx.init(grads)
+    specs = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    of_part = jax.shard_map(lambda g, state: tx.update(g, state)[0], mesh=mesh, in_specs=specs, out_specs=specs[0])
+    expected, _ = first_update(tx, grads)
+    jax.tree.map(np.testing.assert_array_equal, quick_jit(of_part)(grads, state), expected)
 
 
 def test_axes_are_diagonal_where_small_long_or_skewed():
@@ -301,6 +357,7 @@ def test_hyperparameters_may_be_injected():
     updates, _ = quick_jit(tx.update)(g, state)
     expected, _ = first_update(optax_curv.scale_by_kron_psgd(0.2, damping=0.0), g)
     np.testing.assert_allclose(updates, expected, rtol=1e-4)
+    tx = optax.inject_hyperparams(optax_curv.scale_by_kron_psgd)(max_dense_dim=8)
     with pytest.raises(ValueError, match=r"max_dense_dim decides.*static_args=\('max_dense_dim',\)"):
         jax.eval_shape(tx.init, g)
 
