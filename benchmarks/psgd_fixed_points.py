@@ -1,8 +1,9 @@
 """Where Kronecker PSGD goes, against theory, in float64.
 
-    python benchmarks/psgd_fixed_points.py
+    python -m benchmarks.psgd_fixed_points
 
-Each line is an experiment whose answer is known: the figure reached, and the figure that must be reached.
+Each line is an experiment whose answer is known: the figure reached, and the limit, marked MISSED where it
+is not kept.
 """
 
 import functools

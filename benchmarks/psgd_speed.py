@@ -1,18 +1,12 @@
 """What a step of Kronecker PSGD costs beside Adam and the published JAX ports, in one interleaved run.
 
-    OPENBLAS_NUM_THREADS=1 python benchmarks/psgd_speed.py
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.psgd_speed    # after python -m benchmarks.peers
 
-24 layers of 256×256 and their biases. Peers are installed into a git-ignored cache; distributed-kron gets a private
-copy with postponed annotations, without which it does not import. Times are medians over the rounds; a round runs every
-contender once, so that a change of the machine's load meets all of them alike.
+24 layers of 256×256 and their biases. Times are medians over the rounds; a round runs every contender
+once, so that a change of the machine's load meets all of them alike.
 """
 
 import argparse
-import importlib
-import pathlib
-import shutil
-import subprocess
-import sys
 import time
 import warnings
 
@@ -22,8 +16,8 @@ import numpy as np
 import optax
 
 import optax_curv
+from benchmarks import peers
 
-CACHE = pathlib.Path(__file__).parents[1] / ".benchmarks-cache"
 LAYERS, WIDTH = 24, 256
 GEOMETRIES = ("q0.5eq1.5", "eq", "qep", "qeq", "quad", "quad4p")
 # Products of two 256×256 matrices for one layer and step; those whose result is symmetric count the same. "eq" has two
@@ -31,29 +25,9 @@ GEOMETRIES = ("q0.5eq1.5", "eq", "qep", "qeq", "quad", "quad4p")
 MATMULS = {"q0.5eq1.5": 14, "eq": 12, "qep": 20, "qeq": 12, "quad": 14, "quad4p": 10}
 
 
-def peer(package, version, module):
-    """A module of a pinned release from the cache, installed on the first run."""
-    target = CACHE / package
-    if not target.exists():
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, f"{package}=={version}"],
-            check=True,
-        )
-    if package == "distributed-kron":
-        patched = CACHE / "distributed-kron-patched"
-        if not patched.exists():
-            shutil.copytree(target, patched)
-            for file in (patched / "distributed_kron").glob("*.py"):
-                file.write_text("from __future__ import annotations\n" + file.read_text())
-        target = patched
-    sys.path.insert(0, str(target))
-    return importlib.import_module(module)
-
-
 def contenders(only):
     """Name -> transformation."""
-    psgdax = peer("psgdax", "0.1.1", "psgdax")
-    distributed = peer("distributed-kron", "2.0.0", "distributed_kron")
+    psgdax, distributed = peers._load("psgdax"), peers._load("distributed_kron")
     plain = {"merge_small_dims": False, "partition_grads_into_blocks": False}
 
     def port(make, probability, **options):
