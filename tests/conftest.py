@@ -3,6 +3,8 @@
 import jax
 import pytest
 
+collect_ignore = ["conformance/many_devices.py"]  # a program for eight devices, run by its test
+
 
 @pytest.fixture
 def x64():

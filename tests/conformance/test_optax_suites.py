@@ -56,15 +56,18 @@ def with_curvature(method, statistic):
 
     def make(learning_rate: optax.ScalarOrSchedule, damping=10.0):
         options = {"learning_rate": learning_rate, "damping": damping}
+        seen = {}  # optax.tree.map_params asks for the state of a tree without leaves, with the structure of the last
+
+        def init(params):
+            tree = seen["tree"] = params if jax.tree.leaves(params) else seen["tree"]
+            return layers_and_method(tree, options)[1].init(params)
 
         def update(updates, state, params=None, **extra_args):
             layers, tx = layers_and_method(updates, options)
             curvature = {x.name: measure(x, g) for x, g in zip(layers, jax.tree.leaves(updates), strict=True)}
             return tx.update(updates, state, params, curvature=curvature, **extra_args)
 
-        return optax.GradientTransformationExtraArgs(
-            lambda params: layers_and_method(params, options)[1].init(params), update
-        )
+        return optax.GradientTransformationExtraArgs(init, update)
 
     return make
 
@@ -88,7 +91,7 @@ OPTIMIZERS = {
     **{f"kron_psgd_{geometry}": kron(geometry) for geometry in ("eq", "qep", "qeq", "quad", "quad4p")},
     "kron_psgd_right_triangular": Optimizer(optax_curv.kron_psgd, RATE | {"geometry": "right_triangular"}),
     "dense_psgd": Optimizer(optax_curv.dense_psgd, {"learning_rate": 1e-2}),
-    "lra_psgd": Optimizer(optax_curv.lra_psgd, {"learning_rate": 1e-2, "rank": 2}, True),
+    "lra_psgd": Optimizer(optax_curv.lra_psgd, {"learning_rate": 1e-2}, True),
     "branch_fisher": Optimizer(optax_curv.branch_fisher, RATE, True),
     "branch_kfac": Optimizer(optax_curv.branch_kfac, RATE | {"param_bound": 20.0}),
     "kfac": Optimizer(with_curvature(optax_curv.kfac, optax_curv.KroneckerFactors), {"learning_rate": 0.1}, True),
@@ -150,6 +153,8 @@ def entries(keys):
     ]
     kron = plain[0]
     wrapped = [kron | {"wrapper_name": name, "wrapper_kwargs": kwargs} for name, kwargs in WRAPPED.items()]
+    # mechanize learns the scale of a step from 1e-6 times it, which float32 parameters of ten have to feel
+    wrapped[0] |= {"opt_kwargs": kron["opt_kwargs"] | {"learning_rate": 1.0}}
     return [{key: entry[key] for key in keys} for entry in (plain + wrapped if "wrapper_name" in keys else plain)]
 
 

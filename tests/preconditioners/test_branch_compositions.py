@@ -130,7 +130,8 @@ def test_the_jacobian_of_a_networks_state_as_projection_is_the_pullback_of_its_c
 def test_mixed_precision_trees_keep_their_dtypes_and_move_alike():
     params, batch = problem("float32")
     narrow = params | {"w": params["w"].astype(jnp.bfloat16)}
-    tx = optax_curv.scale_by_branch_fisher(1e-2, solver="auto", centered=False, momentum=0.9)
+    # a damping that lets the rounding of bfloat16 rows grow no further in the solve
+    tx = optax_curv.scale_by_branch_fisher(10.0, solver="auto", centered=False, momentum=0.9)
 
     @jax.jit
     def step(params, state):

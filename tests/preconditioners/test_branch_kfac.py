@@ -28,10 +28,10 @@ def test_uneven_blocks_equal_dense_solves_one_by_one(blocks, sizes, complement, 
     np.testing.assert_allclose(step(jnp.asarray(gradient)), expected, rtol=0, atol=FLOAT64)
 
 
-def test_traced_blocks_are_refused_and_static_ones_can_be_injected():
+def test_traced_blocks_are_refused_and_the_default_may_be_injected():
     params = {"w": jnp.ones(3)}
     with pytest.raises(ValueError, match=r'expected a Python int for blocks.*static_args=\("blocks",\)'):
-        jax.jit(optax.inject_hyperparams(optax_curv.scale_by_branch_kfac)(0.1).init)(params)
-    tx = optax.inject_hyperparams(optax_curv.scale_by_branch_kfac, static_args=("blocks",))(0.1)
+        jax.jit(optax.inject_hyperparams(optax_curv.scale_by_branch_kfac)(0.1, blocks=2).init)(params)
+    tx = optax.inject_hyperparams(optax_curv.scale_by_branch_kfac)(0.1)
     updates, _ = jax.jit(tx.update)(params, tx.init(params), params, branches=jnp.ones((2, 3)), projection=jnp.eye(3))
     np.testing.assert_allclose(updates["w"], 10, rtol=1e-6)

@@ -254,7 +254,7 @@ def test_bad_shapes_are_refused(make):
         tx.update(grads, state, branches=jnp.ones((3, 10)))
     with pytest.raises(ValueError, match=r"gradients and the parameters differ in shape.*\(7,\).*\(8,\)"):
         tx.update(grads, state, grads | {"a": jnp.ones(8)}, branches=branches)
-    with pytest.raises(ValueError, match=r"expected real branches, got complex64"):
+    with pytest.raises(ValueError, match=r"expected real branches \[K, D\], got complex ones"):
         make().update(grads, state, branches=branches * 1j)
     with pytest.raises(ValueError, match=r"\['b'\] has dtype complex64"):
         make().init({"b": jnp.ones(2, jnp.complex64)})
