@@ -141,13 +141,20 @@ def _layers(problem):
     return layers
 
 
-def kfac(problem, steps):
+def _measured(problem):
+    """The layers of a problem, and the gradients with their curvature."""
     layers = _layers(problem)
     capture = optax_curv.value_grad_and_curvature(problem.loss, layers=layers)
 
     def measure(params, state, batch, key):
         _, grads, curvature = capture(params, *batch)
         return grads, {"curvature": curvature}
+
+    return layers, measure
+
+
+def kfac(problem, steps):
+    layers, measure = _measured(problem)
 
     def make(rate, values):
         return optax_curv.kfac(rate, layers, values["damping"], fallback=optax.scale_by_adam())
@@ -157,12 +164,7 @@ def kfac(problem, steps):
 
 def kfac_rms(problem, steps):
     """K-FAC's direction with every matrix's update scaled to one RMS, and Adam for the rest."""
-    layers = _layers(problem)
-    capture = optax_curv.value_grad_and_curvature(problem.loss, layers=layers)
-
-    def measure(params, state, batch, key):
-        _, grads, curvature = capture(params, *batch)
-        return grads, {"curvature": curvature}
+    layers, measure = _measured(problem)
 
     def make(rate, values):
         def is_matrix(path, leaf):
