@@ -231,17 +231,16 @@ def _init(options: Options, params) -> Any:
     contracts.require_float_leaves(METHOD, params, complex_leaves=True)
     layout = options.layout_of(params)
 
-    def basis(shape):
-        dense = shape.ndim > 1 and shape.shape[-1] == shape.shape[-2]
-        start = jnp.eye(shape.shape[-1], dtype=shape.dtype) if dense else jnp.ones([], shape.dtype)
-        return jnp.broadcast_to(start, shape.shape)
+    def basis(struct, diagonal):
+        start = jnp.ones([], struct.dtype) if diagonal else jnp.eye(struct.shape[-1], dtype=struct.dtype)
+        return jnp.broadcast_to(start, struct.shape)
 
     return ScaleBySoapState(
         count=jnp.zeros([], jnp.int32),
         momentum=axis_factors.momentum_of(params),
         moments=layout.build(lambda piece: jnp.zeros((*piece.stack, *piece.shape), piece.real_dtype)),
         factors=layout.build(lambda piece: tuple(jnp.zeros(f.shape, f.dtype) for f in piece.factors)),
-        bases=layout.build(lambda piece: tuple(map(basis, piece.factors))),
+        bases=layout.build(lambda piece: tuple(map(basis, piece.factors, piece.diagonal))),
         total_notfinite=jnp.zeros([], jnp.int32),
     )
 

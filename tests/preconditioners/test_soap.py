@@ -68,6 +68,14 @@ def test_in_the_basis_of_a_constant_diagonal_factor_it_is_adam(x64):
     np.testing.assert_allclose(jnp.stack(updates), jnp.stack(expected), atol=1e-9)
 
 
+def test_as_many_slices_as_a_diagonal_axis_is_long_are_told_from_a_dense_one(x64):
+    leaves, options = gradients(5, (5, 2)), {"max_dim": 4}
+    alone = jnp.stack([run(optax_curv.scale_by_soap(**options), [g, 2 * g])[0][-1] for g in leaves])
+    steps = jnp.stack(leaves)
+    stacked = run(optax_curv.scale_by_soap(stacked=True, **options), [steps, 2 * steps])[0][-1]
+    np.testing.assert_allclose(stacked, alone, atol=ROUNDING)
+
+
 def test_stacked_and_blocked_leaves_are_the_leaves_done_one_by_one(x64):
     leaves = gradients(3, (4, 5))
     options = {"b1": B1, "b2": B2, "basis_every": 1}
