@@ -10,7 +10,14 @@ from optax_curv.capture.layers import Layers
 from optax_curv.capture.statistics import KroneckerFactors
 from optax_curv.preconditioners import contracts
 from optax_curv.preconditioners.axis_factors import running_weight
-from optax_curv.preconditioners.ekfac import Eigenbasis, carry_moments, identity_basis, layer_bases, rotate
+from optax_curv.preconditioners.ekfac import (
+    Eigenbasis,
+    carry_moments,
+    identity_basis,
+    into_basis,
+    layer_bases,
+    out_of_basis,
+)
 from optax_curv.preconditioners.layerwise import averaged, layerwise, zero_factors
 
 METHOD = "scale_by_adam_in_basis"
@@ -124,18 +131,13 @@ def scale_by_adam_in_basis(
             weights = (running_weight(contracts.value_at(b, state.count, x.dtype), state.count) for b in (b1, b2))
             first, second = weights
             momentum[name] = state.momentum[name] + first * (matrices[name] - state.momentum[name])
-            square = jnp.square(_into(basis[name], matrices[name]))
+            square = jnp.square(into_basis(basis[name], matrices[name]))
             moments[name] = moments[name] + second * (square - moments[name])
-            inside = _into(basis[name], momentum[name])
+            inside = into_basis(basis[name], momentum[name])
             scale = jnp.sqrt(moments[name]) + eps
             inside = jnp.where(scale > 0, inside / jnp.where(scale > 0, scale, 1), 0)
-            directions[name] = rotate(basis[name].output_basis, rotate(basis[name].input_basis, inside).mT).mT
+            directions[name] = out_of_basis(basis[name], inside)
         return directions, {"factors": factors, "basis": basis, "momentum": momentum, "moments": moments}
 
     options = {"kl_clip": None, "fallback": fallback, "factor_sharding": None}
     return layerwise(METHOD, layers, ScaleByAdamInBasisState, init_rule, update_rule, **options)
-
-
-def _into(basis: Eigenbasis, matrix):
-    """U_Aᵀ X U_G."""
-    return rotate(basis.output_basis, rotate(basis.input_basis, matrix, transpose=True).mT, transpose=True).mT

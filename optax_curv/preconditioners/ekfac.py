@@ -83,6 +83,18 @@ def rotate(basis, x, transpose=False):
     return x if basis is None else jnp.matmul(basis.mT if transpose else basis, x, precision=HIGHEST)
 
 
+def into_basis(basis, x):
+    """U_Aᵀ X U_G."""
+    u_a, u_g = basis
+    return rotate(u_g, rotate(u_a, x, transpose=True).mT, transpose=True).mT
+
+
+def out_of_basis(basis, x):
+    """U_A X U_Gᵀ."""
+    u_a, u_g = basis
+    return rotate(u_g, rotate(u_a, x).mT).mT
+
+
 def _eigen(factors, stacks):
     """Eigenvalues and eigenvectors by key, one batch for each width; a diagonal factor's are itself and None."""
     full = {key: f for key, f in factors.items() if f.ndim == len(stacks[key]) + 2}
@@ -145,9 +157,9 @@ def identity_basis(method: str, x) -> Eigenbasis:
 
 def _direction(u_a, u_g, damped, matrix):
     """U_A [(U_Aᵀ ∇ U_G) / (M + λ)] U_Gᵀ, with the damped moments M + λ."""
-    inside = rotate(u_g, rotate(u_a, matrix, transpose=True).mT, transpose=True).mT
+    inside = into_basis((u_a, u_g), matrix)
     inside = jnp.where(damped > 0, inside / jnp.where(damped > 0, damped, 1), 0)
-    return rotate(u_g, rotate(u_a, inside).mT).mT
+    return out_of_basis((u_a, u_g), inside)
 
 
 def scale_by_ekfac(
