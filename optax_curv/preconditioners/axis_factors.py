@@ -10,7 +10,7 @@ import numpy as np
 
 from optax_curv.linalg import kron_matvec
 from optax_curv.linalg.checks import widen
-from optax_curv.preconditioners import contracts, kron_layout
+from optax_curv.preconditioners import contracts, kron_geometries, kron_layout
 
 HIGHEST = jax.lax.Precision.HIGHEST
 # Between refreshes of the roots lie 1 + count / EARLY steps, as far as the period allows: the gradients change most
@@ -35,11 +35,6 @@ def layout_of(method: str, tree, *, max_dim, block_size, stacked, dtype) -> kron
     return kron_layout.Layout(jax.tree.structure(tree), by_leaf)
 
 
-def momentum_of(params):
-    """Zeros like the parameters, in float32 at least."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), params)
-
-
 def running_weight(decay, count) -> jax.Array:
     """Weight w of the newest of count + 1 values in m ← m + w (new - m), which keeps m free of the bias of its start.
 
@@ -49,6 +44,30 @@ def running_weight(decay, count) -> jax.Array:
     plain = decay >= 1
     kept = jnp.where(plain, 0, decay)
     return jnp.where(plain, 1 / steps, (1 - kept) / (1 - kept**steps))
+
+
+def opened(method: str, layout_of, likes, updates, state, params, sound):
+    """What every update begins with: it refuses trees of other shapes, and takes a bad step for one without gradients.
+
+    Args:
+      method: name for error messages.
+      layout_of: function of a tree that returns its `Layout`.
+      likes: names of the state's trees like the factors.
+      updates: the gradients.
+      state: has momentum and total_notfinite.
+      params: to compare with; or None.
+      sound: see `soundness`.
+
+    Returns:
+      (state with tuples in those trees, layout, gradients or zeros, whether to take the step, total_notfinite).
+    """
+    if params is not None:
+        contracts.require_same_leaves(method, "the gradients", updates, "the parameters", params)
+    contracts.require_same_leaves(method, "the gradients", updates, "the state's momentum", state.momentum)
+    state = state._replace(**{name: contracts.tuples_at_leaves(getattr(state, name), updates) for name in likes})
+    good, total_notfinite = soundness(updates, sound, state.total_notfinite)
+    grads = jax.tree.map(lambda g: jnp.where(good, g, 0), updates)
+    return state, layout_of(updates), grads, good, total_notfinite
 
 
 def soundness(grads, sound, total_notfinite):
@@ -83,11 +102,7 @@ def momentum_and_direction(b1, nesterov: bool, count, momentum, grads, good):
 
 def axis_moment(x, axis: int, diagonal: bool) -> jax.Array:
     """Mode moment X₍ᵢ₎X₍ᵢ₎ᴴ of each of a batch [B, ...] of tensors, [B, d, d], or its diagonal [B, d]."""
-    if diagonal:
-        others = [i for i in range(1, x.ndim) if i != axis + 1]
-        return jnp.sum(jnp.square(jnp.abs(x)), axis=others)
-    unfolded = jnp.moveaxis(x, axis + 1, 1).reshape(len(x), x.shape[axis + 1], -1)
-    return jnp.matmul(unfolded, unfolded.mT.conj(), precision=HIGHEST)
+    return jax.vmap(lambda one: kron_geometries.second_moment(one, axis, diagonal))(x)
 
 
 def whitened_moment(x, roots, axis: int, diagonal: bool) -> jax.Array:

@@ -162,7 +162,7 @@ def scale_by_branch_fisher(
     )
 
     def init(params):
-        previous = None if momentum is None else jax.tree.map(_wide_zeros, params)
+        previous = None if momentum is None else contracts.wide_zeros(params)
         return cast(ScaleByBranchFisherState, state_space.init(params))._replace(previous=previous)
 
     def update(updates, state, params=None, *, branches=None, projection=None, **extra_args):
@@ -198,10 +198,6 @@ def scale_by_branch_fisher(
         return state_branches.step(updates, state, branches, direction, previous=previous)
 
     return optax.GradientTransformationExtraArgs(init, with_sharding_types(update))
-
-
-def _wide_zeros(leaf):
-    return jnp.zeros(jnp.shape(leaf), jnp.promote_types(jnp.float32, jnp.result_type(leaf)))
 
 
 def _are_state_samples(branches, updates):

@@ -112,6 +112,11 @@ def tuples_at_leaves(tree, like):
         return tree
 
 
+def wide_zeros(tree):
+    """Zeros like the leaves of a tree, in float32 at least."""
+    return jax.tree.map(lambda x: jnp.zeros_like(x, jnp.promote_types(jnp.float32, jnp.result_type(x))), tree)
+
+
 def raw_key(key) -> jax.Array:
     """An int, int array, typed or raw PRNG key as raw key data (uint32), which any checkpoint can hold."""
     if not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):

@@ -11,18 +11,17 @@ from optax_curv import linalg
 from optax_curv.capture.layers import Layers, layer_leaves, layer_matrix
 from optax_curv.capture.statistics import KroneckerFactors
 from optax_curv.preconditioners import contracts
+from optax_curv.preconditioners.damping import mean_diagonal
 from optax_curv.preconditioners.distribution import with_sharding_types
 from optax_curv.preconditioners.kfac_blocks import Blocks
 from optax_curv.preconditioners.layerwise import (
     averaged,
-    kron_product,
     leaves_by_path,
-    map_grouped,
     match_layers,
     read_curvature,
     zero_factors,
 )
-from optax_curv.preconditioners.quadratic_model import adapt_damping, require_objective
+from optax_curv.preconditioners.quadratic_model import adapt_damping, refuse_weight_decay, require_objective
 
 
 class ScaleByGaussNewtonState(NamedTuple):
@@ -132,11 +131,10 @@ def scale_by_gauss_newton(
 
     def init(params):
         contracts.require_float_leaves(method, params)
-        start = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(jnp.float32, p.dtype)), params)
         factors = {} if layers is None else zero_factors(match_layers(method, layers, params, True))
         # numbers of their own, as a buffer that stands twice in a state cannot be donated
         numbers = {name: jnp.int32(0) for name in ("count", "iterations", "returned", "total_notfinite")}
-        return ScaleByGaussNewtonState(start=start, factors=factors, **numbers)
+        return ScaleByGaussNewtonState(start=contracts.wide_zeros(params), factors=factors, **numbers)
 
     def update(updates, state, params=None, *, diagonal=None, curvature=None, **extra_args):
         if params is not None:
@@ -237,15 +235,13 @@ def _layer_preconditioner(method, layers, updates, state, curvature, decay, damp
     factors = averaged(method, present, state, read_curvature(method, layers, curvature), decay, 1)
     blocks = Blocks(present, factors, damping, "pi")
     inverses, _ = blocks.invert("cholesky")
-    left = {name: x.input_inverse for name, x in inverses.items()}
-    right = {name: x.output_inverse for name, x in inverses.items()}
     covered = {path for x in present.values() for path in x.layer.paths}
     mean = _mean_eigenvalue(present, factors) + damping
 
     def precondition(r):
         leaves = leaves_by_path(r)
         matrices = {name: layer_matrix(x.layer, leaves).astype(x.dtype) for name, x in present.items()}
-        directions = map_grouped(kron_product, blocks.stacks, left, matrices, right)
+        directions = blocks.precondition(inverses, matrices)
         solved = {path: leaf for path, leaf in leaves.items() if path in covered}
         for name, x in present.items():
             solved |= layer_leaves(x.layer, directions[name], leaves)
@@ -258,16 +254,12 @@ def _layer_preconditioner(method, layers, updates, state, curvature, decay, damp
 
 def _mean_eigenvalue(present, factors):
     """tr(F) / dim over the Kronecker blocks of all layers: []."""
-
-    def trace(factor, width, stack):
-        diagonal = jnp.diagonal(factor, axis1=-2, axis2=-1) if factor.ndim == len(stack) + 2 else factor
-        return jnp.sum(diagonal, -1), width
-
     total, size = jnp.float32(0), 0
     for name, x in present.items():
-        stack = x.layer.stack
-        (a, rows), (g, out) = (trace(f, f.shape[-1], stack) for f in factors[name][:2])
-        total, size = total + jnp.sum(a * g), size + a.size * rows * out
+        a, g = factors[name][:2]
+        mean_a, mean_g = (mean_diagonal(f, f.ndim == len(x.layer.stack) + 2) for f in (a, g))
+        block = a.shape[-1] * g.shape[-1]
+        total, size = total + block * jnp.sum(mean_a * mean_g), size + block * mean_a.size
     return total / max(size, 1)
 
 
@@ -343,11 +335,7 @@ def gauss_newton(
             optax.add_decayed_weights(weight_decay),
             optax.scale_by_learning_rate(learning_rate),
         )
-    if isinstance(weight_decay, int | float) and weight_decay:
-        raise ValueError(
-            f"gauss_newton: expected no weight decay with learning_rate=None, got {weight_decay=!r}; put it into "
-            "the objective, optax_curv.Objective(..., regularizer=...), where the quadratic model sees it."
-        )
+    refuse_weight_decay("gauss_newton", weight_decay)
 
     def damped(lam):
         return optax.chain(scale_by_gauss_newton(lam, **options), optax.scale_by_learning_rate(1.0))

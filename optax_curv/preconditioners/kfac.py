@@ -13,7 +13,7 @@ from optax_curv.preconditioners.damping import RULES
 from optax_curv.preconditioners.diagnostics import LayerDiagnostics
 from optax_curv.preconditioners.kfac_blocks import Blocks, KroneckerInverse
 from optax_curv.preconditioners.layerwise import averaged, layerwise, zero_factors
-from optax_curv.preconditioners.quadratic_model import adapt_damping, scale_by_quadratic_model
+from optax_curv.preconditioners.quadratic_model import adapt_damping, refuse_weight_decay, scale_by_quadratic_model
 
 INVERSES = ("cholesky", "eigh", "cg")
 # A direction that its layer's current quadratic model finds this much too long or too short means stale inverses.
@@ -240,11 +240,7 @@ def kfac(
             optax.trace(momentum),
             optax.scale_by_learning_rate(learning_rate),
         )
-    if isinstance(weight_decay, int | float) and weight_decay:
-        raise ValueError(
-            f"kfac: expected no weight decay with learning_rate=None, got {weight_decay=!r}; put it into "
-            "the objective, optax_curv.Objective(..., regularizer=...), where the quadratic model sees it."
-        )
+    refuse_weight_decay("kfac", weight_decay)
 
     def damped(lam):
         direction = scale_by_kfac(layers, lam, **options)

@@ -307,15 +307,12 @@ def _init(options, params) -> Any:
     def factors_of(piece):
         return kron_geometries.scaled_identities(options.geometry, piece.factors, jnp.asarray(scale, piece.real_dtype))
 
-    def momentum_of(leaf):
-        return jnp.zeros_like(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
-
     state = ScaleByKronPsgdState(
         count=jnp.zeros([], jnp.int32),
         key=contracts.raw_key(options.key),
         factors=layout.build(factors_of),
         lipschitz=layout.build(lambda p: jnp.zeros((*p.stack, len(p.shape)), p.real_dtype)),
-        momentum=None if is_python_number(options.b1, 0) else jax.tree.map(momentum_of, params),
+        momentum=None if is_python_number(options.b1, 0) else contracts.wide_zeros(params),
         preconditioners=jax.tree.map(jnp.zeros_like, layout.build(factors_of)) if options.caches else None,
         fingerprint=jnp.zeros(layout.count, jnp.uint32) if options.caches else None,
         total_notfinite=jnp.zeros([], jnp.int32),

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.preconditioners import contracts, kron_geometries
-from optax_curv.preconditioners.contracts import static
+from optax_curv.preconditioners.contracts import is_python_number, static, structural
 from optax_curv.preconditioners.dense_psgd import on_flat_vector
-from optax_curv.preconditioners.kron_options import is_python_number, require_probe, structural
+from optax_curv.preconditioners.kron_options import require_probe
 from optax_curv.preconditioners.kron_steps import BALANCE_PROBABILITY, averaged, bias_correction
 
 METHOD = "scale_by_lra_psgd"

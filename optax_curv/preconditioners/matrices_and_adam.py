@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.preconditioners import axis_factors, contracts, kron_layout
+from optax_curv.preconditioners.chain_pieces import normalize_by_rms
 
 
 class MatricesAndAdamState(NamedTuple):
@@ -23,17 +24,30 @@ class MatricesAndAdamState(NamedTuple):
     total_notfinite: jax.Array
 
 
-def matrices_and_adam(method: str, tx, adam_for, stacked, *, b1, b2, eps) -> optax.GradientTransformationExtraArgs:
+def with_adam(
+    method: str, tx, learning_rate, *, rms, adam_for, stacked, adam, weight_decay, weight_decay_mask
+) -> optax.GradientTransformationExtraArgs:
+    """The alias of a method for matrices: its updates of one RMS, Adam's, decoupled weight decay, a learning rate."""
+    if rms is not None:
+        contracts.require_number(method, "rms", rms, above=0)
+        tx = optax.chain(tx, normalize_by_rms(rms))
+    decays = not contracts.is_python_number(weight_decay, 0)
+    return optax.chain(
+        matrices_and_adam(method, tx, adam, adam_for, stacked),
+        optax.add_decayed_weights(weight_decay, weight_decay_mask) if decays else optax.identity(),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def matrices_and_adam(method: str, tx, adam, adam_for, stacked) -> optax.GradientTransformationExtraArgs:
     """`tx` for matrices and Adam for what is none or what `adam_for` selects; nothing moves on a NaN anywhere.
 
     Args:
       method: the alias, whose name is also the label of its own leaves.
       tx: the method's transformation.
+      adam: Adam's.
       adam_for: see `labels`.
       stacked: leading axes that count layers, as the method takes them; the leaf without them is to be a matrix.
-      b1: Adam's.
-      b2: Adam's.
-      eps: Adam's.
     """
 
     def ours(tree):
@@ -43,7 +57,7 @@ def matrices_and_adam(method: str, tx, adam_for, stacked, *, b1, b2, eps) -> opt
         return jax.tree.map(lambda label: label != method, labels(method, adam_for, stacked, tree))
 
     matrices = optax.masked(tx, ours)
-    adam = optax.masked(optax.scale_by_adam(b1, b2, eps, mu_dtype=None), others)
+    adam = optax.masked(adam, others)
 
     def init(params):
         contracts.require_float_leaves(method, params, complex_leaves=True)

@@ -61,6 +61,15 @@ def require_objective(method, objective, batch):
         raise ValueError(f"{method}: expected the extra argument batch=(inputs, targets), got {given}.")
 
 
+def refuse_weight_decay(method, weight_decay):
+    """Refuses a decay where no learning rate is chosen: the quadratic model would not know of it."""
+    if isinstance(weight_decay, int | float) and weight_decay:
+        raise ValueError(
+            f"{method}: expected no weight decay with learning_rate=None, got {weight_decay=!r}; put it into "
+            "the objective, optax_curv.Objective(..., regularizer=...), where the quadratic model sees it."
+        )
+
+
 def _minimizer(slopes, curvature):
     """The minimiser of −cᵀ slopes + ½ cᵀ curvature c over c [2], without a direction that adds nothing to the first."""
 

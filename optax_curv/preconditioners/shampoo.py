@@ -10,9 +10,8 @@ import optax
 from optax_curv.linalg import kron_matvec
 from optax_curv.linalg.roots import factor_root
 from optax_curv.preconditioners import axis_factors, contracts
-from optax_curv.preconditioners.chain_pieces import normalize_by_rms
 from optax_curv.preconditioners.distribution import with_sharding_types
-from optax_curv.preconditioners.matrices_and_adam import matrices_and_adam
+from optax_curv.preconditioners.matrices_and_adam import with_adam
 
 METHOD = "scale_by_shampoo"
 
@@ -202,7 +201,7 @@ def _init(options: Options, params) -> Any:
     return ScaleByShampooState(
         count=jnp.zeros([], jnp.int32),
         refreshed=jnp.zeros([], jnp.int32),
-        momentum=axis_factors.momentum_of(params),
+        momentum=contracts.wide_zeros(params),
         factors=layout.build(zeros),
         roots=layout.build(zeros),
         energies=layout.build(lambda piece: jnp.zeros((*piece.stack, len(piece.shape)), piece.real_dtype)),
@@ -212,14 +211,10 @@ def _init(options: Options, params) -> Any:
 
 def _update(options: Options, updates, state, params=None, *, sound=None, **extra_args):
     del extra_args
-    if params is not None:
-        contracts.require_same_leaves(METHOD, "the gradients", updates, "the parameters", params)
-    contracts.require_same_leaves(METHOD, "the gradients", updates, "the state's momentum", state.momentum)
     likes = ("factors", "roots", "energies")
-    state = state._replace(**{name: contracts.tuples_at_leaves(getattr(state, name), updates) for name in likes})
-    layout = options.layout_of(updates)
-    good, total_notfinite = axis_factors.soundness(updates, sound, state.total_notfinite)
-    grads = jax.tree.map(lambda g: jnp.where(good, g, 0), updates)
+    state, layout, grads, good, total_notfinite = axis_factors.opened(
+        METHOD, options.layout_of, likes, updates, state, params, sound
+    )
     momentum, direction = axis_factors.momentum_and_direction(
         options.b1, options.nesterov, state.count, state.momentum, grads, good
     )
@@ -361,8 +356,6 @@ def shampoo(
       See `scale_by_shampoo`; Agarwal et al., *Disentangling adaptive gradient methods from learning rates*, 2020,
       arXiv:2002.11803: the direction of one method with the size of another.
     """
-    if rms is not None:
-        contracts.require_number("shampoo", "rms", rms, above=0)
     matrices = scale_by_shampoo(
         decay,
         b1=b1,
@@ -379,10 +372,14 @@ def shampoo(
         stacked=stacked,
         factor_dtype=factor_dtype,
     )
-    matrices = matrices if rms is None else optax.chain(matrices, normalize_by_rms(rms))
-    decays = not contracts.is_python_number(weight_decay, 0)
-    return optax.chain(
-        matrices_and_adam("shampoo", matrices, adam_for, stacked, b1=adam_b1, b2=adam_b2, eps=adam_eps),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask) if decays else optax.identity(),
-        optax.scale_by_learning_rate(learning_rate),
+    return with_adam(
+        "shampoo",
+        matrices,
+        learning_rate,
+        rms=rms,
+        adam_for=adam_for,
+        stacked=stacked,
+        adam=optax.scale_by_adam(adam_b1, adam_b2, adam_eps),
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
     )

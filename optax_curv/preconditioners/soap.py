@@ -10,9 +10,8 @@ import optax
 
 from optax_curv.linalg import kron_matvec
 from optax_curv.preconditioners import axis_factors, contracts
-from optax_curv.preconditioners.chain_pieces import normalize_by_rms
 from optax_curv.preconditioners.distribution import with_sharding_types
-from optax_curv.preconditioners.matrices_and_adam import matrices_and_adam
+from optax_curv.preconditioners.matrices_and_adam import with_adam
 
 METHOD = "scale_by_soap"
 
@@ -205,8 +204,6 @@ def soap(
     References:
       See `scale_by_soap`.
     """
-    if rms is not None:
-        contracts.require_number("soap", "rms", rms, above=0)
     matrices = scale_by_soap(
         b1,
         b2,
@@ -218,12 +215,16 @@ def soap(
         stacked=stacked,
         factor_dtype=factor_dtype,
     )
-    matrices = matrices if rms is None else optax.chain(matrices, normalize_by_rms(rms))
-    decays = not contracts.is_python_number(weight_decay, 0)
-    return optax.chain(
-        matrices_and_adam("soap", matrices, adam_for, stacked, b1=adam_b1, b2=adam_b2, eps=adam_eps),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask) if decays else optax.identity(),
-        optax.scale_by_learning_rate(learning_rate),
+    return with_adam(
+        "soap",
+        matrices,
+        learning_rate,
+        rms=rms,
+        adam_for=adam_for,
+        stacked=stacked,
+        adam=optax.scale_by_adam(adam_b1, adam_b2, adam_eps),
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
     )
 
 
@@ -237,7 +238,7 @@ def _init(options: Options, params) -> Any:
 
     return ScaleBySoapState(
         count=jnp.zeros([], jnp.int32),
-        momentum=axis_factors.momentum_of(params),
+        momentum=contracts.wide_zeros(params),
         moments=layout.build(lambda piece: jnp.zeros((*piece.stack, *piece.shape), piece.real_dtype)),
         factors=layout.build(lambda piece: tuple(jnp.zeros(f.shape, f.dtype) for f in piece.factors)),
         bases=layout.build(lambda piece: tuple(map(basis, piece.factors, piece.diagonal))),
@@ -247,14 +248,10 @@ def _init(options: Options, params) -> Any:
 
 def _update(options: Options, updates, state, params=None, *, sound=None, **extra_args):
     del extra_args
-    if params is not None:
-        contracts.require_same_leaves(METHOD, "the gradients", updates, "the parameters", params)
-    contracts.require_same_leaves(METHOD, "the gradients", updates, "the state's momentum", state.momentum)
     likes = ("factors", "bases", "moments")
-    state = state._replace(**{name: contracts.tuples_at_leaves(getattr(state, name), updates) for name in likes})
-    layout = options.layout_of(updates)
-    good, total_notfinite = axis_factors.soundness(updates, sound, state.total_notfinite)
-    grads = jax.tree.map(lambda g: jnp.where(good, g, 0), updates)
+    state, layout, grads, good, total_notfinite = axis_factors.opened(
+        METHOD, options.layout_of, likes, updates, state, params, sound
+    )
     momentum, direction = axis_factors.momentum_and_direction(
         options.b1, False, state.count, state.momentum, grads, good
     )
