@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from optax_curv.linalg import lapack
 from optax_curv.linalg.checks import per_matrix, require_square, symmetric_part, widen
 
 # From eps · max|a| to n · max|a|, beyond which a symmetric matrix is positive definite (Gershgorin), lie at most
@@ -58,7 +59,7 @@ def _factorize(a, damping):
 
     def attempt(carry):
         damping, factor, done, attempts = carry
-        found = jax.lax.linalg.cholesky(a + damping[..., None, None] * eye, symmetrize_input=False)
+        found = lapack.cholesky(a + damping[..., None, None] * eye)
         well = jnp.all(jnp.isfinite(found), axis=(-2, -1)) & jnp.all(jnp.sum(found * eye, axis=-1).real > 0, axis=-1)
         factor = jnp.where(done[..., None, None], factor, found)
         raised = jnp.maximum(10 * damping, first)
@@ -82,7 +83,7 @@ def _factorize_jvp(primals, tangents):
     return (factor, used), (jnp.matmul(factor, phi, precision=jax.lax.Precision.HIGHEST), used_dot)
 
 
-_solve = functools.partial(jax.lax.linalg.triangular_solve, left_side=True)
+_solve = functools.partial(jax.lax.linalg.triangular_solve, left_side=True)  # which has a transpose
 
 
 @jax.jit
@@ -159,7 +160,7 @@ def triangular_solve(t, b, *, lower, transpose=False, side="left", zero_pivot=No
         t = jnp.where(line, jnp.eye(n, dtype=t.dtype), t)
         b = jnp.where(dead[..., None] if left else dead[..., None, :], 0, b)
     t, b = (jnp.broadcast_to(x, batch + x.shape[-2:]).astype(dtype) for x in (t, b))
-    x = jax.lax.linalg.triangular_solve(t, b, left_side=left, lower=lower, transpose_a=transpose)
+    x = lapack.triangular_solve(t, b, left_side=left, lower=lower, transpose_a=transpose)
     return (x[..., 0] if left else x[..., 0, :]) if vector else x
 
 

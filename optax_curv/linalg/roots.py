@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from optax_curv.linalg import lapack
 from optax_curv.linalg.checks import per_matrix, symmetric_part
 from optax_curv.linalg.norms import spectral_norm_bound
 
@@ -86,7 +87,7 @@ def factor_root(a, exponent, damping, method):
 
 def _relative_power(a, exponent, damping):
     """Reads one triangle of `a`, and leaves the rounding in the symmetry of its result."""
-    values, vectors = jnp.linalg.eigh(a, symmetrize_input=False)
+    values, vectors = lapack.eigh(a)
     values = jnp.maximum(values, 0)
     powers = _raise(values + damping[..., None] * values[..., -1:], exponent[..., None])
     return _matmul(vectors * powers[..., None, :], vectors.mT.conj())
@@ -130,7 +131,7 @@ def _newton_root(a, p, damping, relative):
 
 def _eigen(a, damping):
     """Eigenvalues of a + damping I, zero where rounding cannot tell, and the eigenvectors."""
-    values, vectors = jnp.linalg.eigh(a, symmetrize_input=False)
+    values, vectors = lapack.eigh(a)
     smallest = a.shape[-1] * jnp.finfo(a.dtype).eps * values[..., -1:]
     return jnp.where(values <= smallest, 0, values) + damping[..., None], vectors
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from optax_curv import linalg
+from optax_curv.linalg import lapack
 from optax_curv.preconditioners import state_branches
 from optax_curv.preconditioners.contracts import static
 
@@ -122,7 +123,7 @@ def _solve(blocks, rows, b, damping):
 def _root(blocks, rows):
     """R with RᵀR = blockdiag(BᵀB): the triangular factors of the blocks of B, side by side."""
     index = _block_index(blocks, rows.shape[1])
-    factors = jnp.linalg.qr(_take(rows, index), mode="r")
+    factors = lapack.qr_triangle(_take(rows, index))
     wide = jnp.zeros((*factors.shape[:2], rows.shape[1]), rows.dtype)
     wide = wide.at[np.arange(len(index))[:, None], :, index].set(factors.mT, mode="drop")
     return wide.reshape(-1, rows.shape[1])

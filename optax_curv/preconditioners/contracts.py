@@ -128,8 +128,7 @@ def raw_key(key) -> jax.Array:
 
 def is_finite(*trees: Any) -> jax.Array:
     """Whether every inexact entry of the trees is finite: bool []."""
-    leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves] or [jnp.bool_(True)]))
+    return _all(jnp.all(jnp.isfinite(x)) for x in _inexact_leaves(trees))
 
 
 def is_squarable(*trees: Any) -> jax.Array:
@@ -137,10 +136,22 @@ def is_squarable(*trees: Any) -> jax.Array:
 
     What enters second moments must be: a larger number would be an outlier that no running average forgets.
     """
-    leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-    magnitudes = [jnp.abs(x).astype(jnp.promote_types(jnp.float32, jnp.finfo(x.dtype).dtype)) for x in leaves]
-    checks = [jnp.all(x < jnp.sqrt(jnp.finfo(x.dtype).max)) for x in magnitudes]
-    return jnp.all(jnp.stack(checks or [jnp.bool_(True)]))
+
+    def fits(x):
+        magnitude = jnp.abs(x).astype(jnp.promote_types(jnp.float32, jnp.finfo(x.dtype).dtype))
+        return jnp.all(magnitude < jnp.sqrt(jnp.finfo(magnitude.dtype).max))
+
+    return _all(map(fits, _inexact_leaves(trees)))
+
+
+def _inexact_leaves(trees):
+    return [x for x in jax.tree.leaves(trees) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+
+
+def _all(checks):
+    """Whether all of them hold. XLA fuses no dot product into the kernels that ask, but it would repeat `jnp.all`."""
+    held = jnp.stack([*checks, jnp.bool_(True)]).astype(jnp.float32)
+    return jnp.vdot(held, held) == held.size
 
 
 def skip_unless(good, updates, new_state, state):

@@ -8,6 +8,7 @@ import optax
 
 from optax_curv.capture.layers import Layers
 from optax_curv.capture.statistics import KroneckerFactors
+from optax_curv.linalg import lapack
 from optax_curv.preconditioners import contracts
 from optax_curv.preconditioners.kronecker_factors import is_silent
 from optax_curv.preconditioners.layerwise import HIGHEST, averaged, layerwise, map_grouped, zero_factors
@@ -98,7 +99,7 @@ def out_of_basis(basis, x):
 def _eigen(factors, stacks):
     """Eigenvalues and eigenvectors by key, one batch for each width; a diagonal factor's are itself and None."""
     full = {key: f for key, f in factors.items() if f.ndim == len(stacks[key]) + 2}
-    found = map_grouped(jnp.linalg.eigh, {key: stacks[key] for key in full}, full)
+    found = map_grouped(lapack.eigh, {key: stacks[key] for key in full}, full)
     return {key: tuple(found[key]) if key in full else (f, None) for key, f in factors.items()}
 
 

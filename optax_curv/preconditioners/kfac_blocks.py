@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_curv.linalg import cholesky, cholesky_solve, conjugate_gradient
+from optax_curv.linalg import cholesky, cholesky_solve, conjugate_gradient, lapack
 from optax_curv.preconditioners.damping import factor_damping, mean_diagonal
 from optax_curv.preconditioners.diagnostics import LayerDiagnostics
 from optax_curv.preconditioners.layerwise import HIGHEST, kron_product, map_grouped
@@ -35,7 +35,7 @@ def _inverse(factor, damping, method):
         inverse = jnp.where(damped > 0, 1 / damped, 0)  # a coordinate without curvature or damping is left out
         return inverse, damping, jnp.max(damped, -1) * jnp.max(inverse, -1)
     if method == "eigh":
-        values, vectors = jnp.linalg.eigh(factor)
+        values, vectors = lapack.eigh(factor)
         floor = jnp.finfo(factor.dtype).eps * jnp.maximum(values[:, -1], jnp.finfo(factor.dtype).eps)
         used = jnp.maximum(damping, floor - jnp.minimum(values[:, 0], 0))
         values = values + used[:, None]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_curv.linalg import kron_matvec
+from optax_curv.linalg import kron_matvec, lapack
 from optax_curv.preconditioners import axis_factors, contracts
 from optax_curv.preconditioners.distribution import with_sharding_types
 from optax_curv.preconditioners.matrices_and_adam import with_adam
@@ -316,7 +316,7 @@ def _by_width(function, factors, bases):
 
 def _eigenvectors(factors, bases):
     """The bases of a first step, largest eigenvalue first."""
-    found = _by_width(lambda f, _: (jnp.linalg.eigh(f, symmetrize_input=False)[1][..., ::-1],), factors, bases)
+    found = _by_width(lambda f, _: (lapack.eigh(f)[1][..., ::-1],), factors, bases)
     return [
         tuple(found[g, axis][0] if (g, axis) in found else q for axis, q in enumerate(group))
         for g, group in enumerate(bases)
@@ -329,7 +329,7 @@ def _iterated(factors, bases, moments):
     def iterate(f, q):
         image = jnp.matmul(f, q, precision=axis_factors.HIGHEST)
         order = jnp.argsort(-jnp.sum((q.conj() * image).real, axis=-2), axis=-1)
-        return jnp.linalg.qr(jnp.take_along_axis(image, order[:, None, :], axis=-1))[0], order
+        return lapack.qr(jnp.take_along_axis(image, order[:, None, :], axis=-1))[0], order
 
     found = _by_width(iterate, factors, bases)
     new_bases, new_moments = [], []

@@ -1,0 +1,72 @@
+"""JAX's dense factorisations, of many matrices without a deadlock on CPU.
+
+From JAX 0.10 on, LAPACK's kernels share a large batch out over the thread pool in which they run themselves, and wait.
+As many such kernels at a time as there are threads wait for ever; two of K-FAC's factor widths are enough on two cores.
+So on CPU a large batch, also one that `jax.vmap` makes, is a loop over calls too small to be shared out.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+# Kernels share a batch out from 2e5 operations on; the dearest, `eigh`, takes about 25 n³ for a matrix.
+SMALL_CUBES = 8_000
+
+
+def _in_small_calls(kernel):
+    """`kernel`, a function of arrays [*batch, m, n], with small calls alone on CPU."""
+
+    @jax.custom_batching.custom_vmap
+    def small(*arrays):
+        return kernel(*arrays)
+
+    @small.def_vmap
+    def _more(size, is_batched, *arrays):
+        given = zip(arrays, is_batched, strict=True)
+        arrays = [x if batched else jnp.broadcast_to(x, (size, *x.shape)) for x, batched in given]
+        results = in_calls(*(x.reshape(-1, *x.shape[2:]) for x in arrays))
+        return (
+            jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results),
+            jax.tree.map(lambda _: True, results),
+        )
+
+    def in_calls(*arrays):
+        size, largest = len(arrays[0]), max(max(x.shape[1:]) for x in arrays)
+        few = max(1, SMALL_CUBES // max(1, largest) ** 3)
+        if size <= few:
+            return small(*arrays)
+
+        def one(matrices):
+            return jax.tree.map(lambda x: x[0], small(*(x[None] for x in matrices)))
+
+        return jax.lax.platform_dependent(*arrays, cpu=lambda *x: jax.lax.map(one, x, batch_size=few), default=kernel)
+
+    @jax.custom_jvp
+    def call(*arrays):
+        batch = arrays[0].shape[:-2]
+        results = in_calls(*(x.reshape(math.prod(batch), *x.shape[-2:]) for x in arrays))
+        return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), results)
+
+    @call.defjvp
+    def _derivative(primals, tangents):  # the kernel's own: a loop over `small` has no transpose
+        return jax.jvp(kernel, primals, tangents)
+
+    return call
+
+
+@functools.cache
+def _solver(**options):
+    return _in_small_calls(functools.partial(jax.lax.linalg.triangular_solve, **options))
+
+
+cholesky = _in_small_calls(functools.partial(jax.lax.linalg.cholesky, symmetrize_input=False))
+eigh = _in_small_calls(functools.partial(jnp.linalg.eigh, symmetrize_input=False))
+qr = _in_small_calls(jnp.linalg.qr)
+qr_triangle = _in_small_calls(functools.partial(jnp.linalg.qr, mode="r"))
+
+
+def triangular_solve(t, b, **options):
+    """`jax.lax.linalg.triangular_solve` for t and b of the same batch."""
+    return _solver(**options)(t, b)
