@@ -1,5 +1,6 @@
 """What the optimizer states of this package know of curvature, as a table and as a plot. Outside `jax.jit` only."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -82,7 +83,9 @@ def factor_spectra(opt_state) -> list[FactorSpectrum]:
     spectra = []
     for state in _states(opt_state):
         method = type(state).__name__
-        for path, factor in jax.tree.leaves_with_path(getattr(state, "factors", None)):
+        factors = getattr(state, "factors", None)
+        factors = dict(factors) if isinstance(factors, Mapping) else factors
+        for path, factor in jax.tree.leaves_with_path(factors):
             if jnp.issubdtype(factor.dtype, jnp.inexact):  # a layer's factors carry their count
                 spectra.append(FactorSpectrum(method, *_place(path), _magnitudes(factor)))
         if hasattr(state, "diagonal"):

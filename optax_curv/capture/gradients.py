@@ -20,7 +20,7 @@ from optax_curv.capture.nnx_models import take_apart
 from optax_curv.capture.objective import Objective
 from optax_curv.capture.tracing import Tap, Walk, run_with_taps
 
-STATISTICS = ("kronecker", "diagonal", "eigenbasis", "raw")
+STATISTICS = ("kronecker", "diagonal", "eigenbasis", "raw", "rows")
 FISHERS = ("empirical", "sampled", "exact")
 SHARINGS = ("expand", "reduce")
 
@@ -190,7 +190,8 @@ class Probing:
                     f"the examples apart where the layer {use.layer.name!r} is used; take sharing='expand', or leave "
                     "it out of layers=."
                 )
-            key = use.layer.name if statistic != "raw" else f"{use.layer.name}#{number}"
+            keeps_rows = statistics.keeps_rows(statistic, use.layer)
+            key = f"{use.layer.name}#{number}" if keeps_rows else use.layer.name
             lengths = tuple(length for length, _ in use.found.loops)
             if key not in self.zeros:
                 self._first[key] = use
@@ -198,8 +199,7 @@ class Probing:
                 self.zeros[key] = statistics.probe(statistic, sharing, use, dtype, lengths)
             apart = statistics.is_linear(use.layer, sharing)
             loops = tuple(
-                own or statistic == "raw" or (apart and depth == use.example_loop)
-                for depth, own in enumerate(use.loops)
+                own or keeps_rows or (apart and depth == use.example_loop) for depth, own in enumerate(use.loops)
             )
             self._taps[number] = Tap(key, use.found.operands, self._tap(use), loops)
 
@@ -232,18 +232,17 @@ class Probing:
 
     def finish(self, sums: dict) -> dict[str, Any]:
         """The curvature of each layer from the gradients of the probes."""
-        if self.statistic != "raw":
-            return {
-                name: statistics.finish(self.statistic, self.sharing, use, sums[name], self._basis[name])
-                for name, use in self._first.items()
-            }
-        by_layer: dict[str, list] = {}
+        finish_rows = statistics.finish_raw if self.statistic == "raw" else statistics.finish_rows
+        found, by_layer = {}, {}
         for key, use in self._first.items():
-            by_layer.setdefault(use.layer.name, []).append((use, sums[key]))
-        return {
-            name: statistics.finish_raw([use for use, _ in found], [sample for _, sample in found])
-            for name, found in by_layer.items()
-        }
+            name = use.layer.name
+            if statistics.keeps_rows(self.statistic, use.layer):
+                by_layer.setdefault(name, []).append((use, sums[key]))
+                found[name] = None  # which keeps its place
+            else:
+                found[name] = statistics.finish(self.statistic, self.sharing, use, sums[key], self._basis[key])
+        rows = {name: finish_rows(*map(list, zip(*parts, strict=True))) for name, parts in by_layer.items()}
+        return found | rows
 
 
 def value_grad_and_curvature(
@@ -273,7 +272,8 @@ def value_grad_and_curvature(
       layers: the layers to measure, from `find_layers`; None: all.
       statistic: "kronecker" (`KroneckerFactors`), "diagonal" (diagonal of the Fisher as [*stack, rows, out]),
         "eigenbasis" (`EigenbasisMoments`; the call takes `basis=`, a dict from layer name to (U_A, U_G),
-        None for the side of a diagonal factor) or "raw" (`RawSamples`).
+        None for the side of a diagonal factor), "raw" (`RawSamples`) or "rows" (`FactorRows`, of which `scale_by_kfac`
+        makes the factors itself, only where its period asks for them: cheaper than "kronecker" for periods above 1).
       fisher: "empirical": gradients of the loss itself. The other two need an `Objective`; value and gradients stay
         those of its loss, and A ⊗ G is on the scale of its Gauss-Newton matrix, however many rows of outputs an example
         has: "sampled" takes gradients at targets drawn from the model (the call takes `key=`), "exact" the columns of
@@ -318,6 +318,10 @@ def value_grad_and_curvature(
     ):
         if given not in choices:
             raise ValueError(f"value_grad_and_curvature: unknown {name}={given!r}; expected one of {choices}.")
+    if statistic == "rows" and sharing == "reduce":
+        raise ValueError(
+            "value_grad_and_curvature: statistic='rows' keeps every row, as sharing='expand' does, not 'reduce'."
+        )
     is_objective = isinstance(loss_fn, Objective)
     if fisher != "empirical" and not is_objective:
         raise ValueError(
@@ -378,7 +382,7 @@ def value_grad_and_curvature(
             weights=kwargs.get("weights"),
             key=key,
             samples=samples,
-            raw=statistic == "raw",
+            keeps_rows=statistic in ("raw", "rows"),
         )
         return value, traced.grads(grads), curvature
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_curv.capture.objective import Objective
-from optax_curv.capture.statistics import RawSamples
+from optax_curv.capture.statistics import FactorRows, KroneckerFactors, RawSamples
 
 
 def model_curvature(
@@ -21,7 +21,7 @@ def model_curvature(
     weights=None,
     key=None,
     samples: int = 1,
-    raw: bool = False,
+    keeps_rows: bool = False,
 ) -> dict[str, Any]:
     """The curvature of every layer from cotangents of the outputs instead of the loss.
 
@@ -40,7 +40,7 @@ def model_curvature(
       weights: as in a call of the objective.
       key: PRNG key, for "sampled".
       samples: number of drawn targets, for "sampled".
-      raw: whether `measure` gives `RawSamples`, which are joined.
+      keeps_rows: whether `measure` gives `RawSamples` or `FactorRows`, which are joined.
 
     Returns:
       The curvature.
@@ -60,8 +60,9 @@ def model_curvature(
         here = (jnp.arange(positions) == position).reshape(1, *outputs.shape[1:-1], 1)
         return jax.vmap(measure)(columns * here)
 
-    if raw:
-        return {name: _joined(samples) for name, samples in jax.lax.map(at, jnp.arange(positions)).items()}
+    if keeps_rows:
+        each = jax.lax.map(at, jnp.arange(positions))
+        return {name: _joined(x) for name, x in each.items()}
     still = measure(jnp.zeros_like(outputs))
 
     def add(total, position):
@@ -72,7 +73,7 @@ def model_curvature(
     return jax.lax.scan(add, still, jnp.arange(positions))[0]
 
 
-def _joined(statistic: RawSamples) -> RawSamples:
+def _joined(statistic):
     """Rows of all cotangents [positions, columns, *stack, R, ·] one after the other, on the scale of a single one."""
     count = math.prod(statistic.output_grads.shape[:2])
     axis = statistic.output_grads.ndim - 4
@@ -81,4 +82,13 @@ def _joined(statistic: RawSamples) -> RawSamples:
         x = jnp.moveaxis(x.reshape(count, *x.shape[2:]), 0, axis)
         return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
-    return RawSamples(join(statistic.inputs), join(statistic.output_grads) * jnp.sqrt(float(count)))
+    if isinstance(statistic, KroneckerFactors):  # of a scale or shift in "rows", whose A does not depend on cotangents
+        return KroneckerFactors(
+            statistic.input_factor[0, 0], jnp.sum(statistic.output_factor, (0, 1)), statistic.count[0, 0]
+        )
+    inputs, output_grads = join(statistic.inputs), join(statistic.output_grads)
+    if isinstance(statistic, FactorRows):
+        return FactorRows(
+            inputs, output_grads, statistic.weights[0, 0] / jnp.array([count, 1], statistic.weights.dtype)
+        )
+    return RawSamples(inputs, output_grads * jnp.sqrt(float(count)))

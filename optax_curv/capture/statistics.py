@@ -54,6 +54,20 @@ class RawSamples(NamedTuple):
     output_grads: jax.Array
 
 
+class FactorRows(NamedTuple):
+    """Rows of a layer of which its Kronecker factors can be made later, A = w_A Σ a aᵀ and G = w_G Σ g gᵀ.
+
+    Attributes:
+      inputs: a, [*stack, R, in] with the bias's coordinate; integer [*stack, R] for an embedding.
+      output_grads: g, gradients of the loss of the batch, [*stack, R, out].
+      weights: (w_A, w_G), float [2].
+    """
+
+    inputs: jax.Array
+    output_grads: jax.Array
+    weights: jax.Array
+
+
 class Rows(NamedTuple):
     """Rows of one use; for a scale or shift `inputs` is None and `output_grads` the leaf's own gradient.
 
@@ -155,7 +169,7 @@ def _quadratic(statistic: str, layer, inputs, grads, basis) -> dict[str, jax.Arr
             sums["input"] = _counts(inputs, layer.in_dim)
         else:
             sums["input"] = _second_moment(inputs, full=len(input_shape) == len(layer.stack) + 2)
-    if statistic != "kronecker":
+    if statistic not in ("kronecker", "rows"):
         left, right = basis
         squares = jnp.square(_wide(grads) if right is None else _rotated(grads, right))
         if layer.kind == "embedding" and inputs.ndim == grads.ndim - 1:
@@ -176,11 +190,19 @@ def is_linear(layer, sharing: str) -> bool:
     return sharing == "reduce" or layer.kind in ("scale", "shift")
 
 
+def keeps_rows(statistic: str, layer) -> bool:
+    """Whether a statistic is the rows themselves, of every use of the layer on its own.
+
+    In "rows" a scale or shift has its factors, as its uses are summed for each example before they are squared.
+    """
+    return statistic == "raw" or (statistic == "rows" and not is_linear(layer, "expand"))
+
+
 def probe(statistic: str, sharing: str, use, dtype, loops: tuple[int, ...] = ()) -> dict[str, jax.Array]:
     """The zeros that collect a statistic: of a whole layer, or for "raw" of one use inside scans of these lengths."""
     layer = use.layer
     rows, out = layer.rows_of_matrix, layer.out_dim
-    if statistic == "raw":
+    if keeps_rows(statistic, layer):
         examples, positions = use.outputs.shape[-3:-1]
         lead = (*loops, *_static_slots(use), *use.outputs.shape[:-3])
         positions = 1 if layer.kind in ("scale", "shift") else positions
@@ -218,8 +240,8 @@ def contribution(statistic: str, sharing: str, use, operands, grad, zeros, basis
     """What one use adds to its probe."""
     rows = rows_of(use, operands, grad)
     linear = is_linear(use.layer, sharing)
-    if statistic == "raw":
-        found = _raw(use, rows)
+    if keeps_rows(statistic, use.layer):
+        found = _raw(use, rows, use.batch if statistic == "raw" else 1)
     elif linear:
         found = _example_sums(use, rows)
     else:
@@ -237,7 +259,7 @@ def contribution(statistic: str, sharing: str, use, operands, grad, zeros, basis
     return placed
 
 
-def _raw(use, rows):
+def _raw(use, rows, scale):
     grads = rows.output_grads
     if rows.inputs is None:
         grads = jnp.sum(grads, axis=-2, keepdims=True)
@@ -245,7 +267,8 @@ def _raw(use, rows):
     else:
         inputs = rows.inputs
     inputs = inputs.reshape(*inputs.shape[: grads.ndim - 3], -1, *inputs.shape[grads.ndim - 1 :])
-    return {"inputs": inputs, "output_grads": _wide(_flat(grads)) * use.batch}
+    grads = _wide(_flat(grads))
+    return {"inputs": inputs, "output_grads": grads if scale == 1 else grads * scale}
 
 
 def _example_sums(use, rows):
@@ -285,6 +308,18 @@ def finish(statistic: str, sharing: str, use, sums: dict, basis):
     if statistic == "eigenbasis":
         return EigenbasisMoments(scaled["input"], scaled["output"], one, scaled["moments"])
     return KroneckerFactors(scaled["input"], scaled["output"], one)
+
+
+def finish_rows(uses, samples: list[dict]) -> FactorRows:
+    """All rows of a layer with the weights that make them its factors."""
+    raw = finish_raw(uses, samples)
+    return FactorRows(*raw, jnp.array([1 / uses[0].rows, uses[0].batch], raw.output_grads.dtype))
+
+
+def factors_of_rows(rows: FactorRows, layer) -> tuple[jax.Array, jax.Array]:
+    """A and G in the shapes of `layer.factor_shapes`."""
+    sums = _quadratic("kronecker", layer, rows.inputs, rows.output_grads, None)
+    return rows.weights[0] * sums["input"], rows.weights[1] * sums["output"]
 
 
 def finish_raw(uses, samples: list[dict]) -> RawSamples:

@@ -52,6 +52,10 @@ def cholesky(a, damping=0.0) -> tuple[jax.Array, jax.Array]:
 
 @jax.custom_jvp
 def _factorize(a, damping):
+    return _attempts(lapack.cholesky, a, damping)
+
+
+def _attempts(kernel, a, damping):
     eye = jnp.eye(a.shape[-1], dtype=a.dtype)
     limits = jnp.finfo(a.dtype)
     largest = jnp.max(jnp.abs(a), axis=(-2, -1), initial=0)
@@ -59,8 +63,10 @@ def _factorize(a, damping):
 
     def attempt(carry):
         damping, factor, done, attempts = carry
-        found = lapack.cholesky(a + damping[..., None, None] * eye)
-        well = jnp.all(jnp.isfinite(found), axis=(-2, -1)) & jnp.all(jnp.sum(found * eye, axis=-1).real > 0, axis=-1)
+        found = kernel(a + damping[..., None, None] * eye)
+        # a failure is NaN all over, and an entry that overflows leaves its row no finite pivot
+        pivots = jnp.sum(found * eye, axis=-1).real
+        well = jnp.all((pivots > 0) & (pivots < jnp.inf), axis=-1)
         factor = jnp.where(done[..., None, None], factor, found)
         raised = jnp.maximum(10 * damping, first)
         return jnp.where(done | well, damping, raised), factor, done | well, attempts + 1
@@ -110,6 +116,36 @@ def cholesky_solve(factor, b) -> jax.Array:
     factor = jnp.asarray(factor)
     half = triangular_solve(factor, b, lower=True)
     return triangular_solve(factor.conj(), half, lower=True, transpose=True)
+
+
+def damped_inverse(a, damping) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(a + d I)⁻¹ of symmetric matrices [batch, n, n] by `cholesky`, d, and the square of its pivots' ratio.
+
+    Args:
+      a: the matrices; one triangle is read.
+      damping: [batch].
+
+    Returns:
+      Inverses [batch, n, n], dampings used [batch], and a lower bound of the damped matrices' condition [batch].
+    """
+    inverse, used, ratio = _damped_inverse(a, damping[:, None, None])
+    return inverse, used[:, 0, 0], ratio[:, 0, 0]
+
+
+def _inverse_by(factorize, a, damping):
+    factor, used = factorize(a, damping[..., 0, 0])
+    eye = jnp.eye(a.shape[-1], dtype=a.dtype)
+    root = _solve(factor, jnp.broadcast_to(eye, a.shape), lower=True)
+    pivots = jnp.sum(factor * eye, axis=-1)
+    ratio = jnp.square(jnp.max(pivots, -1) / jnp.min(pivots, -1))
+    inverse = jnp.matmul(root.mT, root, precision=jax.lax.Precision.HIGHEST)
+    return inverse, used[..., None, None], ratio[..., None, None]
+
+
+_plain = functools.partial(jax.lax.linalg.cholesky, symmetrize_input=False)
+_damped_inverse = lapack.in_small_calls(
+    functools.partial(_inverse_by, functools.partial(_attempts, _plain)), functools.partial(_inverse_by, _factorize)
+)
 
 
 @functools.partial(jax.jit, static_argnames=("lower", "transpose", "side"))

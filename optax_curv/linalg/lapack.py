@@ -6,6 +6,7 @@ So on CPU a large batch, also one that `jax.vmap` makes, is a loop over calls to
 """
 
 import functools
+import itertools
 import math
 
 import jax
@@ -15,8 +16,11 @@ import jax.numpy as jnp
 SMALL_CUBES = 8_000
 
 
-def _in_small_calls(kernel):
-    """`kernel`, a function of arrays [*batch, m, n], with small calls alone on CPU."""
+def in_small_calls(kernel, derivable=None):
+    """`kernel`, a function of arrays [*batch, m, n], with small calls alone on CPU.
+
+    Derivatives are those of `derivable`, by default of the kernel itself: the loop over small calls has no transpose.
+    """
 
     @jax.custom_batching.custom_vmap
     def small(*arrays):
@@ -50,23 +54,38 @@ def _in_small_calls(kernel):
         return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), results)
 
     @call.defjvp
-    def _derivative(primals, tangents):  # the kernel's own: a loop over `small` has no transpose
-        return jax.jvp(kernel, primals, tangents)
+    def _derivative(primals, tangents):
+        return jax.jvp(derivable or kernel, primals, tangents)
 
     return call
 
 
 @functools.cache
 def _solver(**options):
-    return _in_small_calls(functools.partial(jax.lax.linalg.triangular_solve, **options))
+    return in_small_calls(functools.partial(jax.lax.linalg.triangular_solve, **options))
 
 
-cholesky = _in_small_calls(functools.partial(jax.lax.linalg.cholesky, symmetrize_input=False))
-eigh = _in_small_calls(functools.partial(jnp.linalg.eigh, symmetrize_input=False))
-qr = _in_small_calls(jnp.linalg.qr)
-qr_triangle = _in_small_calls(functools.partial(jnp.linalg.qr, mode="r"))
+cholesky = in_small_calls(functools.partial(jax.lax.linalg.cholesky, symmetrize_input=False))
+eigh = in_small_calls(functools.partial(jnp.linalg.eigh, symmetrize_input=False))
+qr = in_small_calls(jnp.linalg.qr)
+qr_triangle = in_small_calls(functools.partial(jnp.linalg.qr, mode="r"))
 
 
 def triangular_solve(t, b, **options):
     """`jax.lax.linalg.triangular_solve` for t and b of the same batch."""
     return _solver(**options)(t, b)
+
+
+def joined(kernel, *columns):
+    """`kernel` of every row of some columns of arrays [batch, ...], with one call for all rows of equal shapes."""
+    rows = list(zip(*columns, strict=True))
+    groups: dict = {}
+    for place, row in enumerate(rows):
+        groups.setdefault(tuple((x.shape[1:], x.dtype) for x in row), []).append(place)
+    results: list = [None] * len(rows)
+    for places in groups.values():
+        found = kernel(*map(jnp.concatenate, zip(*(rows[place] for place in places), strict=True)))
+        ends = list(itertools.accumulate(len(rows[place][0]) for place in places))
+        for place, start, end in zip(places, [0, *ends], ends, strict=False):
+            results[place] = jax.tree.map(lambda x, part=slice(start, end): x[part], found)
+    return results

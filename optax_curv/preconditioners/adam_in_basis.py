@@ -137,7 +137,8 @@ def scale_by_adam_in_basis(
             scale = jnp.sqrt(moments[name]) + eps
             inside = jnp.where(scale > 0, inside / jnp.where(scale > 0, scale, 1), 0)
             directions[name] = out_of_basis(basis[name], inside)
-        return directions, {"factors": factors, "basis": basis, "momentum": momentum, "moments": moments}
+        fields = {"factors": factors, "basis": basis, "momentum": momentum, "moments": moments}
+        return directions, fields, contracts.is_squarable(curvature)
 
     options = {"kl_clip": None, "fallback": fallback, "factor_sharding": None}
     return layerwise(METHOD, layers, ScaleByAdamInBasisState, init_rule, update_rule, **options)

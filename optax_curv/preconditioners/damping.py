@@ -10,7 +10,9 @@ TRACE_FLOOR = 1e-10  # the original's: the least that the "trace" rule adds to a
 
 def mean_diagonal(factor: jax.Array, full: bool) -> jax.Array:
     """tr(F)/dim of a full factor [..., d, d] or of a diagonal one [..., d]."""
-    return jnp.mean(jnp.diagonal(factor, axis1=-2, axis2=-1) if full else factor, axis=-1)
+    if not full:
+        return jnp.mean(factor, axis=-1)
+    return jnp.sum(factor * jnp.eye(factor.shape[-1], dtype=factor.dtype), axis=(-2, -1)) / max(1, factor.shape[-1])
 
 
 def factor_damping(

@@ -65,7 +65,7 @@ def layer_diagnostics(opt_state) -> str:
         )
     rows = [("layer", *LayerDiagnostics._fields)]
     for state in found:
-        for name, *figures in zip(sorted(state.factors), *state.diagnostics, strict=True):
+        for name, *figures in sorted(zip(state.factors, *state.diagnostics, strict=True), key=lambda row: row[0]):
             rows.append((name, *(f"{float(figure):.3g}" for figure in figures)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -274,7 +274,8 @@ def scale_by_ekfac(
         }
         sides = [{name: x[side] for name, x in basis.items()} for side in (0, 1)]
         directions = map_grouped(_direction, _stacks(present), *sides, damped, matrices)
-        return directions, {"factors": factors, "basis": basis, "moments": moments}
+        fields = {"factors": factors, "basis": basis, "moments": moments}
+        return directions, fields, contracts.is_squarable(curvature)
 
     options = {"kl_clip": kl_clip, "fallback": fallback, "factor_sharding": None}
     return layerwise(method, layers, ScaleByEKFACState, init_rule, update_rule, **options)

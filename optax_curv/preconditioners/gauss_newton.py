@@ -1,6 +1,6 @@
 """Matrix-free Gauss-Newton: conjugate gradients on products with the curvature, as in Hessian-free optimisation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,12 +14,13 @@ from optax_curv.preconditioners import contracts
 from optax_curv.preconditioners.damping import mean_diagonal
 from optax_curv.preconditioners.distribution import with_sharding_types
 from optax_curv.preconditioners.kfac_blocks import Blocks
+from optax_curv.preconditioners.layer_stacks import LayerStacks
 from optax_curv.preconditioners.layerwise import (
-    averaged,
+    averaged_stacks,
     leaves_by_path,
     match_layers,
     read_curvature,
-    zero_factors,
+    zero_stacks,
 )
 from optax_curv.preconditioners.quadratic_model import adapt_damping, refuse_weight_decay, require_objective
 
@@ -33,7 +34,7 @@ class ScaleByGaussNewtonState(NamedTuple):
         least.
       iterations: iterations of the last step, int32 [].
       returned: number of the iterate that the last step returned, int32 [].
-      factors: running averages, `KroneckerFactors` by layer; empty without `layers`.
+      factors: running averages, a mapping from layer to `KroneckerFactors`; empty without `layers`.
       total_notfinite: steps skipped for a NaN or an infinity, int32 [].
     """
 
@@ -41,7 +42,7 @@ class ScaleByGaussNewtonState(NamedTuple):
     start: Any
     iterations: jax.Array
     returned: jax.Array
-    factors: dict[str, KroneckerFactors]
+    factors: Mapping[str, KroneckerFactors]
     total_notfinite: jax.Array
 
 
@@ -131,7 +132,7 @@ def scale_by_gauss_newton(
 
     def init(params):
         contracts.require_float_leaves(method, params)
-        factors = {} if layers is None else zero_factors(match_layers(method, layers, params, True))
+        factors = LayerStacks((), ()) if layers is None else zero_stacks(match_layers(method, layers, params, True))
         # numbers of their own, as a buffer that stands twice in a state cannot be donated
         numbers = {name: jnp.int32(0) for name in ("count", "iterations", "returned", "total_notfinite")}
         return ScaleByGaussNewtonState(start=contracts.wide_zeros(params), factors=factors, **numbers)
@@ -142,11 +143,11 @@ def scale_by_gauss_newton(
         product = _product(method, params, extra_args)
         lam = contracts.value_at(damping, state.count, jnp.result_type(jnp.float32, *jax.tree.leaves(state.start)))
         gradient = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, state.start)
-        factors, preconditioner = state.factors, None
+        factors, fit, preconditioner = state.factors, True, None
         if layers is not None:
             if diagonal is not None:
                 raise ValueError(f"{method}: got diagonal= beside layers; give one or the other.")
-            factors, preconditioner = _layer_preconditioner(method, layers, updates, state, curvature, decay, lam)
+            factors, fit, preconditioner = _layer_preconditioner(method, layers, updates, state, curvature, decay, lam)
         elif diagonal is not None:
             contracts.require_same_leaves(method, "diagonal", diagonal, "updates", updates)
             scale = jax.tree.map(lambda d, p: (d.astype(p.dtype) + lam) ** -diagonal_power, diagonal, state.start)
@@ -167,10 +168,9 @@ def scale_by_gauss_newton(
             keep_finite=True,
         )
         new_updates = jax.tree.map(lambda d, u: d.astype(u.dtype), direction, updates)
-        statistics = curvature if layers is not None else diagonal
         # A solve that breaks off after some iterations has a solution all the same.
         sound = jnp.isfinite(info.residual_norm) | (info.iterations > 1)
-        good = contracts.is_finite(updates, new_updates, statistics) & sound
+        good = contracts.is_finite(updates, new_updates, diagonal) & fit & sound
         # One that breaks off before has not moved from its start, so that no second copy need be kept to go back to.
         kept = jnp.where(good, warm_start, 1)
         start = jax.tree.map(lambda d: jnp.asarray(kept, d.dtype) * d, direction)
@@ -230,18 +230,18 @@ def _times(scale):
 
 
 def _layer_preconditioner(method, layers, updates, state, curvature, decay, damping):
-    """The averaged factors, and K-FAC's inverse of them as a function of a tree."""
+    """The averaged factors, whether what entered is sound, and K-FAC's inverse of them as a function of a tree."""
     present = match_layers(method, layers, updates, True)
-    factors = averaged(method, present, state, read_curvature(method, layers, curvature), decay, 1)
+    factors, sound = averaged_stacks(method, present, state, read_curvature(method, layers, curvature), decay, 1)
     blocks = Blocks(present, factors, damping, "pi")
     inverses, _ = blocks.invert("cholesky")
     covered = {path for x in present.values() for path in x.layer.paths}
-    mean = _mean_eigenvalue(present, factors) + damping
+    mean = _mean_eigenvalue(factors) + damping
 
     def precondition(r):
         leaves = leaves_by_path(r)
         matrices = {name: layer_matrix(x.layer, leaves).astype(x.dtype) for name, x in present.items()}
-        directions = blocks.precondition(inverses, matrices)
+        directions = blocks.precondition(inverses, LayerStacks.of(factors.layout, matrices))
         solved = {path: leaf for path, leaf in leaves.items() if path in covered}
         for name, x in present.items():
             solved |= layer_leaves(x.layer, directions[name], leaves)
@@ -249,15 +249,14 @@ def _layer_preconditioner(method, layers, updates, state, curvature, decay, damp
             lambda path, leaf: solved.get(jax.tree_util.keystr(path), leaf / mean.astype(leaf.dtype)), r
         )
 
-    return factors, precondition
+    return factors, sound, precondition
 
 
-def _mean_eigenvalue(present, factors):
+def _mean_eigenvalue(factors):
     """tr(F) / dim over the Kronecker blocks of all layers: []."""
     total, size = jnp.float32(0), 0
-    for name, x in present.items():
-        a, g = factors[name][:2]
-        mean_a, mean_g = (mean_diagonal(f, f.ndim == len(x.layer.stack) + 2) for f in (a, g))
+    for a, g, _ in factors.groups:
+        mean_a, mean_g = (mean_diagonal(f, f.ndim == 3) for f in (a, g))
         block = a.shape[-1] * g.shape[-1]
         total, size = total + block * jnp.sum(mean_a * mean_g), size + block * mean_a.size
     return total / max(size, 1)

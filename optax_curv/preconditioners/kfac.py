@@ -1,5 +1,6 @@
 """K-FAC: natural gradient with one Kronecker-factored Fisher block for each layer."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,8 @@ from optax_curv.preconditioners import contracts
 from optax_curv.preconditioners.damping import RULES
 from optax_curv.preconditioners.diagnostics import LayerDiagnostics
 from optax_curv.preconditioners.kfac_blocks import Blocks, KroneckerInverse
-from optax_curv.preconditioners.layerwise import averaged, layerwise, zero_factors
+from optax_curv.preconditioners.layer_stacks import LayerStacks
+from optax_curv.preconditioners.layerwise import averaged_stacks, layerwise, zero_stacks
 from optax_curv.preconditioners.quadratic_model import adapt_damping, refuse_weight_decay, scale_by_quadratic_model
 
 INVERSES = ("cholesky", "eigh", "cg")
@@ -25,18 +27,20 @@ class ScaleByKFACState(NamedTuple):
 
     Attributes:
       count: steps taken, int32 [].
-      factors: running averages, `KroneckerFactors` by layer.
-      inverses: `KroneckerInverse` by layer; empty where no later step needs them, under inverse="cg" and where
-        invert_every is the Python number 1.
+      factors: running averages, a mapping from layer to `KroneckerFactors`, kept as stacks of equal shapes.
+      inverses: a mapping from layer to `KroneckerInverse`; empty where no later step needs them, under inverse="cg" and
+        where invert_every is the Python number 1.
+      moved: whether the factors have changed since they were inverted, bool [].
       stale: whether the next step inverts out of turn, bool [].
-      diagnostics: `LayerDiagnostics` of the layers in the order of their names; zeros under inverse="cg".
+      diagnostics: `LayerDiagnostics` of the layers in the order of `factors`; zeros under inverse="cg".
       fallback: state of the transformation for uncovered leaves.
       total_notfinite: steps skipped for a gradient or statistic that was not finite, int32 [].
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    factors: dict[str, KroneckerFactors]
-    inverses: dict[str, KroneckerInverse]
+    factors: Mapping[str, KroneckerFactors]
+    inverses: Mapping[str, KroneckerInverse]
+    moved: jax.Array
     stale: jax.Array
     diagnostics: LayerDiagnostics
     fallback: optax.OptState
@@ -124,39 +128,46 @@ def scale_by_kfac(
     always = isinstance(invert_every, int) and invert_every == 1  # then no step needs the inverses of an earlier one
 
     def init_rule(present):
-        factors = zero_factors(present)
+        factors = zero_stacks(present)
         dtype = jnp.result_type(jnp.float32, *(x.dtype for x in present.values()))
+        kept = factors if inverse != "cg" and not always else LayerStacks((), ())
         return {
             "factors": factors,
-            "inverses": {}
-            if inverse == "cg" or always
-            else {n: KroneckerInverse(*map(jnp.zeros_like, f[:2])) for n, f in factors.items()},
+            "inverses": kept.map(lambda f: KroneckerInverse(*map(jnp.zeros_like, f[:2]))),
+            "moved": jnp.bool_(False),
             "stale": jnp.bool_(False),
             "diagnostics": LayerDiagnostics(*(jnp.zeros(len(present), dtype) for _ in LayerDiagnostics._fields)),
         }
 
     def update_rule(present, state, matrices, curvature):
-        factors = averaged(method, present, state, curvature, decay, update_every)
+        matrices = LayerStacks.of(state.factors.layout, matrices)
+        factors, sound = averaged_stacks(method, present, state, curvature, decay, update_every)
         lam = jnp.asarray(damping(state.count) if callable(damping) else damping)
         blocks = Blocks(present, factors, lam, damping_rule, factor_sharding)
         if inverse == "cg":
-            return blocks.solve_by_cg(matrices), {"factors": factors}
+            return blocks.solve_by_cg(matrices), {"factors": factors}, sound
         if always:
             inverses, diagnostics = blocks.invert(inverse)
-            return blocks.precondition(inverses, matrices), {"factors": factors, "diagnostics": diagnostics}
+            return blocks.precondition(inverses, matrices), {"factors": factors, "diagnostics": diagnostics}, sound
         due = (state.count % invert_every == 0) | state.stale
         inverses, diagnostics = jax.lax.cond(
             due, lambda: blocks.invert(inverse), lambda: (state.inverses, state.diagnostics)
         )
         directions = blocks.precondition(inverses, matrices)
+        moved = ~due & (state.moved | (state.count % update_every == 0))
         directions, ratio = jax.lax.cond(
-            due,
-            lambda: (directions, jnp.ones_like(diagnostics.model_ratio)),
+            moved,
             lambda: blocks.checked(directions, matrices),
+            lambda: (directions, jnp.ones_like(diagnostics.model_ratio)),
         )
-        stale = jnp.any((ratio > STALE_RATIO) | (ratio < 1 / STALE_RATIO))
-        diagnostics = diagnostics._replace(model_ratio=ratio)
-        return directions, {"factors": factors, "inverses": inverses, "stale": stale, "diagnostics": diagnostics}
+        fields = {
+            "factors": factors,
+            "inverses": inverses,
+            "moved": moved,
+            "stale": jnp.any((ratio > STALE_RATIO) | (ratio < 1 / STALE_RATIO)),
+            "diagnostics": diagnostics._replace(model_ratio=ratio),
+        }
+        return directions, fields, sound
 
     options = {"kl_clip": kl_clip, "fallback": fallback, "factor_sharding": factor_sharding}
     return layerwise(method, layers, ScaleByKFACState, init_rule, update_rule, **options)

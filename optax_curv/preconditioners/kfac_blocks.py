@@ -1,5 +1,6 @@
 """The damped Kronecker blocks of all layers, their inverses, and how a direction compares with its layer's model."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -7,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_curv.linalg import cholesky, cholesky_solve, conjugate_gradient, lapack
+from optax_curv.linalg import conjugate_gradient, lapack
+from optax_curv.linalg.cholesky import damped_inverse
 from optax_curv.preconditioners.damping import factor_damping, mean_diagonal
 from optax_curv.preconditioners.diagnostics import LayerDiagnostics
-from optax_curv.preconditioners.layerwise import HIGHEST, kron_product, map_grouped
+from optax_curv.preconditioners.distribution import divided
+from optax_curv.preconditioners.layer_stacks import LayerStacks
+from optax_curv.preconditioners.layerwise import HIGHEST, kron_product
 
 # Damping of a layer that is not to move: its inverses are 1e-18 each, and their product still is no denormal number.
 STILL = 1e18
@@ -30,6 +34,9 @@ class KroneckerInverse(NamedTuple):
 
 def _inverse(factor, damping, method):
     """Inverses of a batch of damped factors [B, d, d] or diagonals [B, d]; damping used and condition, [B] each."""
+    if factor.shape[-1] == 1 and factor.ndim == 3:
+        inverse, *figures = _inverse(factor[..., 0], damping, method)
+        return inverse[..., None], *figures
     if factor.ndim == 2:
         damped = factor + damping[:, None]
         inverse = jnp.where(damped > 0, 1 / damped, 0)  # a coordinate without curvature or damping is left out
@@ -41,10 +48,7 @@ def _inverse(factor, damping, method):
         values = values + used[:, None]
         inverse = jnp.matmul(vectors / values[:, None, :], vectors.mT, precision=HIGHEST)
         return inverse, used, values[:, -1] / values[:, 0]
-    lower, used = cholesky(factor, damping)
-    eye = jnp.broadcast_to(jnp.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
-    pivots = jnp.diagonal(lower, axis1=-2, axis2=-1)
-    return cholesky_solve(lower, eye), used, jnp.square(jnp.max(pivots, -1) / jnp.min(pivots, -1))
+    return damped_inverse(factor, damping)
 
 
 def _common_widths(widths) -> dict[int, int]:
@@ -88,85 +92,70 @@ def _solve_by_cg(factor, damping, x):
 class Blocks:
     """The damped blocks (A + d_A I) ⊗ (G + d_G I) of all layers, and what is computed with them.
 
-    Numbers of single slices are computed as one vector over all slices of all layers: as many small kernels as there
-    are layers would take most of the time to compile.
+    Args:
+      present: the layers, `PresentLayer` by name.
+      factors: their `KroneckerFactors`, as `LayerStacks`.
+      damping: λ, [].
+      rule: how λ is split.
+      sharding: over which devices the stacks are divided, or None.
     """
 
-    def __init__(self, present, factors, damping, rule, sharding=None):
-        self.sharding = sharding
-        self.present = {name: present[name] for name in sorted(present)}
-        self.stacks = {name: x.layer.stack for name, x in self.present.items()}
-        self.a = {name: factors[name].input_factor for name in self.present}
-        self.g = {name: factors[name].output_factor for name in self.present}
-        self.sizes = [math.prod(stack) for stack in self.stacks.values()]
-        mean_a, mean_g = (
-            self._joined({name: mean_diagonal(f, f.ndim == len(self.stacks[name]) + 2) for name, f in side.items()})
-            for side in (self.a, self.g)
-        )
-        elementwise = np.array([x.layer.kind in ("scale", "shift") for x in self.present.values()], bool)
-        elementwise = np.repeat(elementwise, self.sizes)
-        added = factor_damping(rule, damping.astype(mean_a.dtype), mean_a, mean_g, elementwise)
-        # Nothing has reached such a layer yet, and a gradient without any curvature is no reason to move it.
-        silent = ~(mean_a * mean_g > 0)
-        self.damping_a, self.damping_g = (self._by_layer(jnp.where(silent, STILL, x)) for x in added)
-        self.trace_ratio = mean_a / jnp.where(mean_g > 0, mean_g, 1)
+    def __init__(self, present, factors: LayerStacks, damping, rule, sharding=None):
+        self.factors, self.layout, self.sharding = factors, factors.layout, sharding
+        self.dampings, self.trace_ratios = [], []
+        for entries, (a, g, _) in zip(self.layout, factors.groups, strict=True):
+            mean_a, mean_g = mean_diagonal(a, a.ndim == 3), mean_diagonal(g, g.ndim == 3)
+            elementwise = present[entries[0][0]].layer.kind in ("scale", "shift")
+            added = factor_damping(rule, damping.astype(mean_a.dtype), mean_a, mean_g, elementwise)
+            # Nothing has reached such a layer yet, and a gradient without any curvature is no reason to move it.
+            silent = ~(mean_a * mean_g > 0)
+            self.dampings.append(tuple(jnp.where(silent, STILL, x).astype(a.dtype) for x in added))
+            self.trace_ratios.append(mean_a / jnp.where(mean_g > 0, mean_g, 1))
 
-    def _joined(self, values):
-        """One vector of the values [*stack] of every layer."""
-        return jnp.concatenate([jnp.zeros(0, jnp.float32), *(values[name].ravel() for name in self.present)])
+    def _each(self, function, *columns) -> LayerStacks:
+        """`function(a, d_A, g, d_G, ...)` of every stack, whose entries the devices divide among them."""
+        function = divided(function, self.sharding)
+        rows = zip(self.factors.groups, self.dampings, *(column.groups for column in columns), strict=True)
+        return LayerStacks(self.layout, [function(a, d_a, g, d_g, *x) for (a, g, _), (d_a, d_g), *x in rows])
 
-    def _by_layer(self, vector):
-        """The values [*stack] of every layer from one vector."""
-        ends = np.cumsum(self.sizes)
-        return {
-            name: vector[end - size : end].reshape(x.layer.stack).astype(x.dtype)
-            for (name, x), size, end in zip(self.present.items(), self.sizes, ends, strict=True)
-        }
-
-    def _largest(self, vector):
-        """The largest over the slices of each layer, [layers]."""
-        if set(self.sizes) <= {1}:
-            return vector
-        layer_of_slice = np.repeat(np.arange(len(self.sizes)), self.sizes)
-        return jax.ops.segment_max(vector, layer_of_slice, len(self.sizes))
+    def _largest(self, vectors):
+        """The largest over the slices of each layer, [layers] in the order of the layout."""
+        joined = jnp.concatenate([jnp.zeros(0, jnp.float32), *vectors])
+        sizes = [math.prod(stack) for entries in self.layout for _, stack in entries]
+        if set(sizes) <= {1}:
+            return joined
+        return jax.ops.segment_max(joined, np.repeat(np.arange(len(sizes)), sizes), len(sizes))
 
     def invert(self, method):
-        """Inverses and diagnostics: A- and G-factors of about one width, over all layers, in one batch."""
-        keyed = {(name, side): factor for side in ("a", "g") for name, factor in getattr(self, side).items()}
-        damping = {(name, side): getattr(self, f"damping_{side}")[name] for name, side in keyed}
-        stacks = {key: self.stacks[key[0]] for key in keyed}
-        widths = {key: f.shape[-1] for key, f in keyed.items() if f.ndim == len(stacks[key]) + 2}
+        """Inverses and diagnostics: factors of about one width, over all layers, in one batch."""
+        keyed = {(i, side): x[side] for side in (0, 1) for i, x in enumerate(self.factors.groups)}
+        dampings = {(i, side): self.dampings[i][side] for i, side in keyed}
+        widths = {key: f.shape[-1] for key, f in keyed.items() if f.ndim == 3}
         common = _common_widths(widths.values())
         keyed |= {key: _padded(keyed[key], common[width]) for key, width in widths.items()}
+        inverse = divided(functools.partial(_inverse, method=method), self.sharding)
+        found = dict(zip(keyed, lapack.joined(inverse, keyed.values(), dampings.values()), strict=True))
+        cut = {key: x[..., : widths[key], : widths[key]] if key in widths else x for key, (x, *_) in found.items()}
+        places = range(len(self.layout))
+        inverses = LayerStacks(self.layout, [KroneckerInverse(cut[i, 0], cut[i, 1]) for i in places])
+        figures = [[found[i, side][figure] for i in places] for figure in (1, 2) for side in (0, 1)]
+        ones = [jnp.ones_like(x) for x in self.trace_ratios]
+        return inverses, LayerDiagnostics(*map(self._largest, (*figures, self.trace_ratios, ones)))
 
-        def inverse(factor, damping):
-            return _inverse(factor, damping, method)
-
-        results = map_grouped(inverse, stacks, keyed, damping, sharding=self.sharding)
-        found = {key: x[..., : widths[key], : widths[key]] if key in widths else x for key, (x, *_) in results.items()}
-        inverses = {name: KroneckerInverse(found[name, "a"], found[name, "g"]) for name in self.stacks}
-        figures = [
-            self._joined({name: results[name, side][i] for name in self.stacks}) for i in (1, 2) for side in ("a", "g")
-        ]
-        ones = jnp.ones_like(self.trace_ratio)
-        return inverses, LayerDiagnostics(*map(self._largest, (*figures, self.trace_ratio, ones)))
-
-    def precondition(self, inverses, matrices):
+    def precondition(self, inverses: LayerStacks, matrices: LayerStacks) -> LayerStacks:
         """The directions that these inverses give."""
-        left = {name: x.input_inverse for name, x in inverses.items()}
-        right = {name: x.output_inverse for name, x in inverses.items()}
-        return map_grouped(kron_product, self.stacks, left, matrices, right, sharding=self.sharding)
+        product = divided(lambda inverse, x: kron_product(inverse[0], x, inverse[1]), self.sharding)
+        return inverses.map(product, matrices)
 
-    def solve_by_cg(self, matrices):
+    def solve_by_cg(self, matrices: LayerStacks) -> LayerStacks:
         """The directions without any inverse."""
 
         def solve(a, damping_a, g, damping_g, x):
             return _solve_by_cg(g, damping_g, _solve_by_cg(a, damping_a, x).mT).mT
 
-        columns = (self.a, self.damping_a, self.g, self.damping_g, matrices)
-        return map_grouped(solve, self.stacks, *columns, sharding=self.sharding)
+        return self._each(solve, matrices)
 
-    def checked(self, directions, matrices):
+    def checked(self, directions: LayerStacks, matrices: LayerStacks):
         """The directions, none longer than the minimiser of its layer's model along it; and how the two compare.
 
         Along u the model ½ t² ⟨u, F u⟩ − t ⟨u, ∇⟩ has its minimum at t = 1 / ratio, ratio = ⟨u, F u⟩ / ⟨u, ∇⟩; for
@@ -181,8 +170,8 @@ class Blocks:
             ratio = jnp.where(slope > 0, bend / jnp.where(slope > 0, slope, 1), 1)
             return u / jnp.maximum(1, ratio)[:, None, None], ratio
 
-        columns = (self.a, self.damping_a, self.g, self.damping_g, directions, matrices)
-        results = map_grouped(check, self.stacks, *columns, sharding=self.sharding)
-        ratio = self._joined({name: ratio for name, (_, ratio) in results.items()})
-        high, low = self._largest(ratio), 1 / self._largest(1 / jnp.maximum(ratio, jnp.finfo(ratio.dtype).tiny))
-        return {name: u for name, (u, _) in results.items()}, jnp.where(high * low > 1, high, low)
+        results = self._each(check, directions, matrices).groups
+        ratios = [ratio for _, ratio in results]
+        high = self._largest(ratios)
+        low = 1 / self._largest([1 / jnp.maximum(x, jnp.finfo(x.dtype).tiny) for x in ratios])
+        return LayerStacks(self.layout, [u for u, _ in results]), jnp.where(high * low > 1, high, low)

@@ -36,9 +36,10 @@ def init_factors(in_dim: int, out_dim: int) -> KroneckerFactors:
     return KroneckerFactors(jnp.zeros((in_dim, in_dim)), jnp.zeros((out_dim, out_dim)), jnp.int32(0))
 
 
-def is_silent(statistic) -> jax.Array:
-    """Whether a statistic is zero, or too small for arithmetic: bool []."""
-    return jnp.max(jnp.abs(statistic), initial=0) < jnp.finfo(statistic.dtype).tiny
+def is_silent(statistic, batch: int = 0) -> jax.Array:
+    """Whether a statistic is zero, or too small for arithmetic: bool of its first `batch` axes."""
+    axes = tuple(range(batch, statistic.ndim))
+    return jnp.max(jnp.abs(statistic), axis=axes, initial=0) < jnp.finfo(statistic.dtype).tiny
 
 
 def average_factors(factors: KroneckerFactors, new_input, new_output, decay) -> KroneckerFactors:

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.capture.layers import Layer, Layers, layer_leaves, layer_matrix
-from optax_curv.capture.statistics import KroneckerFactors
+from optax_curv.capture.statistics import FactorRows, KroneckerFactors, factors_of_rows
 from optax_curv.preconditioners import contracts
+from optax_curv.preconditioners.axis_factors import running_weight
 from optax_curv.preconditioners.distribution import as_kept, divided, require_sharding, with_sharding_types
-from optax_curv.preconditioners.kronecker_factors import HIGHEST, average_factors
+from optax_curv.preconditioners.kronecker_factors import HIGHEST, average_factors, is_silent
+from optax_curv.preconditioners.layer_stacks import LayerStacks, layout_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,9 @@ class PresentLayer:
     def statistic(self, method: str, value) -> tuple[jax.Array, jax.Array]:
         """Input and output factor of one layer's statistic, in the shapes of `layer.factor_shapes`."""
         whole, stack = self.whole, self.whole.stack
+        if isinstance(value, FactorRows):
+            self._require_rows(method, value)
+            value = KroneckerFactors(*factors_of_rows(value, whole), jnp.int32(1))
         if not (hasattr(value, "input_factor") and hasattr(value, "output_factor")):
             raise ValueError(
                 f"{method}: the statistic of layer {whole.name!r} is a {type(value).__name__}, expected one with "
@@ -53,6 +58,18 @@ class PresentLayer:
         full = factors[0].ndim == len(stack) + 2
         factors[0] = factors[0][..., rows, rows] if full else factors[0][..., rows]
         return tuple(map(_in_shape, factors, self.layer.factor_shapes))
+
+    def _require_rows(self, method, value):
+        for what, rows, width in (
+            ("inputs", value.inputs, self.whole.rows_of_matrix),
+            ("output_grads", value.output_grads, self.whole.out_dim),
+        ):
+            no_features = what == "inputs" and rows.ndim == value.output_grads.ndim - 1
+            if not no_features and (rows.shape[:-2] != self.whole.stack or rows.shape[-1] != width):
+                raise ValueError(
+                    f"{method}: the {what} of layer {self.whole.name!r} have shape {rows.shape}, expected "
+                    f"{(*self.whole.stack, 'R', width)}."
+                )
 
 
 def _in_shape(factor, shape):
@@ -137,6 +154,43 @@ def zero_factors(present) -> dict[str, KroneckerFactors]:
     return {name: zeros(x) for name, x in present.items()}
 
 
+def averaged_stacks(method, present, state, curvature, decay, update_every) -> tuple[LayerStacks, jax.Array]:
+    """The state's factors with this step's statistics averaged in where the period says so, and whether they are sound.
+
+    The weight of the newest of k is (1 - decay) / (1 - decayᵏ), so that the first batch stays no heavier than the
+    others. A layer whose factors are still zero starts with what comes.
+    """
+
+    def average(old, new):
+        a, g, count = old
+        count = jnp.where(is_silent(a, batch=1) | is_silent(g, batch=1), 0, count)
+        weight = running_weight(contracts.value_at(decay, state.count, a.dtype), count)
+
+        def moved(old, new):
+            w = weight.reshape(-1, *(1,) * (old.ndim - 1))
+            return jnp.where(w == 1, new, old + w * (new - old))
+
+        return KroneckerFactors(moved(a, new[0]), moved(g, new[1]), count + 1)
+
+    def measured():
+        given = {name: x.statistic(method, curvature[name]) for name, x in present.items()}
+        given = LayerStacks.of(state.factors.layout, given)
+        return state.factors.map(average, given), contracts.is_squarable(given)
+
+    if isinstance(update_every, int) and update_every == 1:
+        return measured()
+    return jax.lax.cond(state.count % update_every == 0, measured, lambda: (state.factors, jnp.bool_(True)))
+
+
+def zero_stacks(present) -> LayerStacks:
+    """Factors of the layers before any step, their counts for each slice of a stack."""
+    layers = {
+        name: KroneckerFactors(*x[:2], jnp.zeros(present[name].layer.stack, jnp.int32))
+        for name, x in zero_factors(present).items()
+    }
+    return LayerStacks.of(layout_of(present), layers)
+
+
 def averaged(method, present, state, curvature, decay, update_every) -> dict[str, KroneckerFactors]:
     """The state's factors with this step's statistics averaged in, where the period says so."""
     due = state.count % update_every == 0
@@ -192,7 +246,8 @@ def layerwise(method, layers, state_type, init_rule, update_rule, *, kl_clip, fa
       layers: `Layers`.
       state_type: NamedTuple with the fields count, fallback, total_notfinite and the rule's.
       init_rule: dict of `PresentLayer` -> the rule's fields.
-      update_rule: (present, state, matrices, curvature) -> (directions, the rule's new fields), both of them by layer.
+      update_rule: (present, state, matrices, curvature) -> (directions by layer, the rule's new fields, whether the
+        statistics that entered are sound: bool []).
       kl_clip: None or c: the directions are scaled by min(1, sqrt(c / Σ ⟨direction, gradient⟩)).
       fallback: transformation for the leaves that no layer covers, or None.
       factor_sharding: how the state keeps the rule's fields, see `distribution`.
@@ -229,7 +284,7 @@ def layerwise(method, layers, state_type, init_rule, update_rule, *, kl_clip, fa
         paths, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_gap)
         leaves = {jax.tree_util.keystr(path): leaf for path, leaf in paths}
         matrices = {name: layer_matrix(x.layer, leaves).astype(x.dtype) for name, x in present.items()}
-        directions, fields = update_rule(present, state, matrices, curvature)
+        directions, fields, sound = update_rule(present, state, matrices, curvature)
         if kl_clip is not None:
             decrease = sum(jnp.vdot(directions[name], matrices[name], precision=HIGHEST).real for name in present)
             # a NaN-free 1 where the decrease is zero, as the root of infinity is infinite
@@ -240,7 +295,7 @@ def layerwise(method, layers, state_type, init_rule, update_rule, *, kl_clip, fa
         new_updates = jax.tree.unflatten(treedef, leaves.values())
         new_updates, fallback_state = others.update(new_updates, state.fallback, params, **extra_args)
         fields = as_kept(fields, factor_sharding) | {"count": state.count + 1, "fallback": fallback_state}
-        good = contracts.is_squarable(updates, curvature)
+        good = contracts.is_squarable(updates) & sound
         return contracts.skip_unless(good, new_updates, state._replace(**fields), state)
 
     return optax.GradientTransformationExtraArgs(init, with_sharding_types(update))

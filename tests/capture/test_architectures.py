@@ -13,6 +13,7 @@ import unusual_architectures  # noqa: F401 - which registers its own
 
 from optax_curv import find_layers, value_grad_and_curvature
 from optax_curv.capture.layers import layer_matrix
+from optax_curv.capture.statistics import factors_of_rows
 
 EXACT = 1e-10  # relative to the largest entry, float64: the same sums in another order
 ROUNDING = 1e-14  # absolute: sums of numbers of order one that cancel (a key's bias has no gradient)
@@ -37,6 +38,7 @@ def everything(loss, params, args):
     return {
         "expand": value_grad_and_curvature(loss)(params, *args),
         "reduce": value_grad_and_curvature(loss, sharing="reduce")(params, *args)[2],
+        "rows": value_grad_and_curvature(loss, statistic="rows")(params, *args)[2],
         "single": jax.vmap(single)(*args),
         "single_grads": jax.vmap(lambda *x: jax.grad(loss)(params, *(y[None] for y in x)))(*args),
     }
@@ -88,6 +90,10 @@ def assert_factors(layer, measured, a, g, matrix, rounding):
     """Both sharings' factors from the rows [N, *stack, R of one example, ·] and gradients of single examples."""
     expand, reduce = measured["expand"][2][layer.name], measured["reduce"][layer.name]
     assert (expand.input_factor.shape, expand.output_factor.shape) == layer.factor_shapes
+    made = measured["rows"][layer.name]
+    made = made[:2] if layer.kind in ELEMENTWISE else factors_of_rows(made, layer)
+    for found, factor in zip(made, expand[:2], strict=True):
+        assert_equal_up_to_rounding(found, factor, f"factors of the rows of {layer.name}", rounding)
     full_input, full_output = (len(shape) == len(layer.stack) + 2 for shape in layer.factor_shapes)
     if layer.kind in ELEMENTWISE:
         for factors in (expand, reduce):

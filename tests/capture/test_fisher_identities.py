@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from optax_curv import Objective, testing, value_grad_and_curvature
+from optax_curv import Objective, find_layers, testing, value_grad_and_curvature
+from optax_curv.capture.statistics import factors_of_rows
 from optax_curv.preconditioners.damping import factor_damping
 
 EXACT = 1e-9
@@ -216,6 +217,10 @@ def test_raw_samples_make_the_factors():
     objective = Objective(tanh_net, "categorical")
     for options in ({"fisher": "exact"}, {"fisher": "sampled", "samples": 3, "key": jax.random.key(0)}):
         factors = curvature(objective, params, data, **options)
+        layers = find_layers(objective, params, *data)
+        for name, rows in curvature(objective, params, data, statistic="rows", **options).items():
+            for made, factor in zip(factors_of_rows(rows, layers[name]), factors[name][:2], strict=True):
+                close(made, factor)
         for name, raw in curvature(objective, params, data, statistic="raw", **options).items():
             rows = len(raw.inputs)
             close(raw.inputs.T @ raw.inputs / rows, factors[name].input_factor)

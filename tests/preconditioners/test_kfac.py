@@ -8,7 +8,15 @@ import numpy as np
 import optax
 import pytest
 
-from optax_curv import KroneckerFactors, Layer, Layers, kfac, scale_by_kfac
+from optax_curv import (
+    KroneckerFactors,
+    Layer,
+    Layers,
+    find_layers,
+    kfac,
+    scale_by_kfac,
+    value_grad_and_curvature,
+)
 from optax_curv.capture.layers import layer_matrix
 from optax_curv.preconditioners.kfac import STALE_RATIO
 
@@ -134,9 +142,11 @@ def test_the_first_statistic_replaces_and_later_ones_average(x64):
     for name, factors in state.factors.items():
         np.testing.assert_array_equal(factors.input_factor, first[name].input_factor)
     updates, state = step(grads, state, second)
+    weight = 0.4 / (1 - 0.6**2)  # of the second of two
     average = {
         name: KroneckerFactors(
-            *(0.6 * a + 0.4 * b for a, b in zip(first[name][:2], second[name][:2], strict=False)), jnp.int32(2)
+            *((1 - weight) * a + weight * b for a, b in zip(first[name][:2], second[name][:2], strict=False)),
+            jnp.int32(2),
         )
         for name in first
     }
@@ -161,6 +171,35 @@ def test_periods_hold_back_statistics_and_inverses(x64):
         not np.array_equal(a.inverses["hidden"][0], b.inverses["hidden"][0]) for a, b in itertools.pairwise(seen)
     ]
     assert inverted == [False, False, True]
+
+
+def test_rows_are_made_into_factors_where_the_period_asks_for_them(x64):
+    def loss(params, x):
+        return jnp.mean((jnp.tanh(x @ params["w"] + params["b"]) @ params["v"]) ** 2)
+
+    params = {"w": jnp.ones((3, 4)) / 3, "b": jnp.zeros(4), "v": jnp.arange(8.0).reshape(4, 2) / 8}
+    batches = [jax.random.normal(jax.random.key(i), (5, 3)) for i in range(4)]
+    layers = find_layers(loss, params, batches[0])
+    tx = scale_by_kfac(layers, 0.1, update_every=2, invert_every=2)
+
+    def run(statistic):
+        take, state, seen = value_grad_and_curvature(loss, statistic=statistic), tx.init(params), []
+        for x in batches:
+            _, grads, curvature = take(params, x)
+            updates, state = tx.update(grads, state, params, curvature=curvature)
+            seen.append(updates)
+        return seen, state
+
+    (found, state), (expected, expected_state) = run("rows"), run("kronecker")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), (found, state), (expected, expected_state))
+    assert [int(factors.count) for factors in state.factors.values()] == [2, 2]
+    bad = value_grad_and_curvature(loss, statistic="rows")(params, batches[0])[2]
+    bad = bad | {"w": bad["w"]._replace(inputs=bad["w"].inputs.at[0, 0].set(jnp.nan))}
+    grads = jax.grad(loss)(params, batches[0])
+    updates, after = tx.update(grads, state, params, curvature=bad)
+    assert after.total_notfinite == 1 and not any(jnp.any(u != 0) for u in jax.tree.leaves(updates))
+    with pytest.raises(ValueError, match=r"expected .*'R', 4"):
+        tx.update(grads, state, params, curvature=bad | {"w": bad["w"]._replace(inputs=jnp.ones((5, 3)))})
 
 
 def test_without_a_period_the_state_holds_no_inverses(x64):
