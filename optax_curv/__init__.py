@@ -13,6 +13,7 @@ from optax_curv.capture.rows import jacobian_rows as jacobian_rows
 from optax_curv.capture.rows import per_example_grads as per_example_grads
 from optax_curv.capture.rows import residual_rows as residual_rows
 from optax_curv.capture.statistics import EigenbasisMoments as EigenbasisMoments
+from optax_curv.capture.statistics import FactorRows as FactorRows
 from optax_curv.capture.statistics import KroneckerFactors as KroneckerFactors
 from optax_curv.capture.statistics import RawSamples as RawSamples
 from optax_curv.preconditioners.adam_in_basis import ScaleByAdamInBasisState as ScaleByAdamInBasisState

@@ -197,10 +197,8 @@ class Probing:
                 self._first[key] = use
                 self._basis[key] = basis[use.layer.name] if basis is not None else (None, None)
                 self.zeros[key] = statistics.probe(statistic, sharing, use, dtype, lengths)
-            apart = statistics.is_linear(use.layer, sharing)
-            loops = tuple(
-                own or keeps_rows or (apart and depth == use.example_loop) for depth, own in enumerate(use.loops)
-            )
+            by_example = use.example_loop if statistics.is_linear(use.layer, sharing) else None
+            loops = tuple(own or keeps_rows or depth == by_example for depth, own in enumerate(use.loops))
             self._taps[number] = Tap(key, use.found.operands, self._tap(use), loops)
 
     def _tap(self, use: Use) -> Callable:
@@ -319,9 +317,7 @@ def value_grad_and_curvature(
         if given not in choices:
             raise ValueError(f"value_grad_and_curvature: unknown {name}={given!r}; expected one of {choices}.")
     if statistic == "rows" and sharing == "reduce":
-        raise ValueError(
-            "value_grad_and_curvature: statistic='rows' keeps every row, as sharing='expand' does, not 'reduce'."
-        )
+        raise ValueError("value_grad_and_curvature: statistic='rows' needs sharing='expand'; 'reduce' sums rows first.")
     is_objective = isinstance(loss_fn, Objective)
     if fisher != "empirical" and not is_objective:
         raise ValueError(

@@ -119,7 +119,7 @@ def scale_by_adam_in_basis(
         _, basis = layer_bases(present, factors)
         return basis, carry_moments(present, state.moments, state.basis, basis)
 
-    def update_rule(present, state, matrices, curvature):
+    def update_rule(present, state, matrices, curvature, good):
         factors = averaged(METHOD, present, state, curvature, decay, update_every)
         basis, moments = jax.lax.cond(
             state.count % basis_every == 0,
@@ -138,7 +138,7 @@ def scale_by_adam_in_basis(
             inside = jnp.where(scale > 0, inside / jnp.where(scale > 0, scale, 1), 0)
             directions[name] = out_of_basis(basis[name], inside)
         fields = {"factors": factors, "basis": basis, "momentum": momentum, "moments": moments}
-        return directions, fields, contracts.is_squarable(curvature)
+        return directions, fields, {}, good & contracts.is_squarable(curvature)
 
     options = {"kl_clip": None, "fallback": fallback, "factor_sharding": None}
     return layerwise(METHOD, layers, ScaleByAdamInBasisState, init_rule, update_rule, **options)

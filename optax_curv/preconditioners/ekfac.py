@@ -253,7 +253,7 @@ def scale_by_ekfac(
             )
         return jnp.asarray(value.moments, x.dtype)
 
-    def update_rule(present, state, matrices, curvature):
+    def update_rule(present, state, matrices, curvature, good):
         new = {name: measured(x, curvature[name]) for name, x in present.items()}
         factors = averaged(method, present, state, curvature, decay, update_every)
         averaging, first = state.count % update_every == 0, state.count == 0
@@ -275,7 +275,7 @@ def scale_by_ekfac(
         sides = [{name: x[side] for name, x in basis.items()} for side in (0, 1)]
         directions = map_grouped(_direction, _stacks(present), *sides, damped, matrices)
         fields = {"factors": factors, "basis": basis, "moments": moments}
-        return directions, fields, contracts.is_squarable(curvature)
+        return directions, fields, {}, good & contracts.is_squarable(curvature)
 
     options = {"kl_clip": kl_clip, "fallback": fallback, "factor_sharding": None}
     return layerwise(method, layers, ScaleByEKFACState, init_rule, update_rule, **options)

@@ -14,6 +14,7 @@ from optax_curv.preconditioners import contracts
 from optax_curv.preconditioners.damping import mean_diagonal
 from optax_curv.preconditioners.distribution import with_sharding_types
 from optax_curv.preconditioners.kfac_blocks import Blocks
+from optax_curv.preconditioners.kfac_blocks import precondition as preconditioned
 from optax_curv.preconditioners.layer_stacks import LayerStacks
 from optax_curv.preconditioners.layerwise import (
     averaged_stacks,
@@ -232,16 +233,17 @@ def _times(scale):
 def _layer_preconditioner(method, layers, updates, state, curvature, decay, damping):
     """The averaged factors, whether what entered is sound, and K-FAC's inverse of them as a function of a tree."""
     present = match_layers(method, layers, updates, True)
-    factors, sound = averaged_stacks(method, present, state, read_curvature(method, layers, curvature), decay, 1)
-    blocks = Blocks(present, factors, damping, "pi")
-    inverses, _ = blocks.invert("cholesky")
+    factors, sound = averaged_stacks(
+        method, present, state.factors, state.count, read_curvature(method, layers, curvature), decay, True
+    )
+    inverses, _ = Blocks(present, factors, damping, "pi").invert("cholesky")
     covered = {path for x in present.values() for path in x.layer.paths}
     mean = _mean_eigenvalue(factors) + damping
 
     def precondition(r):
         leaves = leaves_by_path(r)
         matrices = {name: layer_matrix(x.layer, leaves).astype(x.dtype) for name, x in present.items()}
-        directions = blocks.precondition(inverses, LayerStacks.of(factors.layout, matrices))
+        directions = preconditioned(inverses, LayerStacks.of(factors.layout, matrices))
         solved = {path: leaf for path, leaf in leaves.items() if path in covered}
         for name, x in present.items():
             solved |= layer_leaves(x.layer, directions[name], leaves)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.capture.layers import Layers
-from optax_curv.capture.statistics import KroneckerFactors
-from optax_curv.preconditioners import contracts
+from optax_curv.capture.statistics import FactorRows, KroneckerFactors
+from optax_curv.preconditioners import contracts, symmetric_pairs
 from optax_curv.preconditioners.damping import RULES
 from optax_curv.preconditioners.diagnostics import LayerDiagnostics
-from optax_curv.preconditioners.kfac_blocks import Blocks, KroneckerInverse
+from optax_curv.preconditioners.kfac_blocks import Blocks, KroneckerInverse, held_to_rows, precondition
 from optax_curv.preconditioners.layer_stacks import LayerStacks
 from optax_curv.preconditioners.layerwise import averaged_stacks, layerwise, zero_stacks
 from optax_curv.preconditioners.quadratic_model import adapt_damping, refuse_weight_decay, scale_by_quadratic_model
@@ -27,9 +27,8 @@ class ScaleByKFACState(NamedTuple):
 
     Attributes:
       count: steps taken, int32 [].
-      factors: running averages, a mapping from layer to `KroneckerFactors`, kept as stacks of equal shapes.
-      inverses: a mapping from layer to `KroneckerInverse`; empty where no later step needs them, under inverse="cg" and
-        where invert_every is the Python number 1.
+      stacks: the running averages as stacks of equal shapes, or `symmetric_pairs` of them and their inverses where a
+        later step needs these: not under inverse="cg", nor where invert_every is the Python number 1.
       moved: whether the factors have changed since they were inverted, bool [].
       stale: whether the next step inverts out of turn, bool [].
       diagnostics: `LayerDiagnostics` of the layers in the order of `factors`; zeros under inverse="cg".
@@ -38,13 +37,57 @@ class ScaleByKFACState(NamedTuple):
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    factors: Mapping[str, KroneckerFactors]
-    inverses: Mapping[str, KroneckerInverse]
+    stacks: LayerStacks
     moved: jax.Array
     stale: jax.Array
     diagnostics: LayerDiagnostics
     fallback: optax.OptState
     total_notfinite: jax.Array
+
+    @property
+    def factors(self) -> Mapping[str, KroneckerFactors]:
+        """The running averages by layer."""
+        return self.stacks.map(_factors)
+
+    @property
+    def inverses(self) -> Mapping[str, KroneckerInverse]:
+        """The inverses of the damped factors by layer; none where none are kept."""
+        pairs = LayerStacks((), ()) if _holds_no_inverses(self.stacks) else self.stacks
+        return pairs.map(_inverses)
+
+
+class _Pairs(NamedTuple):
+    """The two sides of a stack of layers, each a pair of factor and inverse, and how often averaged."""
+
+    input_pair: jax.Array
+    output_pair: jax.Array
+    count: jax.Array  # type: ignore[override]
+
+
+def _factors(group) -> KroneckerFactors:
+    if isinstance(group, KroneckerFactors):
+        return group
+    return KroneckerFactors(symmetric_pairs.first(group[0]), symmetric_pairs.first(group[1]), group[2])
+
+
+def _inverses(group: _Pairs) -> KroneckerInverse:
+    return KroneckerInverse(symmetric_pairs.second(group[0]), symmetric_pairs.second(group[1]))
+
+
+def _holds_no_inverses(stacks) -> bool:
+    return any(isinstance(group, KroneckerFactors) for group in stacks.groups)
+
+
+def _with_factors(group, factors: KroneckerFactors):
+    if isinstance(group, KroneckerFactors):
+        return factors
+    with_first = symmetric_pairs.with_first
+    return _Pairs(with_first(group[0], factors[0]), with_first(group[1], factors[1]), factors[2])
+
+
+def _with_inverses(group: _Pairs, inverses: KroneckerInverse) -> _Pairs:
+    with_second = symmetric_pairs.with_second
+    return _Pairs(with_second(group[0], inverses[0]), with_second(group[1], inverses[1]), group[2])
 
 
 def scale_by_kfac(
@@ -72,6 +115,10 @@ def scale_by_kfac(
     quadratic model along it is cut to that minimiser, and where the two differ by more than a factor of two the next
     step inverts out of turn. So long periods are safe, also early on, when the factors move fast.
 
+    With ``statistic="rows"`` the layers' rows come in the place of factors, which are made of them only in the steps
+    that average them in. Then every direction is held to what the step's own rows say of it, ⟨u, F u⟩ = N Σ_r
+    (a_rᵀ U ḡ_r)² over some 64 of them, which costs far less than the factors and keeps a period of 20 safe.
+
     Args:
       layers: from `find_layers`, or made by hand.
       damping: λ ≥ 0 of each block; a number or a schedule. A layer whose statistics have all been zero stays still.
@@ -81,7 +128,7 @@ def scale_by_kfac(
         (max(λ · tr(F)/dim, 1e-10) for each factor F). An element-wise scale or shift takes all of λ at G.
       inverse: "cholesky", "eigh" (slower, for factors that are far from definite), or "cg" (no inverses: conjugate
         gradients at every step; for layers too wide to factorise).
-      update_every: steps between averaging statistics in.
+      update_every: steps between averaging statistics in; None: 1, or `invert_every` where the statistics are rows.
       invert_every: steps between inversions; the first step always inverts. The Python number 1, the default, keeps no
         inverses in the state, which halves it. Under `jax.vmap` over a hyper-parameter `lax.cond` computes both
         branches, so longer periods save nothing there. Without effect under "cg".
@@ -123,51 +170,73 @@ def scale_by_kfac(
     if damping_rule == "pi":  # the floor of "trace" acts on the product, so that any number is meaningful
         contracts.require_number(method, "damping", damping, at_least=0)
     contracts.require_number(method, "decay", decay, at_least=0, at_most=1)
-    contracts.require_number(method, "update_every", update_every, at_least=1)
+    if update_every is not None:
+        contracts.require_number(method, "update_every", update_every, at_least=1)
     contracts.require_number(method, "invert_every", invert_every, at_least=1)
     always = isinstance(invert_every, int) and invert_every == 1  # then no step needs the inverses of an earlier one
 
     def init_rule(present):
-        factors = zero_stacks(present)
+        stacks = zero_stacks(present)
         dtype = jnp.result_type(jnp.float32, *(x.dtype for x in present.values()))
-        kept = factors if inverse != "cg" and not always else LayerStacks((), ())
+        if inverse != "cg" and not always:
+            stacks = stacks.map(
+                lambda f: _Pairs(symmetric_pairs.zeros_like(f[0]), symmetric_pairs.zeros_like(f[1]), f[2])
+            )
         return {
-            "factors": factors,
-            "inverses": kept.map(lambda f: KroneckerInverse(*map(jnp.zeros_like, f[:2]))),
+            "stacks": stacks,
             "moved": jnp.bool_(False),
             "stale": jnp.bool_(False),
             "diagnostics": LayerDiagnostics(*(jnp.zeros(len(present), dtype) for _ in LayerDiagnostics._fields)),
         }
 
-    def update_rule(present, state, matrices, curvature):
-        matrices = LayerStacks.of(state.factors.layout, matrices)
-        factors, sound = averaged_stacks(method, present, state, curvature, decay, update_every)
+    def update_rule(present, state, matrices, curvature, good):
+        matrices = LayerStacks.of(state.stacks.layout, matrices)
+        rows = any(isinstance(statistic, FactorRows) for statistic in curvature.values())
+        period = update_every if update_every is not None else invert_every if rows else 1
         lam = jnp.asarray(damping(state.count) if callable(damping) else damping)
-        blocks = Blocks(present, factors, lam, damping_rule, factor_sharding)
+
+        def averaged():
+            factors = state.stacks.map(_factors)
+            factors, sound = averaged_stacks(method, present, factors, state.count, curvature, decay, good)
+            return state.stacks.map(_with_factors, factors), sound
+
+        def blocks():
+            return Blocks(present, stacks.map(_factors), lam, damping_rule, factor_sharding)
+
+        def inverted():
+            inverses, diagnostics = blocks().invert(inverse)
+            return stacks.map(_with_inverses, inverses), diagnostics
+
+        averaging = state.count % period == 0
+        if isinstance(period, int) and period == 1:
+            stacks, good = averaged()
+        else:
+            stacks, good = jax.lax.cond(good & averaging, averaged, lambda: (state.stacks, good))
         if inverse == "cg":
-            return blocks.solve_by_cg(matrices), {"factors": factors}, sound
+            return blocks().solve_by_cg(matrices), {}, {"stacks": stacks}, good
         if always:
-            inverses, diagnostics = blocks.invert(inverse)
-            return blocks.precondition(inverses, matrices), {"factors": factors, "diagnostics": diagnostics}, sound
-        due = (state.count % invert_every == 0) | state.stale
-        inverses, diagnostics = jax.lax.cond(
-            due, lambda: blocks.invert(inverse), lambda: (state.inverses, state.diagnostics)
-        )
-        directions = blocks.precondition(inverses, matrices)
-        moved = ~due & (state.moved | (state.count % update_every == 0))
+            inverses, diagnostics = blocks().invert(inverse)
+            directions = precondition(inverses, matrices, factor_sharding)
+            return directions, {"diagnostics": diagnostics}, {"stacks": stacks}, good
+        due = good & ((state.count % invert_every == 0) | state.stale)
+        stacks, diagnostics = jax.lax.cond(due, inverted, lambda: (stacks, state.diagnostics))
+        directions = precondition(stacks.map(_inverses), matrices, factor_sharding)
+        if rows:
+            directions, ratio = held_to_rows(present, directions, matrices, curvature, diagnostics)
+            fields = {"diagnostics": diagnostics._replace(model_ratio=ratio)}
+            return directions, fields, {"stacks": stacks}, good
+        moved = ~due & (state.moved | averaging)
         directions, ratio = jax.lax.cond(
             moved,
-            lambda: blocks.checked(directions, matrices),
+            lambda: blocks().checked(directions, matrices),
             lambda: (directions, jnp.ones_like(diagnostics.model_ratio)),
         )
         fields = {
-            "factors": factors,
-            "inverses": inverses,
             "moved": moved,
             "stale": jnp.any((ratio > STALE_RATIO) | (ratio < 1 / STALE_RATIO)),
             "diagnostics": diagnostics._replace(model_ratio=ratio),
         }
-        return directions, fields, sound
+        return directions, fields, {"stacks": stacks}, good
 
     options = {"kl_clip": kl_clip, "fallback": fallback, "factor_sharding": factor_sharding}
     return layerwise(method, layers, ScaleByKFACState, init_rule, update_rule, **options)
@@ -181,8 +250,8 @@ def kfac(
     decay=0.95,
     damping_rule="pi",
     inverse="cholesky",
-    update_every=1,
-    invert_every=1,
+    update_every=None,
+    invert_every=None,
     kl_clip=None,
     fallback=None,
     factor_sharding=None,
@@ -206,8 +275,8 @@ def kfac(
       decay: weight of the old factors.
       damping_rule: "pi" or "trace".
       inverse: "cholesky", "eigh" or "cg".
-      update_every: steps between averaging statistics in.
-      invert_every: steps between inversions.
+      update_every: steps between averaging statistics in; None: 1, or `invert_every` where the statistics are rows.
+      invert_every: steps between inversions; None: 20, and 10 in the adaptive mode.
       kl_clip: None, or the bound of Σ ⟨u, ∇⟩.
       fallback: transformation for uncovered leaves.
       factor_sharding: how the work is divided over devices.
@@ -239,7 +308,7 @@ def kfac(
         "damping_rule": damping_rule,
         "inverse": inverse,
         "update_every": update_every,
-        "invert_every": invert_every,
+        "invert_every": invert_every if invert_every is not None else 10 if learning_rate is None else 20,
         "kl_clip": kl_clip,
         "fallback": fallback,
         "factor_sharding": factor_sharding,

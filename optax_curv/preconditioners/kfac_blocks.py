@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_curv.capture.statistics import FactorRows
 from optax_curv.linalg import conjugate_gradient, lapack
 from optax_curv.linalg.cholesky import damped_inverse
 from optax_curv.preconditioners.damping import factor_damping, mean_diagonal
@@ -16,6 +17,7 @@ from optax_curv.preconditioners.distribution import divided
 from optax_curv.preconditioners.layer_stacks import LayerStacks
 from optax_curv.preconditioners.layerwise import HIGHEST, kron_product
 
+SAMPLED_ROWS = 64
 # Damping of a layer that is not to move: its inverses are 1e-18 each, and their product still is no denormal number.
 STILL = 1e18
 
@@ -89,6 +91,19 @@ def _solve_by_cg(factor, damping, x):
     return jax.vmap(jax.vmap(solve, (None, None, 1), 1))(factor, damping, x)
 
 
+def curvature_along(u, rows: FactorRows):
+    """N Σ_r (a_rᵀ U ḡ_r)² of a layer's directions [*stack, rows, out], by every k-th of its rows: [*stack]."""
+    step = max(1, rows.output_grads.shape[-2] // SAMPLED_ROWS)
+    grads = rows.output_grads[..., ::step, :].astype(u.dtype)
+    if rows.inputs.ndim < rows.output_grads.ndim:  # the one-hot rows of an embedding
+        seen = jnp.take_along_axis(u, rows.inputs[..., ::step, None], axis=-2)
+    else:
+        inputs = rows.inputs[..., ::step, :].astype(u.dtype)
+        seen = jnp.matmul(inputs[..., : u.shape[-2]], u, precision=HIGHEST)
+    share = rows.output_grads.shape[-2] / grads.shape[-2]
+    return share * rows.weights[1] * jnp.sum(jnp.square(jnp.sum(seen * grads, -1)), -1)
+
+
 class Blocks:
     """The damped blocks (A + d_A I) ⊗ (G + d_G I) of all layers, and what is computed with them.
 
@@ -142,11 +157,6 @@ class Blocks:
         ones = [jnp.ones_like(x) for x in self.trace_ratios]
         return inverses, LayerDiagnostics(*map(self._largest, (*figures, self.trace_ratios, ones)))
 
-    def precondition(self, inverses: LayerStacks, matrices: LayerStacks) -> LayerStacks:
-        """The directions that these inverses give."""
-        product = divided(lambda inverse, x: kron_product(inverse[0], x, inverse[1]), self.sharding)
-        return inverses.map(product, matrices)
-
     def solve_by_cg(self, matrices: LayerStacks) -> LayerStacks:
         """The directions without any inverse."""
 
@@ -175,3 +185,27 @@ class Blocks:
         high = self._largest(ratios)
         low = 1 / self._largest([1 / jnp.maximum(x, jnp.finfo(x.dtype).tiny) for x in ratios])
         return LayerStacks(self.layout, [u for u, _ in results]), jnp.where(high * low > 1, high, low)
+
+
+def precondition(inverses: LayerStacks, matrices: LayerStacks, sharding=None) -> LayerStacks:
+    """The directions that these inverses give."""
+    return inverses.map(divided(lambda inverse, x: kron_product(inverse[0], x, inverse[1]), sharding), matrices)
+
+
+def held_to_rows(present, directions: LayerStacks, matrices: LayerStacks, curvature, diagnostics):
+    """As `Blocks.checked`, by what the step's own rows say of each direction instead of the factors.
+
+    ⟨u, F u⟩ = N Σ_r (a_rᵀ U ḡ_r)² + d_A d_G ⟨u, u⟩ of every k-th row, so that some `SAMPLED_ROWS` are taken. Layers
+    that come with their factors are left as they are.
+    """
+    found, ratios = dict(directions), {}
+    dampings = dict(zip(directions, diagnostics.input_damping * diagnostics.output_damping, strict=True))
+    for name, x in present.items():
+        u, rows, ratios[name] = found[name], curvature[name], jnp.ones(x.layer.stack, x.dtype)
+        if isinstance(rows, FactorRows):
+            bend = curvature_along(u, rows) + dampings[name] * jnp.sum(jnp.square(u), (-1, -2))
+            slope = jnp.sum(u * matrices[name], (-1, -2))
+            ratios[name] = jnp.where(slope > 0, bend / jnp.where(slope > 0, slope, 1), 1)
+            found[name] = u / jnp.maximum(1, ratios[name])[..., None, None]
+    ratio = jnp.stack([jnp.float32(1), *(jnp.max(ratios[name]) for name in directions)])[1:]
+    return LayerStacks.of(directions.layout, found), ratio

@@ -154,32 +154,29 @@ def zero_factors(present) -> dict[str, KroneckerFactors]:
     return {name: zeros(x) for name, x in present.items()}
 
 
-def averaged_stacks(method, present, state, curvature, decay, update_every) -> tuple[LayerStacks, jax.Array]:
-    """The state's factors with this step's statistics averaged in where the period says so, and whether they are sound.
+def averaged_stacks(method, present, factors: LayerStacks, count, curvature, decay, good):
+    """The factors with this step's statistics averaged in, and whether those are sound; if not, or not good, as before.
 
     The weight of the newest of k is (1 - decay) / (1 - decayᵏ), so that the first batch stays no heavier than the
     others. A layer whose factors are still zero starts with what comes.
     """
+    given = {name: x.statistic(method, curvature[name]) for name, x in present.items()}
+    given = LayerStacks.of(factors.layout, given)
+    sound = good & contracts.is_squarable(given)
 
     def average(old, new):
-        a, g, count = old
-        count = jnp.where(is_silent(a, batch=1) | is_silent(g, batch=1), 0, count)
-        weight = running_weight(contracts.value_at(decay, state.count, a.dtype), count)
+        a, g, seen = old
+        silent = is_silent(a, batch=1) | is_silent(g, batch=1)
+        seen = jnp.where(sound & silent, 0, seen)
+        weight = jnp.where(sound, running_weight(contracts.value_at(decay, count, a.dtype), seen), 0)
 
         def moved(old, new):
             w = weight.reshape(-1, *(1,) * (old.ndim - 1))
-            return jnp.where(w == 1, new, old + w * (new - old))
+            return jnp.where(w == 1, new, jnp.where(w == 0, old, old + w * (new - old)))
 
-        return KroneckerFactors(moved(a, new[0]), moved(g, new[1]), count + 1)
+        return KroneckerFactors(moved(a, new[0]), moved(g, new[1]), jnp.where(sound, seen + 1, seen))
 
-    def measured():
-        given = {name: x.statistic(method, curvature[name]) for name, x in present.items()}
-        given = LayerStacks.of(state.factors.layout, given)
-        return state.factors.map(average, given), contracts.is_squarable(given)
-
-    if isinstance(update_every, int) and update_every == 1:
-        return measured()
-    return jax.lax.cond(state.count % update_every == 0, measured, lambda: (state.factors, jnp.bool_(True)))
+    return factors.map(average, given), sound
 
 
 def zero_stacks(present) -> LayerStacks:
@@ -246,8 +243,9 @@ def layerwise(method, layers, state_type, init_rule, update_rule, *, kl_clip, fa
       layers: `Layers`.
       state_type: NamedTuple with the fields count, fallback, total_notfinite and the rule's.
       init_rule: dict of `PresentLayer` -> the rule's fields.
-      update_rule: (present, state, matrices, curvature) -> (directions by layer, the rule's new fields, whether the
-        statistics that entered are sound: bool []).
+      update_rule: (present, state, matrices, curvature, good) -> (directions by layer, new fields of the state, those
+        fields that it has kept itself where the step is not good, good); `good`, bool [], says whether gradients are
+        finite, and what comes back whether statistics are, too.
       kl_clip: None or c: the directions are scaled by min(1, sqrt(c / Σ ⟨direction, gradient⟩)).
       fallback: transformation for the leaves that no layer covers, or None.
       factor_sharding: how the state keeps the rule's fields, see `distribution`.
@@ -284,7 +282,8 @@ def layerwise(method, layers, state_type, init_rule, update_rule, *, kl_clip, fa
         paths, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_gap)
         leaves = {jax.tree_util.keystr(path): leaf for path, leaf in paths}
         matrices = {name: layer_matrix(x.layer, leaves).astype(x.dtype) for name, x in present.items()}
-        directions, fields, sound = update_rule(present, state, matrices, curvature)
+        good = contracts.is_squarable(updates)
+        directions, fields, guarded, good = update_rule(present, state, matrices, curvature, good)
         if kl_clip is not None:
             decrease = sum(jnp.vdot(directions[name], matrices[name], precision=HIGHEST).real for name in present)
             # a NaN-free 1 where the decrease is zero, as the root of infinity is infinite
@@ -295,7 +294,7 @@ def layerwise(method, layers, state_type, init_rule, update_rule, *, kl_clip, fa
         new_updates = jax.tree.unflatten(treedef, leaves.values())
         new_updates, fallback_state = others.update(new_updates, state.fallback, params, **extra_args)
         fields = as_kept(fields, factor_sharding) | {"count": state.count + 1, "fallback": fallback_state}
-        good = contracts.is_squarable(updates) & sound
-        return contracts.skip_unless(good, new_updates, state._replace(**fields), state)
+        new_updates, new_state = contracts.skip_unless(good, new_updates, state._replace(**fields), state)
+        return new_updates, new_state._replace(**as_kept(guarded, factor_sharding))
 
     return optax.GradientTransformationExtraArgs(init, with_sharding_types(update))

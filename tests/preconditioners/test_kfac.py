@@ -173,6 +173,10 @@ def test_periods_hold_back_statistics_and_inverses(x64):
     assert inverted == [False, False, True]
 
 
+def by_path(tree):
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
 def test_rows_are_made_into_factors_where_the_period_asks_for_them(x64):
     def loss(params, x):
         return jnp.mean((jnp.tanh(x @ params["w"] + params["b"]) @ params["v"]) ** 2)
@@ -191,11 +195,20 @@ def test_rows_are_made_into_factors_where_the_period_asks_for_them(x64):
         return seen, state
 
     (found, state), (expected, expected_state) = run("rows"), run("kronecker")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), (found, state), (expected, expected_state))
+    for name in layers:
+        for a, b in zip(state.factors[name.name], expected_state.factors[name.name], strict=True):
+            np.testing.assert_allclose(a, b, rtol=EXACT)
     assert [int(factors.count) for factors in state.factors.values()] == [2, 2]
+
+    # the first direction is held to what its rows say of it
+    _, grads, raw = value_grad_and_curvature(loss, statistic="raw")(params, batches[0])
+    for layer in layers:
+        u, gradient, held = (layer_matrix(layer, by_path(tree)) for tree in (expected[0], grads, found[0]))
+        a, g = raw[layer.name]
+        bend = np.mean(np.einsum("ri,ij,rj->r", a, u, g) ** 2) + 0.1 * np.sum(u**2)
+        np.testing.assert_allclose(held, u / max(1, bend / np.sum(u * gradient)), rtol=1e-7)
     bad = value_grad_and_curvature(loss, statistic="rows")(params, batches[0])[2]
     bad = bad | {"w": bad["w"]._replace(inputs=bad["w"].inputs.at[0, 0].set(jnp.nan))}
-    grads = jax.grad(loss)(params, batches[0])
     updates, after = tx.update(grads, state, params, curvature=bad)
     assert after.total_notfinite == 1 and not any(jnp.any(u != 0) for u in jax.tree.leaves(updates))
     with pytest.raises(ValueError, match=r"expected .*'R', 4"):
