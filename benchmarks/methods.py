@@ -144,7 +144,7 @@ def _layers(problem):
 def _measured(problem):
     """The layers of a problem, and the gradients with their curvature."""
     layers = _layers(problem)
-    capture = optax_curv.value_grad_and_curvature(problem.loss, layers=layers)
+    capture = optax_curv.value_grad_and_curvature(problem.loss, layers=layers, statistic="rows")
 
     def measure(params, state, batch, key):
         _, grads, curvature = capture(params, *batch)
@@ -178,7 +178,9 @@ def kfac_rms(problem, steps):
 
         scaled = optax.chain(optax.trace(0.9), optax_curv.normalize_by_rms(RMS))
         return optax.chain(
-            optax_curv.scale_by_kfac(layers, values["damping"], invert_every=5, fallback=optax.identity()),
+            optax_curv.scale_by_kfac(
+                layers, values["damping"], update_every=None, invert_every=20, fallback=optax.identity()
+            ),
             optax.masked(scaled, matrices),
             optax.masked(optax.scale_by_adam(), others),
             optax.scale_by_learning_rate(rate),
@@ -192,14 +194,14 @@ def kfac_adaptive(problem, steps):
     if problem.objective is None:
         raise Absent("needs an Objective")
     layers = _layers(problem)
-    capture = optax_curv.value_grad_and_curvature(problem.objective, layers=layers, fisher="sampled")
+    capture = optax_curv.value_grad_and_curvature(problem.objective, layers=layers, statistic="rows", fisher="sampled")
 
     def measure(params, state, batch, key):
         value, grads, curvature = capture(params, *batch, key=key)
         return grads, {"curvature": curvature, "objective": problem.objective, "batch": batch, "value": value}
 
     def make(rate, _):
-        return optax_curv.kfac(None, layers, invert_every=5, fallback=optax.scale_by_adam())
+        return optax_curv.kfac(None, layers, fallback=optax.scale_by_adam())
 
     return from_optax(problem, steps, make, measure)
 

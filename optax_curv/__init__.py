@@ -16,6 +16,7 @@ from optax_curv.capture.statistics import EigenbasisMoments as EigenbasisMoments
 from optax_curv.capture.statistics import FactorRows as FactorRows
 from optax_curv.capture.statistics import KroneckerFactors as KroneckerFactors
 from optax_curv.capture.statistics import RawSamples as RawSamples
+from optax_curv.capture.statistics import average_curvature as average_curvature
 from optax_curv.preconditioners.adam_in_basis import ScaleByAdamInBasisState as ScaleByAdamInBasisState
 from optax_curv.preconditioners.adam_in_basis import scale_by_adam_in_basis as scale_by_adam_in_basis
 from optax_curv.preconditioners.branch_fisher import ScaleByBranchFisherState as ScaleByBranchFisherState

@@ -73,7 +73,7 @@ def _kron_psgd(problem: Problem, learning_rate: optax.Schedule) -> Method:
 
 def _kfac(problem: Problem, learning_rate: optax.Schedule) -> Method:
     layers = optax_curv.find_layers(problem.loss, problem.params, *problem.batch)
-    measure = optax_curv.value_grad_and_curvature(problem.loss, layers=layers)
+    measure = optax_curv.value_grad_and_curvature(problem.loss, layers=layers, statistic="rows")
 
     def measured(*args):
         value, grads, curvature = measure(*args)
