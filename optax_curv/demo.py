@@ -79,7 +79,7 @@ def _kfac(problem: Problem, learning_rate: optax.Schedule) -> Method:
         value, grads, curvature = measure(*args)
         return value, grads, {"curvature": curvature}
 
-    return Method(optax_curv.kfac(learning_rate, layers, damping=0.01), measured)
+    return Method(optax_curv.kfac(learning_rate, layers, damping=0.1), measured)
 
 
 def _branch_fisher(problem: Problem, learning_rate: optax.Schedule) -> Method:
@@ -100,7 +100,7 @@ METHODS = {
     "adam": (_adam, 0.03),
     "muon": (_muon, 0.03),
     "kron_psgd": (_kron_psgd, 0.01),
-    "kfac": (_kfac, 0.1),
+    "kfac": (_kfac, 0.3),
     "branch_fisher": (_branch_fisher, 1.0),
 }
 

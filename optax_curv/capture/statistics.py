@@ -388,8 +388,8 @@ def average_curvature(mean, curvature, mini_step):
 
     if any(map(is_statistic, jax.tree.leaves(curvature, is_leaf=is_statistic))):
         raise ValueError(
-            "average_curvature: expected factors, moments or diagonals, got the rows of layers, which cannot be averaged"
-            '; make the curvature with statistic="kronecker".'
+            "average_curvature: expected factors, moments or diagonals, got rows of layers, which cannot be averaged; "
+            'make the curvature with statistic="kronecker".'
         )
 
     def average(old, new):
