@@ -151,7 +151,7 @@ def _inexact_leaves(trees):
 def _all(checks):
     """Whether all of them hold. XLA fuses no dot product into the kernels that ask, but it would repeat `jnp.all`."""
     held = jnp.stack([*checks, jnp.bool_(True)]).astype(jnp.float32)
-    return jnp.vdot(held, held) == held.size
+    return jnp.vdot(held, held, precision=jax.lax.Precision.HIGHEST) == held.size
 
 
 def skip_unless(good, updates, new_state, state):

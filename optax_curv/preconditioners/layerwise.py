@@ -158,7 +158,8 @@ def averaged_stacks(method, present, factors: LayerStacks, count, curvature, dec
     """The factors with this step's statistics averaged in, and whether those are sound; if not, or not good, as before.
 
     The weight of the newest of k is (1 - decay) / (1 - decayᵏ), so that the first batch stays no heavier than the
-    others. A layer whose factors are still zero starts with what comes.
+    others. A layer whose factors are still zero starts with what comes; where a statistic is zero nothing was seen of
+    the layer, and its factors stay as they are.
     """
     given = {name: x.statistic(method, curvature[name]) for name, x in present.items()}
     given = LayerStacks.of(factors.layout, given)
@@ -166,15 +167,16 @@ def averaged_stacks(method, present, factors: LayerStacks, count, curvature, dec
 
     def average(old, new):
         a, g, seen = old
-        silent = is_silent(a, batch=1) | is_silent(g, batch=1)
-        seen = jnp.where(sound & silent, 0, seen)
-        weight = jnp.where(sound, running_weight(contracts.value_at(decay, count, a.dtype), seen), 0)
+        silent, unseen = (is_silent(x[0], batch=1) | is_silent(x[1], batch=1) for x in (old, new))
+        seen = jnp.where(silent, 0, seen)
+        averaged = sound & ~unseen
+        weight = jnp.where(averaged, running_weight(contracts.value_at(decay, count, a.dtype), seen), 0)
 
         def moved(old, new):
             w = weight.reshape(-1, *(1,) * (old.ndim - 1))
             return jnp.where(w == 1, new, jnp.where(w == 0, old, old + w * (new - old)))
 
-        return KroneckerFactors(moved(a, new[0]), moved(g, new[1]), jnp.where(sound, seen + 1, seen))
+        return KroneckerFactors(moved(a, new[0]), moved(g, new[1]), jnp.where(averaged, seen + 1, old.count))
 
     return factors.map(average, given), sound
 

@@ -49,7 +49,7 @@ def _factors(rng):
     return {"curvature": {"dense": factors}}
 
 
-def _rows(rng):
+def _layer_rows(rng):
     rows = optax_curv.FactorRows(_array(rng, 8, 5), _array(rng, 8, 2), jnp.full(2, 1 / 8))
     return {"curvature": {"dense": rows}}
 
@@ -162,7 +162,7 @@ VARIANTS = {
     "branch_kfac_complement": Case(**_branch(branch_kfac, projection="orthonormal", complement=True)),
     "branch_kfac_fixed": Case(**_branch(branch_kfac, projection="fixed")),
     "kfac_trace": Case(**_kfac(optax_curv.scale_by_kfac, damping_rule="trace", kl_clip=1.0), extras=_factors),
-    "kfac_rows": Case(**_kfac(optax_curv.scale_by_kfac, update_every=2, invert_every=4), extras=_rows),
+    "kfac_rows": Case(**_kfac(optax_curv.scale_by_kfac, update_every=2, invert_every=4), extras=_layer_rows),
     "kfac_eigh": Case(**_kfac(optax_curv.scale_by_kfac, inverse="eigh", update_every=2), extras=_factors),
     "kfac_cg": Case(**_kfac(optax_curv.scale_by_kfac, inverse="cg"), extras=_factors),
     "ekfac_seldom": Case(**_kfac(optax_curv.scale_by_ekfac, invert_every=5, kl_clip=1.0), extras=_moments),
