@@ -78,7 +78,7 @@ def scale_by_shampoo(
     update_every=1,
     root_every=20,
     root="eigh",
-    refresh_growth=2.0,
+    refresh_growth=20.0,
     kl=False,
     max_dim=8192,
     block_size=None,
@@ -110,7 +110,8 @@ def scale_by_shampoo(
       root: "eigh" or "newton", see `linalg.inverse_root`; "newton", matrix products only, needs 1/e to be whole.
       refresh_growth: the roots R are computed anew, out of schedule, when tr(F R) of a factor has grown by more than
         this since R was taken: gradients that grow, that turn to where there were none, a leaf's first ones. Above 1;
-        `float("inf")`: for a leaf's first gradients only.
+        `float("inf")`: for a leaf's first gradients only. Within one schedule tr(F R) easily doubles; to follow that
+        costs more than it brings.
       kl: whether each factor is estimated from the gradient multiplied by the other factors' roots,
         Fᵢ = E[G₍ᵢ₎ (⊗ⱼ≠ᵢ Fⱼ)⁻¹ G₍ᵢ₎ᴴ] dᵢ/N, which minimises the Kullback-Leibler divergence of N(0, ⊗F) from the
         gradients' own covariance. It needs exponent 1/2.
@@ -310,7 +311,7 @@ def shampoo(
     update_every=1,
     root_every=20,
     root="eigh",
-    refresh_growth=2.0,
+    refresh_growth=20.0,
     kl=False,
     max_dim=8192,
     block_size=None,
