@@ -178,7 +178,7 @@ def fitted(params, x):
 
 @quick_jit
 def training_losses(period, rate, one_example, asleep):
-    """Losses of 200 steps, of batches of 16 examples or of one; until step `asleep` the second layer has no gradient."""
+    """Losses of 200 steps on batches of 16 examples or of one; the second layer has no gradient before `asleep`."""
     x, noise = (g.astype(jnp.float32) for g in gradients((EXAMPLES, 6), (EXAMPLES, 3), seed=4))
     y = fitted(jax.tree.map(lambda w: 1.5 * jnp.cos(3 * w), weights()), x) + 0.1 * noise
     tx = optax_curv.shampoo(lambda count: rate * (1 - count / 200), root_every=period)
@@ -211,7 +211,8 @@ def test_no_period_of_the_roots_diverges_at_the_tuned_rate(period):
 
 @pytest.mark.parametrize("period", [1, 100])
 @pytest.mark.parametrize(
-    ("rate", "one_example", "asleep"), [(10 * RATE, False, 0), (RATE, True, 0), (10 * RATE, True, 50), (RATE, False, 50)]
+    ("rate", "one_example", "asleep"),
+    [(10 * RATE, False, 0), (RATE, True, 0), (10 * RATE, True, 50), (RATE, False, 50)],
 )
 def test_training_stays_finite_at_ten_times_the_rate_on_single_examples_and_with_a_layer_that_wakes_late(
     period, rate, one_example, asleep
