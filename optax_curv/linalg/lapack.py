@@ -60,6 +60,26 @@ def in_small_calls(kernel, derivable=None):
     return call
 
 
+def for_each(function, *lists) -> list:
+    """`function` of the arrays [*batch, n, n] of every entry of lists of equal length and width.
+
+    On CPU one by one: LAPACK takes them so anyway, and what is done alike to arrays of one shape is compiled once,
+    unlike what joins them and takes them apart. Elsewhere all of them are one batch.
+    """
+
+    def one_by_one(*lists):
+        return [function(*arrays) for arrays in zip(*lists, strict=True)]
+
+    def in_a_batch(*lists):
+        stacks = [x.shape[:-2] for x in lists[0]]
+        ends = list(itertools.accumulate(map(math.prod, stacks)))[:-1]
+        joined = function(*(jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in arrays]) for arrays in lists))
+        parts = zip(*(jnp.split(x, ends) for x in joined), strict=True)
+        return [tuple(x.reshape(*stack, *x.shape[1:]) for x in part) for part, stack in zip(parts, stacks, strict=True)]
+
+    return jax.lax.platform_dependent(*lists, cpu=one_by_one, default=in_a_batch)
+
+
 @functools.cache
 def _solver(**options):
     return in_small_calls(functools.partial(jax.lax.linalg.triangular_solve, **options))

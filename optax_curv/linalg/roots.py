@@ -72,25 +72,41 @@ def _inverse_root(a, p, damping, relative):
     p, damping = (per_matrix("inverse_root", *named, a) for named in (("p", p), ("damping", damping)))
     if not relative:
         return _power(a, -1 / p, damping)
-    root = _relative_power(a, -1 / p, damping)
+    root, _ = _relative_power(a, -1 / p, damping)
     return root / 2 + root.mT.conj() / 2
 
 
-def factor_root(a, exponent, damping, method):
-    """(a + damping λ_max I)^(-exponent) of symmetric matrices [batch, n, n], with as few kernels as can be."""
-    if method == "newton":
-        return inverse_root(a, 1 / exponent, damping=damping, relative=True, method=method)
-    real = jnp.finfo(a.dtype).dtype
-    exponent, damping = (jnp.broadcast_to(jnp.asarray(x, real), a.shape[:-2]) for x in (-exponent, damping))
-    return _relative_power(a, exponent, damping)
+def factor_roots(factors: list, exponent, damping, method) -> list:
+    """R = (a + damping λ_max I)^(-exponent) and tr(a R) for each of arrays of Hermitian matrices [*batch, n, n]."""
+
+    def root(a):
+        if method == "newton":
+            found = inverse_root(a, 1 / exponent, damping=damping, relative=True, method=method)
+            return found, jnp.sum((a * found.conj()).real, axis=(-2, -1))
+        real = jnp.finfo(a.dtype).dtype
+        return _relative_power(a, *(jnp.broadcast_to(jnp.asarray(x, real), a.shape[:-2]) for x in (-exponent, damping)))
+
+    def one_by_one(*factors):
+        return list(map(root, factors))
+
+    def filled_up(*factors):
+        width = max(a.shape[-1] for a in factors)
+        filled = [jnp.pad(a, [*[(0, 0)] * (a.ndim - 2), *[(0, width - a.shape[-1])] * 2]) for a in factors]
+        found = zip(lapack.for_each(root, filled), factors, strict=True)
+        return [(r[..., : a.shape[-1], : a.shape[-1]], trace) for (r, trace), a in found]
+
+    # Elsewhere than on CPU more calls cost more than larger ones.
+    return jax.lax.platform_dependent(*factors, cpu=one_by_one, default=filled_up)
 
 
+@jax.jit
 def _relative_power(a, exponent, damping):
-    """Reads one triangle of `a`, and leaves the rounding in the symmetry of its result."""
-    values, vectors = lapack.eigh(a)
+    """The power, with rounding in its symmetry, and its product's trace with `a`."""
+    values, vectors = lapack.eigh(a.mT.conj())  # the same matrices, as LAPACK, by columns, finds them in memory
     values = jnp.maximum(values, 0)
-    powers = _raise(values + damping[..., None] * values[..., -1:], exponent[..., None])
-    return _matmul(vectors * powers[..., None, :], vectors.mT.conj())
+    halves = _raise(values + damping[..., None] * values[..., -1:], exponent[..., None] / 2)
+    vectors = vectors * halves[..., None, :]
+    return _matmul(vectors, vectors.mT.conj()), jnp.sum(values * jnp.square(halves), axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("p", "relative"))

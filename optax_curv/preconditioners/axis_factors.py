@@ -2,15 +2,14 @@
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import AxisType
 
 from optax_curv.linalg import kron_matvec
 from optax_curv.linalg.checks import widen
-from optax_curv.preconditioners import contracts, kron_geometries, kron_layout
+from optax_curv.preconditioners import contracts, kron_layout
 
 HIGHEST = jax.lax.Precision.HIGHEST
 # Between refreshes of the roots lie 1 + count / EARLY steps, as far as the period allows: the gradients change most
@@ -47,7 +46,7 @@ def running_weight(decay, count) -> jax.Array:
 
 
 def opened(method: str, layout_of, likes, updates, state, params, sound):
-    """What every update begins with: it refuses trees of other shapes, and takes a bad step for one without gradients.
+    """What every update begins with: it refuses trees of other shapes, and sees whether the gradients are sound.
 
     Args:
       method: name for error messages.
@@ -59,22 +58,18 @@ def opened(method: str, layout_of, likes, updates, state, params, sound):
       sound: see `soundness`.
 
     Returns:
-      (state with tuples in those trees, layout, gradients or zeros, whether to take the step, total_notfinite).
+      (state with tuples in those trees, layout, whether to take the step, total_notfinite).
     """
     if params is not None:
         contracts.require_same_leaves(method, "the gradients", updates, "the parameters", params)
     contracts.require_same_leaves(method, "the gradients", updates, "the state's momentum", state.momentum)
     state = state._replace(**{name: contracts.tuples_at_leaves(getattr(state, name), updates) for name in likes})
     good, total_notfinite = soundness(updates, sound, state.total_notfinite)
-    grads = jax.tree.map(lambda g: jnp.where(good, g, 0), updates)
-    return state, layout_of(updates), grads, good, total_notfinite
+    return state, layout_of(updates), good, total_notfinite
 
 
 def soundness(grads, sound, total_notfinite):
     """(whether to take the step, the counter of those not taken): where every gradient has a finite square.
-
-    A bad step is one of zero gradients and weights, after which no choice between old and new state is left, each of
-    which would be compiled for itself.
 
     Args:
       grads: a tree.
@@ -82,64 +77,130 @@ def soundness(grads, sound, total_notfinite):
       total_notfinite: the counter, int32 [].
     """
     if sound is None:
-        squares = [jnp.sum(jnp.square(jnp.abs(widen(g)))) for g in jax.tree.leaves(grads)]
+        squares = [square_norms(g, 0) for g in _with_few_vectors(jax.tree.leaves(grads))]
         sound = jnp.all(jnp.isfinite(jnp.stack(squares))) if squares else jnp.bool_(True)
     # By way of a conditional, behind which the compiler does not derive it anew for every use.
     total = jax.lax.cond(sound, lambda n: n, lambda n: n + 1, total_notfinite)
     return total == total_notfinite, total
 
 
+def _with_few_vectors(leaves):
+    """The leaves, those of one axis and dtype as one: a sum of its own for each would take longer to compile."""
+    vectors = {}
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:  # whose types differ
+        for x in leaves:
+            if jnp.ndim(x) == 1:
+                vectors.setdefault(x.dtype, []).append(x)
+    others = [x for x in leaves if not (jnp.ndim(x) == 1 and vectors)]
+    return [*others, *map(jnp.concatenate, vectors.values())]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def square_norms(x, stack: int) -> jax.Array:
+    """Sums of squares of each of a stack of tensors, [*stack]."""
+    return jnp.sum(jnp.square(jnp.abs(widen(x))), axis=tuple(range(stack, jnp.ndim(x))))
+
+
+@jax.jit
+def averaged(old, weight, new) -> jax.Array:
+    """The average with a new value: old + weight (new - old), and old where the weight is zero, whatever `new` is."""
+    weight = weight.astype(jnp.finfo(old.dtype).dtype)
+    return jnp.where(weight > 0, old + weight * (new - old), old)
+
+
 def momentum_and_direction(b1, nesterov: bool, count, momentum, grads, good):
     """(new momentum, what is to be preconditioned), both free of the bias of their start; the old one unless good."""
     b1 = contracts.value_at(b1, count, jnp.result_type(float))
     weight = jnp.where(good, running_weight(b1, count), 0)
-    new = jax.tree.map(lambda m, g: (m + weight * (g - m)).astype(m.dtype), momentum, grads)
+    new = jax.tree.map(lambda m, g: averaged(m, weight, g.astype(m.dtype)), momentum, grads)
     if not nesterov:
         return new, new
     ahead = running_weight(b1, count + 1)  # one more step with the same gradient
-    return new, jax.tree.map(lambda m, g: (m + ahead * (g - m)).astype(m.dtype), new, grads)
+    return new, jax.tree.map(lambda m, g: averaged(m, ahead, g.astype(m.dtype)), new, grads)
 
 
-def axis_moment(x, axis: int, diagonal: bool) -> jax.Array:
-    """Mode moment X₍ᵢ₎X₍ᵢ₎ᴴ of each of a batch [B, ...] of tensors, [B, d, d], or its diagonal [B, d]."""
-    return jax.vmap(lambda one: kron_geometries.second_moment(one, axis, diagonal))(x)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def axis_moment(x, axis: int, diagonal: bool, stack: int) -> jax.Array:
+    """Mode moments X₍ᵢ₎X₍ᵢ₎ᴴ of tensors [*stack, ...], [*stack, d, d], or their diagonals [*stack, d]."""
+    axis += stack
+    axes = list(range(x.ndim))
+    if diagonal:
+        return jnp.sum(jnp.square(jnp.abs(x)), axis=tuple(i for i in axes[stack:] if i != axis))
+    others = [x.ndim if i == axis else i for i in axes]
+    return jnp.einsum(x, axes, x.conj(), others, [*axes[:stack], axis, x.ndim], precision=HIGHEST)
 
 
-def whitened_moment(x, roots, axis: int, diagonal: bool) -> jax.Array:
-    """The mean mode moment of x multiplied by the roots of all other axes."""
-    others = [jnp.ones_like(r[..., 0]) if i == axis else r for i, r in enumerate(roots)]
-    others[axis] = jnp.ones(x.shape[axis + 1], jnp.finfo(x.dtype).dtype) * jnp.ones((len(x), 1))
-    rest = math.prod(x.shape[1:]) // x.shape[axis + 1]
-    return axis_moment(jax.vmap(kron_matvec)(others, x), axis, diagonal) / rest
+def whitened_moment(x, roots, axis: int, diagonal: bool, stack: int) -> jax.Array:
+    """The mean mode moments of x multiplied by the roots of all other axes."""
+    one = jnp.ones(x.shape[: stack + axis + 1][-1:], jnp.finfo(x.dtype).dtype)
+    others = list(roots)
+    others[axis] = jnp.broadcast_to(one, (*x.shape[:stack], len(one)))
+    rest = math.prod(x.shape[stack:]) // len(one)
+    return axis_moment(kron_matvec(others, x), axis, diagonal, stack) / rest
 
 
-def energy(factor, root) -> jax.Array:
-    """tr(F R) of each of a batch of dense factors and roots, [B]; 0 for diagonal ones."""
-    return jnp.sum((factor * root.conj()).real, axis=(-2, -1)) if factor.ndim == 3 else jnp.zeros(len(factor))
+def pack(factor, root) -> jax.Array:
+    """A Hermitian factor's lower triangle and, one column on, its root's upper one, [*stack, d, d + 1].
 
-
-def has_moved(factors, roots, reference, limit) -> jax.Array:
-    """Whether tr(F R) of any of a batch of dense factors is above `limit` times its reference, or F is no longer 0."""
-    wakes = (reference == 0) & (jnp.trace(factors, axis1=-2, axis2=-1).real > 0)  # the root of 0 is 0
-    return jnp.any(wakes | (energy(factors, roots) > limit * reference))
-
-
-def batches(groups: list[tuple], small: int = SMALL) -> dict[Any, list[tuple[int, int]]]:
-    """Where the dense factors of one batch of roots stand, (group, axis), by its width and dtype.
-
-    Widths up to `small` go with the largest of them: a larger root costs less than one more to compile.
+    The factor's upper triangle and the root's lower one are not read.
     """
-    dense = [
-        (g, axis, factor.shape[-1], factor.dtype)
-        for g, factors in enumerate(groups)
-        for axis, factor in enumerate(factors)
-        if factor.ndim == 3
-    ]
+    whole = [(0, 0)] * (factor.ndim - 1)
+    width = factor.shape[-1]
+    factor, root = jnp.pad(factor, [*whole, (0, 1)]), jnp.pad(root, [*whole, (1, 0)])
+    return jnp.where(jnp.arange(width + 1) <= jnp.arange(width)[:, None], factor, root)
+
+
+def factor_of(packed) -> jax.Array:
+    """The factor that `pack` was given."""
+    return _from_lower(packed[..., :-1])
+
+
+@jax.jit
+def root_of(packed) -> jax.Array:
+    """The root that `pack` was given."""
+    return _from_lower(packed[..., 1:].mT.conj())
+
+
+@jax.jit
+def repacked(packed, weight, moment, root) -> jax.Array:
+    """The same with a moment averaged into the factor, and another root."""
+    return pack(averaged(packed[..., :-1], weight, moment), root)
+
+
+@jax.jit
+def factor_with(packed, weight, moment) -> jax.Array:
+    """The factor with a moment averaged in."""
+    return averaged(factor_of(packed), weight, moment)
+
+
+def _from_lower(a) -> jax.Array:
+    place = jnp.arange(a.shape[-1])
+    return jnp.where(place <= place[:, None], a, a.mT.conj())
+
+
+@jax.jit
+def energy(factor, root) -> jax.Array:
+    """tr(F R) of each of a stack of dense factors and roots, [*stack]."""
+    return jnp.sum((factor * root.conj()).real, axis=(-2, -1))
+
+
+def batches(pieces, small: int = SMALL) -> list[list[tuple[int, int]]]:
+    """Where the dense factors of one batch of roots stand, (piece, axis): those of one width and dtype.
+
+    Widths up to `small` go with the largest of them: elsewhere than on CPU a larger root costs less than one more call.
+    """
     places = {}
-    for g, axis, width, dtype in dense:
-        close = [w for _, _, w, other in dense if w <= small and other == dtype]
-        places.setdefault((max(close, default=0) if width <= small else width, dtype), []).append((g, axis))
-    return places
+    for position, piece in enumerate(pieces):
+        for axis, (width, diagonal) in enumerate(zip(piece.shape, piece.diagonal, strict=True)):
+            if not diagonal:
+                places.setdefault((max(width, small), piece.dtype), []).append((position, axis))
+    return list(places.values())
+
+
+def energies(pieces) -> jax.Array:
+    """Zeros [2, n] for the tr(F R) of n dense factors: the running one, and that of when R was taken."""
+    count = sum(math.prod(pieces[p].stack) for places in batches(pieces) for p, _ in places)
+    return jnp.zeros([2, count], jnp.result_type(jnp.float32, *(piece.real_dtype for piece in pieces)))
 
 
 def is_due(count, refreshed, period) -> jax.Array:
@@ -149,40 +210,70 @@ def is_due(count, refreshed, period) -> jax.Array:
 
 
 def power(values, exponent, damping) -> jax.Array:
-    """(v + damping max v)^(-exponent) of non-negative numbers [B, d], zero where all are zero."""
+    """(v + damping max v)^(-exponent) of non-negative numbers [*stack, d], zero where all are zero."""
     damped = values + damping * jnp.max(values, axis=-1, keepdims=True)
     return jnp.where(damped > 0, jnp.where(damped > 0, damped, 1) ** -exponent, 0)
 
 
-def refresh(groups: list[tuple], roots: list[tuple], energies: list[jax.Array], due, limit, root):
-    """(roots, energies) with the dense factors' roots taken anew where they are due or a factor has moved.
+def refresh(pieces, kept, moments, weight, roots, energies, squares, due, limit, take_roots):
+    """(roots, energies) with the roots of dense factors taken anew where they are due or a factor has moved.
 
     A factor has moved when tr(F R) has grown by more than `limit` since the root R was taken: when gradients grow, or
-    turn to where there were none and R is large. All factors of one batch are refreshed together.
+    turn to where there were none and R is large, or come for the first time. As F is an average of moments M, so is
+    tr(F R) of tr(M R) while R stays. All factors of one batch are refreshed together.
 
     Args:
-      groups: factors by group.
-      roots: old roots by group.
-      energies: tr(F R) as of when R was taken, by group [B, axes].
+      pieces: of the layout.
+      kept: old factors and roots by piece and axis, see `pack`.
+      moments: by piece and axis.
+      weight: of the moments.
+      roots: the old ones by piece and axis, unpacked.
+      energies: [2, n], see there.
+      squares: square norms of the gradients by piece, [*stack].
       due: bool [].
       limit: see above.
-      root: function of a batch of factors [B, d, d].
+      take_roots: function of a list of factors [*stack, d, d] that returns a root R and tr(F R) for each.
     """
-    new_roots = [list(r) for r in roots]
-    new_energies = [list(jnp.unstack(e, axis=-1)) for e in energies]
-    for (width, _), places in batches(groups).items():
-        factors, old, references = ([tree[g][axis] for g, axis in places] for tree in (groups, roots, new_energies))
+    found, of_batches, start = [list(of_piece) for of_piece in roots], [], 0
+    for places in batches(pieces):
 
-        def fresh(factors=factors, old=old, width=width):
-            padded = [jnp.pad(f, ((0, 0), *[(0, width - f.shape[-1])] * 2)) for f in factors]
-            new = jnp.split(root(jnp.concatenate(padded)), np.cumsum([len(f) for f in factors])[:-1])
-            new = [r[:, : f.shape[-1], : f.shape[-1]] for r, f in zip(new, factors, strict=True)]
-            new = [jnp.where(jnp.all(jnp.isfinite(r)), r, o) for r, o in zip(new, old, strict=True)]
-            return new, list(map(energy, factors, new))
+        def pick(tree, places=places):
+            return [tree[p][axis] for p, axis in places]
 
-        grown = [has_moved(*of_place, limit) for of_place in zip(factors, old, references, strict=True)]
-        moved = functools.reduce(jnp.logical_or, grown)
-        found = jax.lax.cond(due | moved, fresh, lambda kept=(old, references): kept)
-        for (g, axis), r, e in zip(places, *found, strict=True):
-            new_roots[g][axis], new_energies[g][axis] = r, e
-    return [tuple(r) for r in new_roots], [jnp.stack(e, axis=-1) for e in new_energies]
+        dtypes = [pieces[p].factor_dtype for p, _ in places]
+        norms = [squares[p] for p, _ in places]
+        count = sum(map(jnp.size, norms))
+        of_batch = pick(roots), energies[:, start : start + count]
+        of_batch = _refreshed(dtypes, pick(kept), pick(moments), weight, *of_batch, norms, due, limit, take_roots)
+        start += count
+        for (p, axis), root in zip(places, of_batch[0], strict=True):
+            found[p][axis] = root
+        of_batches.append(of_batch[1])
+    return [tuple(r) for r in found], jnp.concatenate([energies[:, :0], *of_batches], axis=1)
+
+
+def _refreshed(dtypes, kept, moments, weight, roots, energies, squares, due, limit, take_roots):
+    """`refresh` of one batch; all but `weight`, `energies`, `due` and `limit` are lists of one entry a factor."""
+
+    def flat(arrays):
+        return jnp.concatenate([x.reshape(-1) for x in arrays]).astype(energies.dtype)
+
+    running, reference = energies
+    running = averaged(running, weight, flat(map(energy, moments, roots)))
+    wakes = (weight > 0) & (reference == 0) & (flat(squares) > 0)
+    lost = ~jnp.isfinite(reference)  # where LAPACK has found no root
+    moved = jnp.any(wakes | lost | (running > limit * reference))
+    old = roots, jnp.stack([running, reference])
+
+    def fresh():
+        factors = [rounded(factor_with(p, weight, m), d) for p, m, d in zip(kept, moments, dtypes, strict=True)]
+        taken, now = zip(*take_roots(factors), strict=True)
+        return list(map(rounded, taken, dtypes)), jnp.stack([flat(now)] * 2)
+
+    return jax.lax.cond(due | moved, fresh, lambda: old)
+
+
+def rounded(x, dtype) -> jax.Array:
+    """`x` of the values that `dtype` has."""
+    limits = jnp.finfo(dtype)
+    return x if x.dtype == dtype else jax.lax.reduce_precision(x, limits.nexp, limits.nmant)

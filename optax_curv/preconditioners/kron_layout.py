@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_curv.linalg.checks import widen
+
 LIKE_FACTORS = ("factors", "lipschitz", "preconditioners")  # the state's trees with one entry a piece
 
 
@@ -144,19 +146,27 @@ class Layout:
         """A tree like the factors, of one value a piece."""
         return self._nest(iter([of_piece(piece) for piece in self.pieces]))
 
-    def tensors(self, tree) -> list[jax.Array]:
-        """The pieces of a tree of leaves, by group, in the dtype of the arithmetic."""
+    def blocks(self, tree) -> list[jax.Array]:
+        """The pieces of a tree of leaves, in the dtype of the arithmetic."""
         leaves = jax.tree.leaves(tree)
 
         def block(p):
             leaf = jnp.asarray(leaves[p.leaf])[(slice(None),) * len(p.stack) + p.slices]
             return leaf.reshape(*p.stack, *p.shape).astype(p.dtype)
 
-        return self._join([block(p) for p in self.pieces])
+        return [block(p) for p in self.pieces]
+
+    def tensors(self, tree) -> list[jax.Array]:
+        """The blocks of a tree of leaves, by group."""
+        return self._join(self.blocks(tree))
 
     def leaves(self, by_group, rest: list, like):
         """Undoes `tensors` and `without_pieces`, in the shapes and dtypes of `like`."""
-        by_piece, rest_of_leaves = iter(self._split(by_group)), iter(rest)
+        return self.leaves_of_blocks(self._split(by_group), rest, like)
+
+    def leaves_of_blocks(self, blocks: list, rest: list, like):
+        """Undoes `blocks` and `without_pieces`, in the shapes and dtypes of `like`."""
+        by_piece, rest_of_leaves = iter(blocks), iter(rest)
 
         def leaf(pieces, like):
             if not pieces:
@@ -177,13 +187,21 @@ class Layout:
         """The leaves of a tree that have no pieces."""
         return [leaf for leaf, pieces in zip(jax.tree.leaves(tree), self._by_leaf, strict=True) if not pieces]
 
+    def by_piece(self, tree) -> list:
+        """What belongs to each piece in a tree like the factors, what is kept in less than float32 widened to it."""
+        return jax.tree.map(widen, self._by_piece(tree))
+
+    def like_factors(self, by_piece: list, like):
+        """Undoes `by_piece`, in the dtypes of `like`."""
+        return jax.tree.map(lambda x, y: x.astype(y.dtype), self._nest(iter(by_piece)), like)
+
     def join(self, tree) -> list:
         """A tree like the factors by group; what is kept in less than float32 is widened to it."""
         return self._join(self._by_piece(tree))
 
     def split(self, by_group: list, like):
         """Undoes `join`, in the dtypes of `like`."""
-        return jax.tree.map(lambda x, y: x.astype(y.dtype), self._nest(iter(self._split(by_group))), like)
+        return self.like_factors(self._split(by_group), like)
 
     def groups(self, state, tensors: list) -> list:
         """The state by group, what is kept in less than float32 widened to it, and the tensors."""

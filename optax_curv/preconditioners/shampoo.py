@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.linalg import kron_matvec
-from optax_curv.linalg.roots import factor_root
+from optax_curv.linalg.roots import factor_roots
 from optax_curv.preconditioners import axis_factors, contracts
 from optax_curv.preconditioners.distribution import with_sharding_types
 from optax_curv.preconditioners.matrices_and_adam import with_adam
@@ -23,10 +23,10 @@ class ScaleByShampooState(NamedTuple):
       count: steps taken, int32 [].
       refreshed: the step of the last scheduled refresh of the roots, int32 [].
       momentum: like the parameters, float32 at least.
-      factors: like the parameters, each leaf replaced by the tuple of its axis factors, [*stack, d, d] or diagonal
-        [*stack, d]; a leaf cut by `block_size` by the tuple of its blocks' tuples.
-      roots: like factors, what multiplies the momentum.
-      energies: like the parameters, each leaf replaced by its blocks' tr(F R) when R was taken, [*stack, axes].
+      factors: like the parameters, each leaf replaced by the tuple of its axes' arrays: diagonal factors [*stack, d],
+        or [*stack, d, d + 1] with a factor's lower triangle and, one column on, the upper triangle of the root that
+        multiplies the momentum. Both are Hermitian. A leaf cut by `block_size` has the tuple of its blocks' tuples.
+      energies: tr(F R) of all dense factors, and what it was when R was taken, [2, n].
       total_notfinite: steps skipped for a NaN or infinity, int32 [].
     """
 
@@ -34,8 +34,7 @@ class ScaleByShampooState(NamedTuple):
     refreshed: jax.Array
     momentum: Any
     factors: Any
-    roots: Any
-    energies: Any
+    energies: jax.Array
     total_notfinite: jax.Array
 
 
@@ -79,9 +78,9 @@ def scale_by_shampoo(
     update_every=1,
     root_every=20,
     root="eigh",
-    refresh_growth=2.0,
+    refresh_growth=20.0,
     kl=False,
-    max_dim=8192,
+    max_dim=contracts.static(8192),
     block_size=None,
     stacked=None,
     factor_dtype="float32",
@@ -111,7 +110,8 @@ def scale_by_shampoo(
       root: "eigh" or "newton", see `linalg.inverse_root`; "newton", matrix products only, needs 1/e to be whole.
       refresh_growth: the roots R are computed anew, out of schedule, when tr(F R) of a factor has grown by more than
         this since R was taken: gradients that grow, that turn to where there were none, a leaf's first ones. Above 1;
-        `float("inf")`: never.
+        `float("inf")`: for a leaf's first gradients only. Within one schedule tr(F R) easily doubles; to follow that
+        costs more than it brings.
       kl: whether each factor is estimated from the gradient multiplied by the other factors' roots,
         Fᵢ = E[G₍ᵢ₎ (⊗ⱼ≠ᵢ Fⱼ)⁻¹ G₍ᵢ₎ᴴ] dᵢ/N, which minimises the Kullback-Leibler divergence of N(0, ⊗F) from the
         gradients' own covariance. It needs exponent 1/2.
@@ -138,7 +138,7 @@ def scale_by_shampoo(
       >>> params = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
       >>> state = tx.init(params)
       >>> [factor.shape for factor in state[0].factors["w"]]
-      [(4, 4), (3, 3)]
+      [(4, 5), (3, 4)]
       >>> updates, state = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), state)
       >>> print(updates["b"].round(4))
       [-0.004 -0.004 -0.004]
@@ -196,88 +196,101 @@ def _init(options: Options, params) -> Any:
     layout = options.layout_of(params)
 
     def zeros(piece):
-        return tuple(jnp.zeros(f.shape, f.dtype) for f in piece.factors)
+        shapes = ((*f.shape[:-1], f.shape[-1] + (not d)) for f, d in zip(piece.factors, piece.diagonal, strict=True))
+        return tuple(jnp.zeros(shape, f.dtype) for shape, f in zip(shapes, piece.factors, strict=True))
 
     return ScaleByShampooState(
         count=jnp.zeros([], jnp.int32),
         refreshed=jnp.zeros([], jnp.int32),
         momentum=contracts.wide_zeros(params),
         factors=layout.build(zeros),
-        roots=layout.build(zeros),
-        energies=layout.build(lambda piece: jnp.zeros((*piece.stack, len(piece.shape)), piece.real_dtype)),
+        energies=axis_factors.energies(layout.pieces),
         total_notfinite=jnp.zeros([], jnp.int32),
     )
 
 
 def _update(options: Options, updates, state, params=None, *, sound=None, **extra_args):
     del extra_args
-    likes = ("factors", "roots", "energies")
-    state, layout, grads, good, total_notfinite = axis_factors.opened(
-        METHOD, options.layout_of, likes, updates, state, params, sound
+    state, layout, good, total_notfinite = axis_factors.opened(
+        METHOD, options.layout_of, ("factors",), updates, state, params, sound
     )
     momentum, direction = axis_factors.momentum_and_direction(
-        options.b1, options.nesterov, state.count, state.momentum, grads, good
+        options.b1, options.nesterov, state.count, state.momentum, updates, good
     )
 
-    # By group up to the end: whatever is done leaf by leaf is also compiled leaf by leaf.
-    tensors, directions = layout.tensors(grads), layout.tensors(direction)
-    factors, roots, energies = (layout.join(tree) for tree in (state.factors, state.roots, state.energies))
-    factors = layout.rounded(_averaged(options, state.count, tensors, factors, roots, good))
+    # Leaf by leaf: what is done alike to leaves of one shape is compiled once.
+    pieces, tensors, kept = layout.pieces, layout.blocks(updates), layout.by_piece(state.factors)
+    roots = [
+        tuple(x if diagonal else axis_factors.root_of(x) for x, diagonal in zip(of_piece, piece.diagonal, strict=True))
+        for piece, of_piece in zip(pieces, kept, strict=True)
+    ]
+    squares = [axis_factors.square_norms(x, len(p.stack)) for p, x in zip(pieces, tensors, strict=True)]
+    moments = [_moments(options, *of_piece) for of_piece in zip(pieces, tensors, kept, roots, strict=True)]
+    weight = _weight(options, state.count, good)
     period = contracts.value_at(options.root_every, state.count).astype(jnp.int32)
     due = good & axis_factors.is_due(state.count, state.refreshed, period)
-    root = functools.partial(factor_root, exponent=options.exponent, damping=options.damping, method=options.root)
-    roots, energies = axis_factors.refresh(factors, roots, energies, due, options.refresh_growth, root)
-    roots = layout.rounded(_with_diagonal_roots(options, factors, roots))
-    directions = [jax.vmap(kron_matvec)(r, x) for r, x in zip(roots, directions, strict=True)]
-    directions = layout.leaves(directions, layout.without_pieces(direction), updates)
-
+    take_roots = functools.partial(
+        factor_roots, exponent=options.exponent, damping=options.damping, method=options.root
+    )
+    roots, energies = axis_factors.refresh(
+        pieces, kept, moments, weight, roots, state.energies, squares, due, options.refresh_growth, take_roots
+    )
+    kept = [_renewed(weight, *of_piece) for of_piece in zip(pieces, kept, moments, roots, strict=True)]
     new = ScaleByShampooState(
         count=jnp.where(good, optax.safe_increment(state.count), state.count),
         refreshed=jnp.where(due, state.count, state.refreshed),
         momentum=momentum,
-        factors=layout.split(factors, state.factors),
-        roots=layout.split(roots, state.roots),
-        energies=layout.split(energies, state.energies),
+        factors=layout.like_factors(kept, state.factors),
+        energies=energies,
         total_notfinite=total_notfinite,
     )
+    roots = [_with_diagonal_roots(options, *of_piece) for of_piece in zip(pieces, kept, roots, strict=True)]
+    directions = map(kron_matvec, roots, layout.blocks(direction))
+    directions = layout.leaves_of_blocks(directions, layout.without_pieces(direction), updates)
     return jax.tree.map(lambda u: jnp.where(good & jnp.isfinite(u), u, jnp.zeros_like(u)), directions), new
 
 
-def _averaged(options: Options, count, tensors, factors, roots, good):
-    """The factors by group with this step's second moments averaged in."""
-
-    def of_group(x, group, group_roots):
-        real = jnp.finfo(x.dtype).dtype
-        weight = axis_factors.running_weight(
-            contracts.value_at(options.decay, count, real), count // options.update_every
-        )
-        weight = jnp.where(good & (count % options.update_every == 0), weight, 0)
-
-        def moment(axis, factor):
-            if options.kl:
-                # Before the first roots there is nothing to whiten by.
-                started = [jnp.where(count == 0, _identity_like(r), r) for r in group_roots]
-                return axis_factors.whitened_moment(x, started, axis, factor.ndim == 2)
-            return axis_factors.axis_moment(x, axis, factor.ndim == 2)
-
-        return tuple(factor + weight * (moment(axis, factor) - factor) for axis, factor in enumerate(group))
-
-    return [of_group(*of_one) for of_one in zip(tensors, factors, roots, strict=True)]
+def _weight(options: Options, count, good):
+    """Weight of this step's moments; 0 where they are not averaged in."""
+    decay = contracts.value_at(options.decay, count, jnp.result_type(float))
+    weight = axis_factors.running_weight(decay, count // options.update_every)
+    return jnp.where(good & (count % options.update_every == 0), weight, 0)
 
 
-def _identity_like(root):
-    return jnp.ones_like(root) if root.ndim == 2 else jnp.broadcast_to(jnp.eye(root.shape[-1]), root.shape)
+def _renewed(weight, piece, kept, moments, roots):
+    """What is kept of each axis, with the moments averaged in."""
+    return tuple(
+        axis_factors.averaged(x, weight, m) if diagonal else axis_factors.repacked(x, weight, m, r)
+        for x, m, r, diagonal in zip(kept, moments, roots, piece.diagonal, strict=True)
+    )
 
 
-def _with_diagonal_roots(options: Options, factors, roots):
+def _moments(options: Options, piece, x, kept, roots):
+    """A piece's second moments of this step."""
+    stack = len(piece.stack)
+    if not options.kl:
+        return tuple(axis_factors.axis_moment(x, axis, d, stack) for axis, d in enumerate(piece.diagonal))
+    roots = _with_diagonal_roots(options, piece, kept, roots)
+    # Before its first roots there is nothing to whiten a leaf by.
+    roots = [jnp.where(_is_root(r, stack), r, _identity_like(r, d)) for r, d in zip(roots, piece.diagonal, strict=True)]
+    return tuple(axis_factors.whitened_moment(x, roots, axis, d, stack) for axis, d in enumerate(piece.diagonal))
+
+
+def _is_root(x, stack):
+    sizes = jnp.sum(jnp.abs(x), axis=tuple(range(stack, x.ndim)), keepdims=True)
+    return (sizes > 0) & jnp.isfinite(sizes)
+
+
+def _identity_like(root, diagonal):
+    return jnp.ones_like(root) if diagonal else jnp.broadcast_to(jnp.eye(root.shape[-1], dtype=root.dtype), root.shape)
+
+
+def _with_diagonal_roots(options: Options, piece, kept, roots):
     """Roots of diagonal factors are cheap, and new at every step."""
-    return [
-        tuple(
-            axis_factors.power(f, options.exponent, options.damping) if f.ndim == 2 else r
-            for f, r in zip(group, group_roots, strict=True)
-        )
-        for group, group_roots in zip(factors, roots, strict=True)
-    ]
+    return tuple(
+        axis_factors.power(f, options.exponent, options.damping) if diagonal else r
+        for f, r, diagonal in zip(kept, roots, piece.diagonal, strict=True)
+    )
 
 
 def shampoo(
@@ -298,9 +311,9 @@ def shampoo(
     update_every=1,
     root_every=20,
     root="eigh",
-    refresh_growth=2.0,
+    refresh_growth=20.0,
     kl=False,
-    max_dim=8192,
+    max_dim=contracts.static(8192),
     block_size=None,
     stacked=None,
     factor_dtype="float32",

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_curv.linalg import kron_matvec, lapack
@@ -69,7 +68,7 @@ def scale_by_soap(
     eps=1e-8,
     decay=None,
     basis_every=10,
-    max_dim=8192,
+    max_dim=contracts.static(8192),
     block_size=None,
     stacked=None,
     factor_dtype="float32",
@@ -155,7 +154,7 @@ def soap(
     eps=1e-8,
     decay=None,
     basis_every=10,
-    max_dim=8192,
+    max_dim=contracts.static(8192),
     block_size=None,
     stacked=None,
     factor_dtype="float32",
@@ -249,96 +248,103 @@ def _init(options: Options, params) -> Any:
 def _update(options: Options, updates, state, params=None, *, sound=None, **extra_args):
     del extra_args
     likes = ("factors", "bases", "moments")
-    state, layout, grads, good, total_notfinite = axis_factors.opened(
+    state, layout, good, total_notfinite = axis_factors.opened(
         METHOD, options.layout_of, likes, updates, state, params, sound
     )
     momentum, direction = axis_factors.momentum_and_direction(
-        options.b1, False, state.count, state.momentum, grads, good
+        options.b1, False, state.count, state.momentum, updates, good
     )
 
-    tensors, directions = layout.tensors(grads), layout.tensors(direction)
-    trees = (state.factors, state.bases, state.moments)
-    factors, bases, moments = (layout.join(tree) for tree in trees)
-    factors = layout.rounded(
-        [_averaged(options, state.count, x, f, good) for x, f in zip(tensors, factors, strict=True)]
-    )
+    # Leaf by leaf: what is done alike to leaves of one shape is compiled once.
+    pieces, tensors, directions = layout.pieces, layout.blocks(updates), layout.blocks(direction)
+    factors, bases, moments = (layout.by_piece(tree) for tree in (state.factors, state.bases, state.moments))
+    weight = _weight(options.decay, state.count, good)
+    factors = [_averaged(weight, *of_piece) for of_piece in zip(pieces, tensors, factors, strict=True)]
     first = good & (state.count == 0)
-    bases = jax.lax.cond(first, lambda: _eigenvectors(factors, bases), lambda: bases)
+    bases = jax.lax.cond(first, lambda: _eigenvectors(pieces, factors, bases), lambda: bases)
+    weight = _weight(options.b2, state.count, good)
     steps = [
-        _adam(options, state.count, good, *of_group)
-        for of_group in zip(tensors, directions, bases, moments, strict=True)
+        _adam(options.eps, weight, *of_piece)
+        for of_piece in zip(pieces, tensors, directions, bases, moments, strict=True)
     ]
-    directions = [jax.vmap(kron_matvec)(q, u) for q, (u, _) in zip(bases, steps, strict=True)]
-    directions = layout.leaves(directions, layout.without_pieces(direction), updates)
+    directions = [kron_matvec(q, u) for q, (u, _) in zip(bases, steps, strict=True)]
+    directions = layout.leaves_of_blocks(directions, layout.without_pieces(direction), updates)
 
     moments = [v for _, v in steps]
     due = good & (state.count > 0) & (state.count % options.basis_every == 0)
-    bases, moments = jax.lax.cond(due, lambda: _iterated(factors, bases, moments), lambda: (bases, moments))
+    bases, moments = jax.lax.cond(due, lambda: _iterated(pieces, factors, bases, moments), lambda: (bases, moments))
     new = ScaleBySoapState(
         count=jnp.where(good, optax.safe_increment(state.count), state.count),
         momentum=momentum,
-        moments=layout.split(moments, state.moments),
-        factors=layout.split(factors, state.factors),
-        bases=layout.split(layout.rounded(bases), state.bases),
+        moments=layout.like_factors(moments, state.moments),
+        factors=layout.like_factors(factors, state.factors),
+        bases=layout.like_factors(bases, state.bases),
         total_notfinite=total_notfinite,
     )
     return jax.tree.map(lambda u: jnp.where(good & jnp.isfinite(u), u, jnp.zeros_like(u)), directions), new
 
 
-def _averaged(options: Options, count, x, factors, good):
-    """A group's factors with this step's second moments averaged in."""
-    decay = contracts.value_at(options.decay, count, jnp.finfo(x.dtype).dtype)
-    weight = jnp.where(good, axis_factors.running_weight(decay, count), 0)
-    moments = [axis_factors.axis_moment(x, axis, f.ndim == 2) for axis, f in enumerate(factors)]
-    return tuple(f + weight * (m - f) for f, m in zip(factors, moments, strict=True))
+def _weight(decay, count, good):
+    """Weight of the newest value in an average; 0 in a step that is not taken."""
+    decay = contracts.value_at(decay, count, jnp.result_type(float))
+    return jnp.where(good, axis_factors.running_weight(decay, count), 0)
 
 
-def _adam(options: Options, count, good, x, momentum, bases, v):
-    """(a group's direction within the basis, its average squares there)."""
-    inverse = [q.mT.conj() if q.ndim == 3 else q for q in bases]
-    x, momentum = (jax.vmap(kron_matvec)(inverse, y) for y in (x, momentum))
-    weight = axis_factors.running_weight(contracts.value_at(options.b2, count, v.dtype), count)
-    v = v + jnp.where(good, weight, 0) * (jnp.square(jnp.abs(x)) - v)
-    scale = jnp.sqrt(v) + jnp.asarray(options.eps, v.dtype)
+def _averaged(weight, piece, x, factors):
+    """A piece's factors with this step's second moments averaged in, as they will be kept."""
+    moments = (axis_factors.axis_moment(x, axis, d, len(piece.stack)) for axis, d in enumerate(piece.diagonal))
+    new = (axis_factors.averaged(f, weight, m) for f, m in zip(factors, moments, strict=True))
+    return tuple(axis_factors.rounded(f, kept.dtype) for f, kept in zip(new, piece.factors, strict=True))
+
+
+def _adam(eps, weight, piece, x, momentum, bases, v):
+    """(a piece's direction within the basis, its average squares there)."""
+    inverse = [q if diagonal else q.mT.conj() for q, diagonal in zip(bases, piece.diagonal, strict=True)]
+    x, momentum = (kron_matvec(inverse, y) for y in (x, momentum))
+    v = axis_factors.averaged(v, weight, jnp.square(jnp.abs(x)))
+    scale = jnp.sqrt(v) + jnp.asarray(eps, v.dtype)
     return jnp.where(scale > 0, momentum / jnp.where(scale > 0, scale, 1), 0), v
 
 
-def _by_width(function, factors, bases):
-    """`function` of all dense factors of a width and of their bases in one call; its outputs by (group, axis)."""
+def _by_width(function, pieces, *trees):
+    """`function` of every dense factor's entries in trees by piece and axis; its outputs by (piece, axis)."""
     found = {}
-    for places in axis_factors.batches(factors, small=0).values():
-        joined = [jnp.concatenate([tree[g][axis] for g, axis in places]) for tree in (factors, bases)]
-        ends = np.cumsum([len(factors[g][axis]) for g, axis in places])[:-1]
-        outputs = [jnp.split(x, ends) for x in function(*joined)]
-        found |= dict(zip(places, zip(*outputs, strict=True), strict=True))
+    for places in axis_factors.batches(pieces, small=0):
+        lists = [[tree[p][axis] for p, axis in places] for tree in trees]
+        found |= dict(zip(places, lapack.for_each(function, *lists), strict=True))
     return found
 
 
-def _eigenvectors(factors, bases):
-    """The bases of a first step, largest eigenvalue first."""
-    found = _by_width(lambda f, _: (lapack.eigh(f)[1][..., ::-1],), factors, bases)
+def _with(pieces, bases, found):
+    """The bases as they will be kept, those that have been found in the place of the old ones."""
     return [
-        tuple(found[g, axis][0] if (g, axis) in found else q for axis, q in enumerate(group))
-        for g, group in enumerate(bases)
+        tuple(
+            axis_factors.rounded(found[p, axis][0], piece.factor_dtype) if (p, axis) in found else q
+            for axis, q in enumerate(of_piece)
+        )
+        for p, (piece, of_piece) in enumerate(zip(pieces, bases, strict=True))
     ]
 
 
-def _iterated(factors, bases, moments):
+def _eigenvectors(pieces, factors, bases):
+    """The bases of a first step, largest eigenvalue first."""
+    return _with(pieces, bases, _by_width(lambda f: (lapack.eigh(f)[1][..., ::-1],), pieces, factors))
+
+
+def _iterated(pieces, factors, bases, moments):
     """Bases after one step of orthogonal iteration, and the moments in the order of their columns."""
 
     def iterate(f, q):
         image = jnp.matmul(f, q, precision=axis_factors.HIGHEST)
         order = jnp.argsort(-jnp.sum((q.conj() * image).real, axis=-2), axis=-1)
-        return lapack.qr(jnp.take_along_axis(image, order[:, None, :], axis=-1))[0], order
+        return lapack.qr(jnp.take_along_axis(image, order[..., None, :], axis=-1))[0], order
 
-    found = _by_width(iterate, factors, bases)
-    new_bases, new_moments = [], []
-    for g, (group, v) in enumerate(zip(bases, moments, strict=True)):
-        for axis in range(len(group)):
-            if (g, axis) in found:
-                order = found[g, axis][1]
-                shape = [len(v), *(order.shape[1] if i == axis else 1 for i in range(len(group)))]
-                v = jnp.take_along_axis(v, order.reshape(shape), axis=axis + 1)
-        new_bases.append(tuple(found[g, axis][0] if (g, axis) in found else q for axis, q in enumerate(group)))
+    found, new_moments = _by_width(iterate, pieces, factors, bases), []
+    for p, (piece, v) in enumerate(zip(pieces, moments, strict=True)):
+        for axis in range(len(piece.shape)):
+            if (p, axis) in found:
+                order = found[p, axis][1]
+                shape = [*piece.stack, *(d if i == axis else 1 for i, d in enumerate(piece.shape))]
+                v = jnp.take_along_axis(v, order.reshape(shape), axis=len(piece.stack) + axis)
         new_moments.append(v)
-    return new_bases, new_moments
+    return _with(pieces, bases, found), new_moments

@@ -98,6 +98,8 @@ OPTIMIZERS = {
     "ekfac": Optimizer(
         with_curvature(optax_curv.ekfac, optax_curv.EigenbasisMoments), {"learning_rate": 1e-2, "damping": 1.0}
     ),
+    "shampoo": Optimizer(optax_curv.shampoo, {"learning_rate": 1e-2}, True),
+    "soap": Optimizer(optax_curv.soap, {"learning_rate": 1e-2}),
     "clip_by_max_abs": Optimizer(with_learning_rate(optax_curv.clip_by_max_abs, max_abs=10.0), RATE),
     "normalize_by_rms": Optimizer(with_learning_rate(optax_curv.normalize_by_rms, target=1.0), RATE, True),
 }
@@ -107,7 +109,7 @@ WRAPPED = {
     "schedule_free": {"learning_rate": 1e-2},
     "reduce_on_plateau": {},
 }
-COMPLEX = ("clip_by_max_abs", "normalize_by_rms")
+COMPLEX = ("clip_by_max_abs", "normalize_by_rms", "shampoo", "soap")
 
 
 def handles_complex(name):

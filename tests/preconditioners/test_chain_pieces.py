@@ -1,3 +1,4 @@
+import functools
 import itertools
 import re
 
@@ -6,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conformance import cases
 
 import optax_curv
 
@@ -148,6 +150,38 @@ class TestNormalize:
         graft = optax_curv.normalize_by_reference(tx)
         graft.update(jnp.ones(2), graft.init(jnp.ones(2)), curvature=3)
         assert seen == {"curvature": 3}
+
+
+def with_and_without(piece, name, **extra):
+    """(gradients, updates of a method alone, updates with the piece behind it) of two steps."""
+    case, params = cases.CASES[name], cases.tree(0)
+    rng, alone, chained = np.random.default_rng(1), case.transformation(), optax.chain(case.transformation(), piece)
+    # Small trees take longer to compile than to run.
+    quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    update, chained_update = quick_jit(alone.update), quick_jit(chained.update)
+    state, chained_state = alone.init(params), chained.init(params)
+    for seed in (1, 2):
+        grads, extras = cases.tree(seed), case.extras(rng)
+        u, state = update(grads, state, params, **extras)
+        given = {key: value(grads) for key, value in extra.items()}
+        v, chained_state = chained_update(grads, chained_state, params, **extras, **given)
+        yield grads, u, v
+
+
+@pytest.mark.parametrize("name", ["kfac", "kron_psgd", "branch_fisher", "shampoo", "soap"])
+class TestBehindMethods:
+    def test_every_leaf_has_the_methods_direction_and_the_given_rms(self, name):
+        for _, u, v in with_and_without(optax_curv.normalize_by_rms(0.2), name):
+            for x, y in zip(jax.tree.leaves(u), jax.tree.leaves(v), strict=True):
+                assert jnp.any(x)
+                np.testing.assert_allclose(y, x * 0.2 / np.sqrt(np.mean(np.square(x))), rtol=1e-4, atol=1e-6)
+
+    def test_every_leaf_has_the_methods_direction_and_the_norm_of_the_reference_for_the_gradients(self, name):
+        graft = optax_curv.normalize_by_reference(optax.scale(0.1))
+        for grads, u, v in with_and_without(graft, name, grad=lambda grads: grads):
+            for g, x, y in zip(*map(jax.tree.leaves, (grads, u, v)), strict=True):
+                expected = x * 0.1 * np.linalg.norm(g.ravel()) / np.linalg.norm(x.ravel())
+                np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-6)
 
 
 class TestKeepParamsInBox:
