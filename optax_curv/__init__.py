@@ -6,6 +6,7 @@ from optax_curv.capture.gradients import find_layers as find_layers
 from optax_curv.capture.gradients import value_grad_and_curvature as value_grad_and_curvature
 from optax_curv.capture.layers import Layer as Layer
 from optax_curv.capture.layers import Layers as Layers
+from optax_curv.capture.micro_batches import average_curvature as average_curvature
 from optax_curv.capture.objective import Likelihood as Likelihood
 from optax_curv.capture.objective import Objective as Objective
 from optax_curv.capture.probes import hessian_probe as hessian_probe
@@ -16,7 +17,6 @@ from optax_curv.capture.statistics import EigenbasisMoments as EigenbasisMoments
 from optax_curv.capture.statistics import FactorRows as FactorRows
 from optax_curv.capture.statistics import KroneckerFactors as KroneckerFactors
 from optax_curv.capture.statistics import RawSamples as RawSamples
-from optax_curv.capture.statistics import average_curvature as average_curvature
 from optax_curv.preconditioners.adam_in_basis import ScaleByAdamInBasisState as ScaleByAdamInBasisState
 from optax_curv.preconditioners.adam_in_basis import scale_by_adam_in_basis as scale_by_adam_in_basis
 from optax_curv.preconditioners.branch_fisher import ScaleByBranchFisherState as ScaleByBranchFisherState

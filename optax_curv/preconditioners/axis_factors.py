@@ -9,7 +9,7 @@ from jax.sharding import AxisType
 
 from optax_curv.linalg import kron_matvec
 from optax_curv.linalg.checks import widen
-from optax_curv.preconditioners import contracts, kron_layout
+from optax_curv.preconditioners import contracts, kron_layout, symmetric_pairs
 
 HIGHEST = jax.lax.Precision.HIGHEST
 # Between refreshes of the roots lie 1 + count / EARLY steps, as far as the period allows: the gradients change most
@@ -139,43 +139,17 @@ def whitened_moment(x, roots, axis: int, diagonal: bool, stack: int) -> jax.Arra
     return axis_moment(kron_matvec(others, x), axis, diagonal, stack) / rest
 
 
-def pack(factor, root) -> jax.Array:
-    """A Hermitian factor's lower triangle and, one column on, its root's upper one, [*stack, d, d + 1].
-
-    The factor's upper triangle and the root's lower one are not read.
-    """
-    whole = [(0, 0)] * (factor.ndim - 1)
-    width = factor.shape[-1]
-    factor, root = jnp.pad(factor, [*whole, (0, 1)]), jnp.pad(root, [*whole, (1, 0)])
-    return jnp.where(jnp.arange(width + 1) <= jnp.arange(width)[:, None], factor, root)
-
-
-def factor_of(packed) -> jax.Array:
-    """The factor that `pack` was given."""
-    return _from_lower(packed[..., :-1])
-
-
-@jax.jit
-def root_of(packed) -> jax.Array:
-    """The root that `pack` was given."""
-    return _from_lower(packed[..., 1:].mT.conj())
-
-
 @jax.jit
 def repacked(packed, weight, moment, root) -> jax.Array:
     """The same with a moment averaged into the factor, and another root."""
-    return pack(averaged(packed[..., :-1], weight, moment), root)
+    factor = averaged(packed[..., :-1], weight, moment)  # of which one triangle is the factor's, and no other is read
+    return symmetric_pairs.with_first(symmetric_pairs.with_second(packed, root), factor)
 
 
 @jax.jit
 def factor_with(packed, weight, moment) -> jax.Array:
     """The factor with a moment averaged in."""
-    return averaged(factor_of(packed), weight, moment)
-
-
-def _from_lower(a) -> jax.Array:
-    place = jnp.arange(a.shape[-1])
-    return jnp.where(place <= place[:, None], a, a.mT.conj())
+    return averaged(symmetric_pairs.first(packed), weight, moment)
 
 
 @jax.jit
@@ -224,7 +198,7 @@ def refresh(pieces, kept, moments, weight, roots, energies, squares, due, limit,
 
     Args:
       pieces: of the layout.
-      kept: old factors and roots by piece and axis, see `pack`.
+      kept: old factors and roots by piece and axis, see `symmetric_pairs`.
       moments: by piece and axis.
       weight: of the moments.
       roots: the old ones by piece and axis, unpacked.

@@ -27,7 +27,7 @@ class ScaleByKFACState(NamedTuple):
 
     Attributes:
       count: steps taken, int32 [].
-      stacks: the running averages as stacks of equal shapes, or `symmetric_pairs` of them and their inverses where a
+      stacks: the running averages as stacks of equal shapes, or pairs of them and their inverses where a
         later step needs these: not under inverse="cg", nor where invert_every is the Python number 1.
       moved: whether the factors have changed since they were inverted, bool [].
       stale: whether the next step inverts out of turn, bool [].
@@ -52,42 +52,55 @@ class ScaleByKFACState(NamedTuple):
     @property
     def inverses(self) -> Mapping[str, KroneckerInverse]:
         """The inverses of the damped factors by layer; none where none are kept."""
-        pairs = LayerStacks((), ()) if _holds_no_inverses(self.stacks) else self.stacks
-        return pairs.map(_inverses)
+        kept = any(isinstance(group, _Pairs) for group in self.stacks.groups)
+        return (self.stacks if kept else LayerStacks((), ())).map(_inverses)
 
 
 class _Pairs(NamedTuple):
-    """The two sides of a stack of layers, each a pair of factor and inverse, and how often averaged."""
+    """The two sides of a stack of layers, each a pair of factor and inverse, and how often averaged.
+
+    Full ones are `symmetric_pairs`; diagonal ones are [layers, 2, 1, d], whose rank tells them from those.
+    """
 
     input_pair: jax.Array
     output_pair: jax.Array
     count: jax.Array  # type: ignore[override]
 
 
+def _zero_pair(factor):
+    width, full = factor.shape[-1], factor.ndim == 3
+    return jnp.zeros((len(factor), width, width + 1) if full else (len(factor), 2, 1, width), factor.dtype)
+
+
+def _part(pair, which: int):
+    """The factors (0) or the inverses (1) of a stack of pairs."""
+    return pair[:, which, 0] if pair.ndim == 4 else (symmetric_pairs.first, symmetric_pairs.second)[which](pair)
+
+
+def _with_part(pair, which: int, part):
+    if pair.ndim == 4:
+        return pair.at[:, which, 0].set(part)
+    return (symmetric_pairs.with_first, symmetric_pairs.with_second)[which](pair, part)
+
+
 def _factors(group) -> KroneckerFactors:
     if isinstance(group, KroneckerFactors):
         return group
-    return KroneckerFactors(symmetric_pairs.first(group[0]), symmetric_pairs.first(group[1]), group[2])
+    return KroneckerFactors(_part(group[0], 0), _part(group[1], 0), group[2])
 
 
 def _inverses(group: _Pairs) -> KroneckerInverse:
-    return KroneckerInverse(symmetric_pairs.second(group[0]), symmetric_pairs.second(group[1]))
-
-
-def _holds_no_inverses(stacks) -> bool:
-    return any(isinstance(group, KroneckerFactors) for group in stacks.groups)
+    return KroneckerInverse(_part(group[0], 1), _part(group[1], 1))
 
 
 def _with_factors(group, factors: KroneckerFactors):
     if isinstance(group, KroneckerFactors):
         return factors
-    with_first = symmetric_pairs.with_first
-    return _Pairs(with_first(group[0], factors[0]), with_first(group[1], factors[1]), factors[2])
+    return _Pairs(_with_part(group[0], 0, factors[0]), _with_part(group[1], 0, factors[1]), factors[2])
 
 
 def _with_inverses(group: _Pairs, inverses: KroneckerInverse) -> _Pairs:
-    with_second = symmetric_pairs.with_second
-    return _Pairs(with_second(group[0], inverses[0]), with_second(group[1], inverses[1]), group[2])
+    return _Pairs(_with_part(group[0], 1, inverses[0]), _with_part(group[1], 1, inverses[1]), group[2])
 
 
 def scale_by_kfac(
@@ -179,9 +192,7 @@ def scale_by_kfac(
         stacks = zero_stacks(present)
         dtype = jnp.result_type(jnp.float32, *(x.dtype for x in present.values()))
         if inverse != "cg" and not always:
-            stacks = stacks.map(
-                lambda f: _Pairs(symmetric_pairs.zeros_like(f[0]), symmetric_pairs.zeros_like(f[1]), f[2])
-            )
+            stacks = stacks.map(lambda f: _Pairs(_zero_pair(f[0]), _zero_pair(f[1]), f[2]))
         return {
             "stacks": stacks,
             "moved": jnp.bool_(False),

@@ -9,7 +9,7 @@ import optax
 
 from optax_curv.linalg import kron_matvec
 from optax_curv.linalg.roots import factor_roots
-from optax_curv.preconditioners import axis_factors, contracts
+from optax_curv.preconditioners import axis_factors, contracts, symmetric_pairs
 from optax_curv.preconditioners.distribution import with_sharding_types
 from optax_curv.preconditioners.matrices_and_adam import with_adam
 
@@ -221,7 +221,9 @@ def _update(options: Options, updates, state, params=None, *, sound=None, **extr
     # Leaf by leaf: what is done alike to leaves of one shape is compiled once.
     pieces, tensors, kept = layout.pieces, layout.blocks(updates), layout.by_piece(state.factors)
     roots = [
-        tuple(x if diagonal else axis_factors.root_of(x) for x, diagonal in zip(of_piece, piece.diagonal, strict=True))
+        tuple(
+            x if diagonal else symmetric_pairs.second(x) for x, diagonal in zip(of_piece, piece.diagonal, strict=True)
+        )
         for piece, of_piece in zip(pieces, kept, strict=True)
     ]
     squares = [axis_factors.square_norms(x, len(p.stack)) for p, x in zip(pieces, tensors, strict=True)]

@@ -1,49 +1,43 @@
-"""Two symmetric matrices in little more than the place of one, as a factor and its inverse are kept.
+"""Two Hermitian matrices in little more than the place of one, as a factor and its inverse or root are kept.
 
-Of a pair [batch, d, d + 1] the first matrix has the lower triangle and its diagonal, the second what is above it. Two
-diagonals are a pair [batch, 2, 1, d], whose rank tells it from the others.
+Of a pair [*stack, d, d + 1] the first matrix has the lower triangle and its diagonal, the second what is above it.
 """
 
 import jax
 import jax.numpy as jnp
 
 
-def zeros_like(matrix) -> jax.Array:
-    """A pair of zeros for a stack of matrices [batch, d, d] or of diagonals [batch, d]."""
-    batch, d = matrix.shape[0], matrix.shape[-1]
-    return jnp.zeros((batch, d, d + 1) if matrix.ndim == 3 else (batch, 2, 1, d), matrix.dtype)
+def _belongs_to_first(d: int):
+    return jnp.arange(d + 1) <= jnp.arange(d)[:, None]
 
 
-def _lower(pair):
-    """Where the first matrix of a full pair lies, [d, d + 1]."""
-    return jnp.tril(jnp.ones(pair.shape[-2:], bool))
+def _whole(triangle):
+    """The matrix of a lower triangle."""
+    place = jnp.arange(triangle.shape[-1])
+    return jnp.where(place <= place[:, None], triangle, triangle.mT.conj())
 
 
+def _wide(matrix, before: int):
+    return jnp.pad(matrix, [*[(0, 0)] * (matrix.ndim - 1), (before, 1 - before)])
+
+
+@jax.jit
 def first(pair) -> jax.Array:
     """The first matrix of each pair."""
-    if pair.ndim == 4:
-        return pair[:, 0, 0]
-    half = pair[..., :-1]
-    return jnp.where(_lower(half), half, half.mT)
+    return _whole(pair[..., :-1])
 
 
+@jax.jit
 def second(pair) -> jax.Array:
     """The second matrix of each pair."""
-    if pair.ndim == 4:
-        return pair[:, 1, 0]
-    half = pair[..., 1:]
-    return jnp.where(_lower(half).mT, half, half.mT)
+    return _whole(pair[..., 1:].mT.conj())
 
 
 def with_first(pair, matrix) -> jax.Array:
-    """The pairs with another first matrix."""
-    if pair.ndim == 4:
-        return pair.at[:, 0, 0].set(matrix)
-    return jnp.where(_lower(pair), jnp.pad(matrix, ((0, 0), (0, 0), (0, 1))), pair)
+    """The pairs with another first matrix, of which the lower triangle is read."""
+    return jnp.where(_belongs_to_first(matrix.shape[-1]), _wide(matrix, 0), pair)
 
 
 def with_second(pair, matrix) -> jax.Array:
-    """The pairs with another second matrix."""
-    if pair.ndim == 4:
-        return pair.at[:, 1, 0].set(matrix)
-    return jnp.where(_lower(pair), pair, jnp.pad(matrix, ((0, 0), (0, 0), (1, 0))))
+    """The pairs with another second matrix, of which the upper triangle is read."""
+    return jnp.where(_belongs_to_first(matrix.shape[-1]), pair, _wide(matrix, 1))

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import optax_curv
-from optax_curv.preconditioners import axis_factors
+from optax_curv.preconditioners import symmetric_pairs
 
 ROUNDING = 1e-8  # relative, in float64, through roots of factors damped to condition 1e6
 DAMPING = 1e-6
@@ -61,7 +61,7 @@ def test_the_direction_is_the_kronecker_product_of_roots_times_the_momentum(shap
         expected = whole @ momentum.ravel() / (1 - b1**count)
         np.testing.assert_allclose(u.ravel(), expected, rtol=0, atol=ROUNDING * np.abs(expected).max())
     for kept, factor in zip(state.factors, factors, strict=True):
-        np.testing.assert_allclose(axis_factors.factor_of(kept), factor / (1 - decay ** len(steps)), rtol=1e-12)
+        np.testing.assert_allclose(symmetric_pairs.first(kept), factor / (1 - decay ** len(steps)), rtol=1e-12)
 
 
 def test_a_bad_gradient_changes_nothing_but_the_counter():
@@ -119,12 +119,15 @@ def test_the_covariance_is_the_fixed_point_of_the_kl_variant(x64):
     halves = [jnp.asarray(damped_power(f, -0.5)) for f in factors]
     roots = tuple(jnp.linalg.inv(half) for half in halves)
     tx = optax_curv.scale_by_shampoo(0.0, kl=True, root_every=10)
-    kept = tuple(map(axis_factors.pack, factors, roots))
+    kept = tuple(
+        symmetric_pairs.with_second(jnp.pad(f, [*[(0, 0)] * (f.ndim - 1), (0, 1)]), r)
+        for f, r in zip(factors, roots, strict=True)
+    )
     state = tx.init(jnp.zeros((3, 4)))._replace(count=jnp.int32(1), factors=kept)
     units = jnp.eye(12).reshape(12, 3, 4) * jnp.sqrt(12.0)  # their mean outer product is the identity
     steps = jax.vmap(lambda z: tx.update(halves[0] @ z @ halves[1], state)[1].factors)
     for kept, factor in zip(quick_jit(steps)(units), factors, strict=True):
-        np.testing.assert_allclose(axis_factors.factor_of(kept).mean(axis=0), factor, atol=1e-4 * jnp.abs(factor).max())
+        np.testing.assert_allclose(symmetric_pairs.first(kept).mean(axis=0), factor, atol=1e-4 * jnp.abs(factor).max())
 
 
 def test_gradients_of_every_fault_leave_all_finite():
