@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None):
         return
     if report.REFERENCE not in ready:
         parser.error(f"{report.REFERENCE}, the reference, {failures[report.REFERENCE]}")
-    tuning = f"tuned from seed {TUNING_SEED} on the grid 1, 3, 10, … (others: powers of ten) until the best is inside"
+    tuning = f"tuned from seed {TUNING_SEED} on the grid 1, 2, 5, … (others: powers of ten) until the best is inside"
     tuning += f", but for {', '.join(untuned)}" if untuned else ""
     with tqdm(total=steps * len(options.seeds), unit="step", desc=title, file=sys.stderr) as bar:
         runs, table = [], ""

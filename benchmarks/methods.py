@@ -83,14 +83,14 @@ def adam(problem, steps):
 
 def muon(problem, steps):
     make = _split(problem, lambda rate, _: optax.contrib.muon(rate, consistent_rms=RMS))
-    return from_optax(problem, steps, make, learning_rate=0.03)
+    return from_optax(problem, steps, make, learning_rate=0.02)
 
 
 def sophia(problem, steps):
     def measure(params, state, batch, key):
         return jax.grad(problem.loss)(params, *batch), {"obj_fn": lambda p: problem.loss(p, *batch)}
 
-    return from_optax(problem, steps, lambda rate, _: optax.contrib.sophia(rate), measure, learning_rate=0.003)
+    return from_optax(problem, steps, lambda rate, _: optax.contrib.sophia(rate), measure, learning_rate=0.005)
 
 
 def lbfgs(problem, steps):
@@ -112,7 +112,7 @@ def lbfgs(problem, steps):
 
 
 def kron_psgd(problem, steps):
-    return from_optax(problem, steps, lambda rate, _: optax_curv.kron_psgd(rate), learning_rate=0.003)
+    return from_optax(problem, steps, lambda rate, _: optax_curv.kron_psgd(rate), learning_rate=0.005)
 
 
 def kron_psgd_rms(problem, steps):
@@ -120,7 +120,7 @@ def kron_psgd_rms(problem, steps):
         kron = optax_curv.scale_by_kron_psgd(0.5, b1=0.9, whiten="momentum")
         return optax.chain(kron, optax_curv.normalize_by_rms(RMS), optax.scale_by_learning_rate(rate))
 
-    return from_optax(problem, steps, _split(problem, matrices), learning_rate=0.03)
+    return from_optax(problem, steps, _split(problem, matrices), learning_rate=0.02)
 
 
 def _alias_with_adam(name):
@@ -128,7 +128,7 @@ def _alias_with_adam(name):
         if not hasattr(optax_curv, name):
             raise Absent(f"optax_curv has no {name} yet")
         alias = getattr(optax_curv, name)
-        return from_optax(problem, steps, lambda rate, _: alias(rate, adam_for=problem.adam_for), learning_rate=0.03)
+        return from_optax(problem, steps, lambda rate, _: alias(rate, adam_for=problem.adam_for), learning_rate=0.02)
 
     return method
 
@@ -159,7 +159,7 @@ def kfac(problem, steps):
     def make(rate, values):
         return optax_curv.kfac(rate, layers, values["damping"], fallback=optax.scale_by_adam())
 
-    return from_optax(problem, steps, make, measure, learning_rate=0.03, damping=0.01)
+    return from_optax(problem, steps, make, measure, learning_rate=0.02, damping=0.01)
 
 
 def kfac_rms(problem, steps):
@@ -186,7 +186,7 @@ def kfac_rms(problem, steps):
             optax.scale_by_learning_rate(rate),
         )
 
-    return from_optax(problem, steps, make, measure, learning_rate=0.03, damping=0.01)
+    return from_optax(problem, steps, make, measure, learning_rate=0.02, damping=0.01)
 
 
 def kfac_adaptive(problem, steps):
@@ -217,7 +217,7 @@ def ekfac(problem, steps):
     def make(rate, values):
         return optax_curv.ekfac(rate, layers, values["damping"], invert_every=20, fallback=optax.scale_by_adam())
 
-    return from_optax(problem, steps, make, measure, learning_rate=0.03, damping=0.01)
+    return from_optax(problem, steps, make, measure, learning_rate=0.02, damping=0.01)
 
 
 def gauss_newton(problem, steps):

@@ -170,7 +170,7 @@ def kfac_jax(problem, steps, adaptive=True):
         params, inner, _ = optimizer(damping).step(params, inner, key, batch=batch, global_step_int=count, **fixed)
         return params, (inner, count + 1)
 
-    settings = {"damping": 1.0} if adaptive else {"learning_rate": 0.03, "damping": 0.01}
+    settings = {"damping": 1.0} if adaptive else {"learning_rate": 0.02, "damping": 0.01}
     return Method(init, step, settings, host=True)
 
 
@@ -180,13 +180,13 @@ def distributed_kron(problem, steps):
     def make(rate, _):
         return peer.kron(rate, merge_small_dims=False, partition_grads_into_blocks=False)
 
-    return from_optax(problem, steps, make, learning_rate=0.003)
+    return from_optax(problem, steps, make, learning_rate=0.005)
 
 
 def psgdax(problem, steps):
     peer = _load("psgdax")
     return from_optax(
-        problem, steps, lambda rate, _: peer.kron(rate, preconditioner_update_probability=1.0), learning_rate=0.003
+        problem, steps, lambda rate, _: peer.kron(rate, preconditioner_update_probability=1.0), learning_rate=0.005
     )
 
 
@@ -198,7 +198,7 @@ def psgdax_rms(problem, steps):
         kron = peer.scale_by_kron(preconditioner_update_probability=1.0, whiten_grad=False, preconditioner_lr=0.5)
         return optax.chain(kron, optax_curv.normalize_by_rms(RMS), optax.scale_by_learning_rate(rate))
 
-    return from_optax(problem, steps, _split(problem, matrices), learning_rate=0.03)
+    return from_optax(problem, steps, _split(problem, matrices), learning_rate=0.02)
 
 
 def somax(problem, steps):

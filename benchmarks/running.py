@@ -138,9 +138,9 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0] if text else ''}"[:160]
 
 
-def on_grid(index: int, factor: float) -> float:
-    """1, 3, 10, 30, … for a factor of 3; 1, 10, 100, … for 10."""
-    return float(f"1e{index}" if factor == 10 else f"{(1, 3)[index % 2]}e{index // 2}")
+def on_grid(index: int, per_decade: int) -> float:
+    """1, 2, 5, 10, … for three per decade; 1, 10, 100, … for one."""
+    return float(f"{(1, 2, 5)[index % per_decade]}e{index // per_decade}")
 
 
 def tune(
@@ -148,7 +148,7 @@ def tune(
 ) -> dict[str, float]:
     """Walks each setting along its grid to the lowest last value of the first metric, the learning rate first.
 
-    Learning rates are 1, 3, 10, 30, …, other settings powers of ten. A walk starts at the method's own first value and
+    Learning rates are 1, 2, 5, 10, …, other settings powers of ten. A walk starts at the method's own first value and
     goes on while the metric falls, so the best value is never at the edge of what was tried.
     """
     (metric,) = itertools.islice(problem.metrics, 1)
@@ -172,15 +172,15 @@ def tune(
     while not settled:
         before = dict(best)
         for setting in best:
-            factor = 3 if setting == "learning_rate" else 10
-            index = round(math.log10(best[setting]) * (2 if factor == 3 else 1))
+            per_decade = 3 if setting == "learning_rate" else 1
+            index = round(math.log10(best[setting]) * per_decade)
             for direction in (1, -1):
                 for k in itertools.count(1):
-                    trial = {**best, setting: on_grid(index + direction * k, factor)}
+                    trial = {**best, setting: on_grid(index + direction * k, per_decade)}
                     if not score(trial) < score(best):
                         break
                     best = trial
-                if best[setting] != on_grid(index, factor):
+                if best[setting] != on_grid(index, per_decade):
                     break
         settled = best == before or len(best) == 1
     return best

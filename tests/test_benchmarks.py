@@ -127,4 +127,4 @@ def test_tuning_walks_to_a_value_that_is_better_than_its_neighbours(compare, mon
     problem = compare.problems.Problem("none", None, None, None, {"loss": None}, 1, 1)
     method = running.Compiled(None, None, {"learning_rate": 0.01}, 0.0, 0.0, 0)
     assert running.tune(problem, method, "any", 0, 1, None, lambda _: None) == {"learning_rate": 0.1}
-    assert set(tried) == {0.01, 0.03, 0.1, 0.3}
+    assert set(tried) == {0.01, 0.02, 0.05, 0.1, 0.2}

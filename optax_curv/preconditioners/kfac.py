@@ -130,7 +130,8 @@ def scale_by_kfac(
 
     With ``statistic="rows"`` the layers' rows come in the place of factors, which are made of them only in the steps
     that average them in. Then every direction is held to what the step's own rows say of it, ⟨u, F u⟩ = N Σ_r
-    (a_rᵀ U ḡ_r)² over some 64 of them, which costs far less than the factors and keeps a period of 20 safe.
+    (a_rᵀ U ḡ_r)² over some 64 of them, which costs far less than the factors and keeps a period of 20 safe. The rows
+    must be those of the whole batch: within `jax.shard_map` and over micro-batches give factors, which can be averaged.
 
     Args:
       layers: from `find_layers`, or made by hand.
