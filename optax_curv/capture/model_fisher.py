@@ -75,6 +75,10 @@ def model_curvature(
 
 def _joined(statistic):
     """Rows of all cotangents [positions, columns, *stack, R, ·] one after the other, on the scale of a single one."""
+    if isinstance(statistic, KroneckerFactors):  # of a scale or shift in "rows", whose A does not depend on cotangents
+        return KroneckerFactors(
+            statistic.input_factor[0, 0], jnp.sum(statistic.output_factor, (0, 1)), statistic.count[0, 0]
+        )
     count = math.prod(statistic.output_grads.shape[:2])
     axis = statistic.output_grads.ndim - 4
 
@@ -82,10 +86,6 @@ def _joined(statistic):
         x = jnp.moveaxis(x.reshape(count, *x.shape[2:]), 0, axis)
         return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
-    if isinstance(statistic, KroneckerFactors):  # of a scale or shift in "rows", whose A does not depend on cotangents
-        return KroneckerFactors(
-            statistic.input_factor[0, 0], jnp.sum(statistic.output_factor, (0, 1)), statistic.count[0, 0]
-        )
     inputs, output_grads = join(statistic.inputs), join(statistic.output_grads)
     if isinstance(statistic, FactorRows):
         return FactorRows(

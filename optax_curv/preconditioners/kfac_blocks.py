@@ -91,7 +91,7 @@ def _solve_by_cg(factor, damping, x):
     return jax.vmap(jax.vmap(solve, (None, None, 1), 1))(factor, damping, x)
 
 
-def curvature_along(u, rows: FactorRows):
+def curvature_along(u, rows: FactorRows, own_rows: slice):
     """N Σ_r (a_rᵀ U ḡ_r)² of a layer's directions [*stack, rows, out], by every k-th of its rows: [*stack]."""
     step = max(1, rows.output_grads.shape[-2] // SAMPLED_ROWS)
     grads = rows.output_grads[..., ::step, :].astype(u.dtype)
@@ -99,7 +99,7 @@ def curvature_along(u, rows: FactorRows):
         seen = jnp.take_along_axis(u, rows.inputs[..., ::step, None], axis=-2)
     else:
         inputs = rows.inputs[..., ::step, :].astype(u.dtype)
-        seen = jnp.matmul(inputs[..., : u.shape[-2]], u, precision=HIGHEST)
+        seen = jnp.matmul(inputs[..., own_rows], u, precision=HIGHEST)
     share = rows.output_grads.shape[-2] / grads.shape[-2]
     return share * rows.weights[1] * jnp.sum(jnp.square(jnp.sum(seen * grads, -1)), -1)
 
@@ -203,7 +203,7 @@ def held_to_rows(present, directions: LayerStacks, matrices: LayerStacks, curvat
     for name, x in present.items():
         u, rows, ratios[name] = found[name], curvature[name], jnp.ones(x.layer.stack, x.dtype)
         if isinstance(rows, FactorRows):
-            bend = curvature_along(u, rows) + dampings[name] * jnp.sum(jnp.square(u), (-1, -2))
+            bend = curvature_along(u, rows, x.own_rows) + dampings[name] * jnp.sum(jnp.square(u), (-1, -2))
             slope = jnp.sum(u * matrices[name], (-1, -2))
             ratios[name] = jnp.where(slope > 0, bend / jnp.where(slope > 0, slope, 1), 1)
             found[name] = u / jnp.maximum(1, ratios[name])[..., None, None]

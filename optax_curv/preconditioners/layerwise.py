@@ -32,6 +32,12 @@ class PresentLayer:
     whole: Layer
     dtype: jnp.dtype
 
+    @property
+    def own_rows(self) -> slice:
+        """Which rows of the whole layer's matrix, and coordinates of its input, are present."""
+        first = self.whole.in_dim if self.layer.kernel is None else 0
+        return slice(first, self.whole.in_dim + (self.layer.bias is not None))
+
     def statistic(self, method: str, value) -> tuple[jax.Array, jax.Array]:
         """Input and output factor of one layer's statistic, in the shapes of `layer.factor_shapes`."""
         whole, stack = self.whole, self.whole.stack
@@ -54,7 +60,7 @@ class PresentLayer:
                     f"{(*stack, width, width)} or its diagonal {(*stack, width)}."
                 )
             factors.append(jnp.asarray(factor, self.dtype))
-        rows = slice(whole.in_dim if self.layer.kernel is None else 0, whole.in_dim + (self.layer.bias is not None))
+        rows = self.own_rows
         full = factors[0].ndim == len(stack) + 2
         factors[0] = factors[0][..., rows, rows] if full else factors[0][..., rows]
         return tuple(map(_in_shape, factors, self.layer.factor_shapes))

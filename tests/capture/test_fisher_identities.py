@@ -212,6 +212,21 @@ def test_sampled_converges_to_exact_at_the_monte_carlo_rate(net):
             close(statistic.output_factor, exact[name].output_factor, MONTE_CARLO / np.sqrt(samples))
 
 
+def test_rows_beside_the_factors_of_a_scale_make_the_factors():
+    def net(params, x):
+        return jnp.tanh(x @ params["w"]) * params["scale"] @ params["v"]
+
+    params = {"w": jnp.ones((3, 2)) / 3, "scale": jnp.arange(1.0, 3.0), "v": jnp.arange(8.0).reshape(2, 4) / 8}
+    objective, data = Objective(net, "categorical"), batch("categorical", 3)
+    for options in ({"fisher": "exact"}, {"fisher": "sampled", "samples": 3, "key": jax.random.key(0)}):
+        factors = curvature(objective, params, data, **options)
+        layers = find_layers(objective, params, *data)
+        for name, rows in curvature(objective, params, data, statistic="rows", **options).items():
+            made = rows[:2] if layers[name].kind == "scale" else factors_of_rows(rows, layers[name])
+            for side in (0, 1):
+                close(made[side], factors[name][side])
+
+
 def test_raw_samples_make_the_factors():
     params, data = parameters(3, 2, 4), batch("categorical", 3)
     objective = Objective(tanh_net, "categorical")

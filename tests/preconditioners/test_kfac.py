@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from optax_curv import (
+    FactorRows,
     KroneckerFactors,
     Layer,
     Layers,
@@ -214,6 +215,21 @@ def test_rows_are_made_into_factors_where_the_period_asks_for_them(x64):
     assert after.total_notfinite == 1 and not any(jnp.any(u != 0) for u in jax.tree.leaves(updates))
     with pytest.raises(ValueError, match=r"expected .*'R', 4"):
         tx.update(grads, state, params, curvature=bad | {"w": bad["w"]._replace(inputs=jnp.ones((5, 3)))})
+
+
+def test_rows_of_a_layer_without_its_kernel_are_those_of_the_bias(x64):
+    layer = Layer("dense", "dense", "['w']", "['b']", in_dim=3, out_dim=2)
+    grads = {"w": jnp.ones((3, 2)), "b": jnp.array([1.0, -2.0])}
+    inputs = jnp.concatenate([5 * jax.random.normal(jax.random.key(0), (6, 3)), jnp.ones((6, 1))], axis=1)
+    g = jax.random.normal(jax.random.key(1), (6, 2))
+    rows = FactorRows(inputs, g, jnp.array([1 / 6, 1 / 6]))
+    factors = KroneckerFactors(inputs.T @ inputs / 6, g.T @ g / 6, jnp.int32(1))
+    tx = optax.masked(scale_by_kfac(Layers([layer]), 1e-3), {"w": False, "b": True})
+    found, expected = (
+        tx.update(grads, tx.init(grads), grads, curvature={"dense": statistic})[0]["b"] for statistic in (rows, factors)
+    )
+    # of which a bias alone needs no cut, as its block is exact; the kernel's inputs would ask for one
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 def test_micro_batches_with_their_average_curvature_are_one_batch(x64):
