@@ -224,7 +224,7 @@ def test_rows_of_a_layer_without_its_kernel_are_those_of_the_bias(x64):
     g = jax.random.normal(jax.random.key(1), (6, 2))
     rows = FactorRows(inputs, g, jnp.array([1 / 6, 1 / 6]))
     factors = KroneckerFactors(inputs.T @ inputs / 6, g.T @ g / 6, jnp.int32(1))
-    tx = optax.masked(scale_by_kfac(Layers([layer]), 1e-3), {"w": False, "b": True})
+    tx = optax.masked(scale_by_kfac(Layers([layer]), 1e-3, invert_every=2), {"w": False, "b": True})
     found, expected = (
         tx.update(grads, tx.init(grads), grads, curvature={"dense": statistic})[0]["b"] for statistic in (rows, factors)
     )
