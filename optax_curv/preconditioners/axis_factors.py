@@ -34,6 +34,16 @@ def layout_of(method: str, tree, *, max_dim, block_size, stacked, dtype) -> kron
     return kron_layout.Layout(jax.tree.structure(tree), by_leaf)
 
 
+def identities(piece) -> tuple[jax.Array, ...]:
+    """A basis to begin with for every axis: identities, or ones where the factor is diagonal."""
+
+    def start(struct, diagonal):
+        one = jnp.ones([], struct.dtype) if diagonal else jnp.eye(struct.shape[-1], dtype=struct.dtype)
+        return jnp.broadcast_to(one, struct.shape)
+
+    return tuple(map(start, piece.factors, piece.diagonal))
+
+
 def running_weight(decay, count) -> jax.Array:
     """Weight w of the newest of count + 1 values in m ← m + w (new - m), which keeps m free of the bias of its start.
 
@@ -189,8 +199,8 @@ def power(values, exponent, damping) -> jax.Array:
     return jnp.where(damped > 0, jnp.where(damped > 0, damped, 1) ** -exponent, 0)
 
 
-def refresh(pieces, kept, moments, weight, roots, energies, squares, due, limit, take_roots):
-    """(roots, energies) with the roots of dense factors taken anew where they are due or a factor has moved.
+def refresh(pieces, kept, moments, weight, roots, bases, energies, squares, due, limit, take_roots):
+    """(roots, bases, energies) with the roots of dense factors taken anew where they are due or a factor has moved.
 
     A factor has moved when tr(F R) has grown by more than `limit` since the root R was taken: when gradients grow, or
     turn to where there were none and R is large, or come for the first time. As F is an average of moments M, so is
@@ -202,13 +212,16 @@ def refresh(pieces, kept, moments, weight, roots, energies, squares, due, limit,
       moments: by piece and axis.
       weight: of the moments.
       roots: the old ones by piece and axis, unpacked.
+      bases: by piece and axis, see `take_roots`.
       energies: [2, n], see there.
       squares: square norms of the gradients by piece, [*stack].
       due: bool [].
       limit: see above.
-      take_roots: function of a list of factors [*stack, d, d] that returns a root R and tr(F R) for each.
+      take_roots: function of a list of factors [*stack, d, d] and one of bases that returns a root R, tr(F R) and a
+        basis for each.
     """
-    found, of_batches, start = [list(of_piece) for of_piece in roots], [], 0
+    found, found_bases = ([list(of_piece) for of_piece in tree] for tree in (roots, bases))
+    of_batches, start = [], 0
     for places in batches(pieces):
 
         def pick(tree, places=places):
@@ -217,16 +230,17 @@ def refresh(pieces, kept, moments, weight, roots, energies, squares, due, limit,
         dtypes = [pieces[p].factor_dtype for p, _ in places]
         norms = [squares[p] for p, _ in places]
         count = sum(map(jnp.size, norms))
-        of_batch = pick(roots), energies[:, start : start + count]
+        of_batch = pick(roots), pick(bases), energies[:, start : start + count]
         of_batch = _refreshed(dtypes, pick(kept), pick(moments), weight, *of_batch, norms, due, limit, take_roots)
         start += count
-        for (p, axis), root in zip(places, of_batch[0], strict=True):
-            found[p][axis] = root
-        of_batches.append(of_batch[1])
-    return [tuple(r) for r in found], jnp.concatenate([energies[:, :0], *of_batches], axis=1)
+        for (p, axis), root, basis in zip(places, *of_batch[:2], strict=True):
+            found[p][axis], found_bases[p][axis] = root, basis
+        of_batches.append(of_batch[2])
+    energies = jnp.concatenate([energies[:, :0], *of_batches], axis=1)
+    return list(map(tuple, found)), list(map(tuple, found_bases)), energies
 
 
-def _refreshed(dtypes, kept, moments, weight, roots, energies, squares, due, limit, take_roots):
+def _refreshed(dtypes, kept, moments, weight, roots, bases, energies, squares, due, limit, take_roots):
     """`refresh` of one batch; all but `weight`, `energies`, `due` and `limit` are lists of one entry a factor."""
 
     def flat(arrays):
@@ -237,12 +251,13 @@ def _refreshed(dtypes, kept, moments, weight, roots, energies, squares, due, lim
     wakes = (weight > 0) & (reference == 0) & (flat(squares) > 0)
     lost = ~jnp.isfinite(reference)  # where LAPACK has found no root
     moved = jnp.any(wakes | lost | (running > limit * reference))
-    old = roots, jnp.stack([running, reference])
+    old = roots, bases, jnp.stack([running, reference])
 
     def fresh():
         factors = [rounded(factor_with(p, weight, m), d) for p, m, d in zip(kept, moments, dtypes, strict=True)]
-        taken, now = zip(*take_roots(factors), strict=True)
-        return list(map(rounded, taken, dtypes)), jnp.stack([flat(now)] * 2)
+        taken, now, new = zip(*take_roots(factors, bases), strict=True)
+        new = [q if q is None else rounded(q, dtype) for q, dtype in zip(new, dtypes, strict=True)]
+        return list(map(rounded, taken, dtypes)), new, jnp.stack([flat(now)] * 2)
 
     return jax.lax.cond(due | moved, fresh, lambda: old)
 

@@ -26,6 +26,7 @@ class ScaleByShampooState(NamedTuple):
       factors: like the parameters, each leaf replaced by the tuple of its axes' arrays: diagonal factors [*stack, d],
         or [*stack, d, d + 1] with a factor's lower triangle and, one column on, the upper triangle of the root that
         multiplies the momentum. Both are Hermitian. A leaf cut by `block_size` has the tuple of its blocks' tuples.
+      bases: with `root="qr"` like factors: orthonormal columns, or ones where the factor is diagonal; else ().
       energies: tr(F R) of all dense factors, and what it was when R was taken, [2, n].
       total_notfinite: steps skipped for a NaN or infinity, int32 [].
     """
@@ -34,6 +35,7 @@ class ScaleByShampooState(NamedTuple):
     refreshed: jax.Array
     momentum: Any
     factors: Any
+    bases: Any
     energies: jax.Array
     total_notfinite: jax.Array
 
@@ -107,7 +109,9 @@ def scale_by_shampoo(
       update_every: steps between averaging gradients into the factors.
       root_every: most steps between two computations of the roots, a number or a schedule. Early in training they
         are denser, 1 + count / 4 steps apart.
-      root: "eigh" or "newton", see `linalg.inverse_root`; "newton", matrix products only, needs 1/e to be whole.
+      root: "eigh" or "newton", see `linalg.inverse_root`; "newton", matrix products only, needs 1/e to be whole. "qr"
+        keeps a basis of each factor, as SOAP does, that one step of orthogonal iteration, Q ← QR(F Q), brings nearer to
+        the eigenvectors at every refresh; R = Q (diag(Qᴴ F Q) + δ λ_max)⁻ᵉ Qᴴ.
       refresh_growth: the roots R are computed anew, out of schedule, when tr(F R) of a factor has grown by more than
         this since R was taken: gradients that grow, that turn to where there were none, a leaf's first ones. Above 1;
         `float("inf")`: for a leaf's first gradients only. Within one schedule tr(F R) easily doubles; to follow that
@@ -172,7 +176,7 @@ def scale_by_shampoo(
 
 def _check(options: Options):
     require = functools.partial(contracts.require_number, METHOD)
-    contracts.require_choice(METHOD, "root", options.root, ("eigh", "newton"))
+    contracts.require_choice(METHOD, "root", options.root, ("eigh", "newton", "qr"))
     require("decay", options.decay, at_least=0, at_most=1)
     require("b1", options.b1, at_least=0, at_most=1)
     require("exponent", options.exponent, above=0)
@@ -204,6 +208,7 @@ def _init(options: Options, params) -> Any:
         refreshed=jnp.zeros([], jnp.int32),
         momentum=contracts.wide_zeros(params),
         factors=layout.build(zeros),
+        bases=layout.build(axis_factors.identities) if options.root == "qr" else (),
         energies=axis_factors.energies(layout.pieces),
         total_notfinite=jnp.zeros([], jnp.int32),
     )
@@ -211,8 +216,9 @@ def _init(options: Options, params) -> Any:
 
 def _update(options: Options, updates, state, params=None, *, sound=None, **extra_args):
     del extra_args
+    tracks = options.root == "qr"
     state, layout, good, total_notfinite = axis_factors.opened(
-        METHOD, options.layout_of, ("factors",), updates, state, params, sound
+        METHOD, options.layout_of, ("factors", "bases") if tracks else ("factors",), updates, state, params, sound
     )
     momentum, direction = axis_factors.momentum_and_direction(
         options.b1, options.nesterov, state.count, state.momentum, updates, good
@@ -234,8 +240,9 @@ def _update(options: Options, updates, state, params=None, *, sound=None, **extr
     take_roots = functools.partial(
         factor_roots, exponent=options.exponent, damping=options.damping, method=options.root
     )
-    roots, energies = axis_factors.refresh(
-        pieces, kept, moments, weight, roots, state.energies, squares, due, options.refresh_growth, take_roots
+    bases = layout.by_piece(state.bases) if tracks else [(None,) * len(piece.shape) for piece in pieces]
+    roots, bases, energies = axis_factors.refresh(
+        pieces, kept, moments, weight, roots, bases, state.energies, squares, due, options.refresh_growth, take_roots
     )
     kept = [_renewed(weight, *of_piece) for of_piece in zip(pieces, kept, moments, roots, strict=True)]
     new = ScaleByShampooState(
@@ -243,6 +250,7 @@ def _update(options: Options, updates, state, params=None, *, sound=None, **extr
         refreshed=jnp.where(due, state.count, state.refreshed),
         momentum=momentum,
         factors=layout.like_factors(kept, state.factors),
+        bases=layout.like_factors(bases, state.bases) if tracks else (),
         energies=energies,
         total_notfinite=total_notfinite,
     )

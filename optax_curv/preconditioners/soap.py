@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.linalg import kron_matvec, lapack
+from optax_curv.linalg.roots import orthogonal_iteration
 from optax_curv.preconditioners import axis_factors, contracts
 from optax_curv.preconditioners.distribution import with_sharding_types
 from optax_curv.preconditioners.matrices_and_adam import with_adam
@@ -231,16 +232,12 @@ def _init(options: Options, params) -> Any:
     contracts.require_float_leaves(METHOD, params, complex_leaves=True)
     layout = options.layout_of(params)
 
-    def basis(struct, diagonal):
-        start = jnp.ones([], struct.dtype) if diagonal else jnp.eye(struct.shape[-1], dtype=struct.dtype)
-        return jnp.broadcast_to(start, struct.shape)
-
     return ScaleBySoapState(
         count=jnp.zeros([], jnp.int32),
         momentum=contracts.wide_zeros(params),
         moments=layout.build(lambda piece: jnp.zeros((*piece.stack, *piece.shape), piece.real_dtype)),
         factors=layout.build(lambda piece: tuple(jnp.zeros(f.shape, f.dtype) for f in piece.factors)),
-        bases=layout.build(lambda piece: tuple(map(basis, piece.factors, piece.diagonal))),
+        bases=layout.build(axis_factors.identities),
         total_notfinite=jnp.zeros([], jnp.int32),
     )
 
@@ -333,13 +330,7 @@ def _eigenvectors(pieces, factors, bases):
 
 def _iterated(pieces, factors, bases, moments):
     """Bases after one step of orthogonal iteration, and the moments in the order of their columns."""
-
-    def iterate(f, q):
-        image = jnp.matmul(f, q, precision=axis_factors.HIGHEST)
-        order = jnp.argsort(-jnp.sum((q.conj() * image).real, axis=-2), axis=-1)
-        return lapack.qr(jnp.take_along_axis(image, order[..., None, :], axis=-1))[0], order
-
-    found, new_moments = _by_width(iterate, pieces, factors, bases), []
+    found, new_moments = _by_width(orthogonal_iteration, pieces, factors, bases), []
     for p, (piece, v) in enumerate(zip(pieces, moments, strict=True)):
         for axis in range(len(piece.shape)):
             if (p, axis) in found:

@@ -165,10 +165,13 @@ VARIANTS = {
     "kfac_rows": Case(**_kfac(optax_curv.scale_by_kfac, update_every=2, invert_every=4), extras=_layer_rows),
     "kfac_eigh": Case(**_kfac(optax_curv.scale_by_kfac, inverse="eigh", update_every=2), extras=_factors),
     "kfac_cg": Case(**_kfac(optax_curv.scale_by_kfac, inverse="cg"), extras=_factors),
+    "shampoo_qr": Case(
+        lambda damping=1e-6: optax_curv.scale_by_shampoo(damping=damping, root_every=2, root="qr"), "damping"
+    ),
     "ekfac_seldom": Case(**_kfac(optax_curv.scale_by_ekfac, invert_every=5, kl_clip=1.0), extras=_moments),
 }
 # What takes complex leaves; every other method refuses them in init, by name.
 COMPLEX = (
     *("clip_by_max_abs", "normalize_by_rms", "normalize_by_reference", "estimate_gradients"),
-    *("kron_psgd", "kron_psgd_sometimes", "shampoo", "soap"),
+    *("kron_psgd", "kron_psgd_sometimes", "shampoo", "shampoo_qr", "soap"),
 )

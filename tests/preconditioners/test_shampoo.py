@@ -64,6 +64,26 @@ def test_the_direction_is_the_kronecker_product_of_roots_times_the_momentum(shap
         np.testing.assert_allclose(symmetric_pairs.first(kept), factor / (1 - decay ** len(steps)), rtol=1e-12)
 
 
+def test_roots_by_orthogonal_iteration_are_those_of_the_tracked_basis(x64):
+    """Q ← QR(F Q) with columns in falling order, R = Q diag(qᵀ F q)⁻ᵉ Qᵀ, by numpy; near the exact root later."""
+    g, steps = gradients((6, 9))[0], 30
+    g = g * jnp.geomspace(1, 1e-2, 6)[:, None]
+    tx = optax_curv.scale_by_shampoo(1.0, b1=0.0, root="qr", root_every=1, damping=DAMPING)
+    updates, state = run(tx, [g] * steps)
+    factors = [mode_moment(g, axis) for axis in (0, 1)]
+    exact = damped_power(factors[0], 0.5) @ g @ damped_power(factors[1], 0.5)
+    bases = [np.eye(6), np.eye(9)]
+    for step in range(steps):
+        for i, f in enumerate(factors):
+            image = f @ bases[i]
+            bases[i], _ = np.linalg.qr(image[:, np.argsort(-np.sum(bases[i] * image, axis=0), kind="stable")])
+        values = [np.maximum(np.sum(q * (f @ q), axis=0), 0) for f, q in zip(factors, bases, strict=True)]
+        left, right = ((q * (v + DAMPING * v.max()) ** -0.5) @ q.T for q, v in zip(bases, values, strict=True))
+        np.testing.assert_allclose(updates[step], left @ g @ right, rtol=0, atol=1e-6 * jnp.abs(updates[step]).max())
+    np.testing.assert_allclose(updates[-1], exact, rtol=0, atol=0.03 * jnp.abs(exact).max())
+    np.testing.assert_allclose(state.bases[0].T @ state.bases[0], np.eye(6), atol=1e-12)
+
+
 def test_a_bad_gradient_changes_nothing_but_the_counter():
     tx = optax_curv.shampoo(0.1)
     params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
@@ -130,9 +150,10 @@ def test_the_covariance_is_the_fixed_point_of_the_kl_variant(x64):
         np.testing.assert_allclose(symmetric_pairs.first(kept).mean(axis=0), factor, atol=1e-4 * jnp.abs(factor).max())
 
 
-def test_gradients_of_every_fault_leave_all_finite():
+@pytest.mark.parametrize("root", ["eigh", "newton", "qr"])
+def test_gradients_of_every_fault_leave_all_finite(root):
     """Zero, rank-1 and huge gradients, and a leaf that wakes late, which moves at once."""
-    tx = optax.chain(optax_curv.scale_by_shampoo(root_every=100), optax_curv.normalize_by_rms(0.2))
+    tx = optax.chain(optax_curv.scale_by_shampoo(root_every=100, root=root), optax_curv.normalize_by_rms(0.2))
     state, update = tx.init(jnp.zeros((4, 3))), quick_jit(tx.update)
     normal = gradients((4, 3))[0].astype(jnp.float32)
     rank_one = jnp.outer(normal[:, 0], normal[0])
