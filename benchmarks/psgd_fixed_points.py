@@ -132,7 +132,7 @@ def rosenbrock_steps(seed):
     def f(x):
         return jnp.sum(100.0 * (x[1::2] - x[::2] ** 2) ** 2 + (1.0 - x[::2]) ** 2)
 
-    tx = optax_curv.dense_psgd(0.5, b1=0.0, criterion="newton", precond_lr=0.5, init_scale=0.1)
+    tx = optax_curv.dense_psgd(1.0, b1=0.0, criterion="newton", precond_lr=0.2, init_scale=0.1)
 
     def step(carry, key):
         x, state = carry

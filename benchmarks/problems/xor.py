@@ -17,8 +17,7 @@ def problem() -> Problem:
         keys = jax.random.split(jax.random.key(seed), 3)
         shapes = {"input": (2, UNITS), "recurrent": (UNITS, UNITS), "output": (UNITS, 1)}
         kernels = {
-            name: jax.random.normal(key, shape) / np.sqrt(shape[0])
-            for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+            name: 0.1 * jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)
         }
         kernels["recurrent"] = jnp.linalg.qr(kernels["recurrent"])[0]
         return {**kernels, "bias": jnp.zeros(UNITS), "output_bias": jnp.zeros(1)}
@@ -49,8 +48,8 @@ def problem() -> Problem:
 
     fixed = draw(np.random.default_rng(0), 1024)
     return Problem(
-        definition=f"delayed XOR: two marked signs among {DELAY}, tanh recurrent network of {UNITS} units, sigmoid "
-        f"cross-entropy, batch {BATCH}; solved below 0.1",
+        definition=f"delayed XOR: two marked signs among {DELAY}, tanh recurrent network of {UNITS} units, "
+        f"orthogonal at first and small elsewhere, sigmoid cross-entropy, batch {BATCH}; solved below 0.1",
         init=init,
         loss=loss,
         batches=batches,
