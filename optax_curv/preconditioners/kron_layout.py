@@ -225,6 +225,10 @@ class Layout:
             state = state._replace(fingerprint=jnp.concatenate([state.fingerprint[:0], *prints]))
         return state._replace(**{name: tree(name) for name in LIKE_FACTORS})
 
+    def in_order_of_groups(self, by_piece: list) -> list:
+        """The same by piece in the order in which `groups` counts them."""
+        return [by_piece[i] for positions in self._groups for i in positions]
+
     def rounded(self, by_group: list) -> list:
         """Factors of the values that they have once kept."""
         return [rounded(*of_group) for of_group in zip(by_group, self.kept_dtypes, strict=True)]

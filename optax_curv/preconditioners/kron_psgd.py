@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_curv.linalg import kron_matvec
 from optax_curv.preconditioners import contracts, kron_geometries, kron_steps
 from optax_curv.preconditioners.chain_pieces import clip_by_max_abs
 from optax_curv.preconditioners.contracts import static
-from optax_curv.preconditioners.distribution import as_kept, with_sharding_types
+from optax_curv.preconditioners.distribution import as_kept, equally_varying, with_sharding_types
 from optax_curv.preconditioners.kron_layout import LIKE_FACTORS
 from optax_curv.preconditioners.kron_options import (
     METHOD,
@@ -339,29 +340,60 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
     newton = options.criterion == "newton"
     signal = hvp if newton else grads if options.whiten == "gradient" else direction
 
-    # By group up to the end: whatever is done leaf by leaf is also compiled leaf by leaf.
     key, step_key, noise_key = jax.random.split(jax.random.wrap_key_data(state.key), 3)
     now = kron_steps.numbers(options, state.count, correction, step_key)
-    tensors = layout.tensors(direction)
-    groups = layout.groups(state, tensors)
-    nothing = [None] * len(tensors)
-    givens = zip(
-        nothing if signal is direction else layout.tensors(signal),
-        layout.tensors(probe) if newton else nothing,
-        kron_steps.random_bits(options, tensors, noise_key),
-        strict=True,
-    )
-    steps = [
-        kron_steps.step_of_group(options, now, kept, group, kron_steps.Given(*given))
-        for kept, group, given in zip(layout.kept_dtypes, groups, givens, strict=True)
-    ]
-    rest = [leaf / correction for leaf in layout.without_pieces(direction)]
-    good = functools.reduce(jnp.logical_and, [fine for _, fine in steps], contracts.is_squarable(rest))
-    new = layout.with_groups(state, [group for group, _ in steps])._replace(
+    # None: the signal is what P is applied to.
+    given = None if signal is direction else signal, direction, probe if newton else None
+    step = functools.partial(_step, options, layout, now, noise_key, grads)
+    if options.caches:
+        state, given = equally_varying((state, given))
+        stale = kron_steps.fingerprint_of_all(layout, state.factors) != state.fingerprint
+        unset = jnp.any(state.fingerprint == 0)
+        apply = functools.partial(_apply, layout, now, grads)
+        updates, kept, good = jax.lax.cond(now.moves | jnp.any(stale) | unset, step, apply, state, *given)
+    else:
+        updates, kept, good = step(state, *given)
+    old = state._replace(**dict.fromkeys(kept))
+    new = old._replace(
         count=jnp.asarray(optax.safe_increment(state.count)),
         key=jax.random.key_data(key),
         momentum=kron_steps.averaged(options.b1, grads, state, good),  # once more, rather than held during the step
     )
+    updates, new = contracts.skip_unless(good, updates, new, old)
+    return updates, _as_kept(options, new._replace(**kept))
+
+
+def _kept(state):
+    """What belongs to the factors, by name."""
+    return {name: getattr(state, name) for name in (*LIKE_FACTORS, "fingerprint")}
+
+
+def _step(options, layout, now, key, grads, state, signal, direction, probe):
+    """(updates, what belongs to the factors, whether the step is sound), P applied after Q has moved, if it does."""
+    # By group up to the end: whatever is done leaf by leaf is also compiled leaf by leaf.
+    tensors = layout.tensors(direction)
+    nothing = [None] * len(tensors)
+    givens = zip(
+        nothing if signal is None else layout.tensors(signal),
+        nothing if probe is None else layout.tensors(probe),
+        kron_steps.random_bits(options, tensors, key),
+        strict=True,
+    )
+    steps = [
+        kron_steps.step_of_group(options, now, kept, group, kron_steps.Given(*given))
+        for kept, group, given in zip(layout.kept_dtypes, layout.groups(state, tensors), givens, strict=True)
+    ]
+    rest = [leaf / now.correction for leaf in layout.without_pieces(direction)]
+    good = functools.reduce(jnp.logical_and, [fine for _, fine in steps], contracts.is_squarable(rest))
     updates = layout.leaves([group.tensor for group, _ in steps], rest, grads)
-    updates, new = contracts.skip_unless(good, updates, new, state)
-    return updates, _as_kept(options, new)
+    new = _kept(layout.with_groups(state, [group for group, _ in steps]))
+    return updates, jax.tree.map(lambda x, old: jnp.where(good, x, old), new, _kept(state)), good
+
+
+def _apply(layout, now, grads, state, signal, direction, probe):
+    """The same where Q does not move and the P that is kept is Q's, by leaf: nothing is joined or copied."""
+    tensors = [x / jnp.asarray(now.correction, jnp.finfo(x.dtype).dtype) for x in layout.blocks(direction)]
+    products = list(map(kron_matvec, layout.by_piece(state.preconditioners), tensors))
+    rest = [leaf / now.correction for leaf in layout.without_pieces(direction)]
+    good = contracts.is_squarable(signal, tensors, probe, rest) & contracts.is_finite(products)
+    return layout.leaves_of_blocks(products, rest, grads), _kept(state), good

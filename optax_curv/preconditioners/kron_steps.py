@@ -148,6 +148,15 @@ def _fingerprint(factors):
     return total
 
 
+def fingerprint_of_all(layout, factors):
+    """Of all pieces, in the order of the groups: uint32 [n]."""
+    prints = [
+        _fingerprint(tuple(q.reshape(-1, *q.shape[len(piece.stack) :]) for q in of_piece))
+        for piece, of_piece in zip(layout.pieces, layout.by_piece(factors), strict=True)
+    ]
+    return jnp.concatenate([jnp.zeros([0], jnp.uint32), *layout.in_order_of_groups(prints)])
+
+
 def _step(options, now: Numbers, kept, group: Group, given: Given):
     """(group after the step, whether all that the batch saw and made is sound: bool [n])."""
     tensor = group.tensor / jnp.asarray(now.correction, jnp.finfo(group.tensor.dtype).dtype)
