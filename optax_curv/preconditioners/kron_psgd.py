@@ -347,10 +347,9 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
     step = functools.partial(_step, options, layout, now, noise_key, grads)
     if options.caches:
         state, given = equally_varying((state, given))
-        stale = kron_steps.fingerprint_of_all(layout, state.factors) != state.fingerprint
-        unset = jnp.any(state.fingerprint == 0)
         apply = functools.partial(_apply, layout, now, grads)
-        updates, kept, good = jax.lax.cond(now.moves | jnp.any(stale) | unset, step, apply, state, *given)
+        moves = now.moves | ~kron_steps.kept_is_usable(layout, state)
+        updates, kept, good = jax.lax.cond(moves, step, apply, state, *given)
     else:
         updates, kept, good = step(state, *given)
     old = state._replace(**dict.fromkeys(kept))

@@ -148,13 +148,16 @@ def _fingerprint(factors):
     return total
 
 
-def fingerprint_of_all(layout, factors):
-    """Of all pieces, in the order of the groups: uint32 [n]."""
-    prints = [
-        _fingerprint(tuple(q.reshape(-1, *q.shape[len(piece.stack) :]) for q in of_piece))
-        for piece, of_piece in zip(layout.pieces, layout.by_piece(factors), strict=True)
+def kept_is_usable(layout, state):
+    """Whether the P that is kept is that of the factors, and every factor has been set: bool []."""
+    factors = [
+        tuple(q.reshape(-1, *q.shape[len(piece.stack) :]) for q in of_piece)
+        for piece, of_piece in zip(layout.pieces, layout.by_piece(state.factors), strict=True)
     ]
-    return jnp.concatenate([jnp.zeros([0], jnp.uint32), *layout.in_order_of_groups(prints)])
+    prints = jnp.concatenate([state.fingerprint[:0], *layout.in_order_of_groups(list(map(_fingerprint, factors)))])
+    # A factor that has not been set is zero, and one that has is not in its first entry.
+    first = [q[0].reshape(len(q[0]), -1)[:, 0] != 0 for q in factors]
+    return jnp.all(prints == state.fingerprint) & jnp.all(jnp.concatenate([jnp.ones([0], bool), *first]))
 
 
 def _step(options, now: Numbers, kept, group: Group, given: Given):

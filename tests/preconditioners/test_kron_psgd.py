@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import optax_curv
-from optax_curv.preconditioners import kron_steps
+from optax_curv.preconditioners import kron_geometries, kron_steps
 
 GEOMETRIES = ("q0.5eq1.5", "eq", "qep", "qeq", "quad", "quad4p")
 WHITENING_ERROR = 0.35  # ‖P H - I‖₂ after 2000 steps of rate 0.5 → 0; Li's implementation reaches 0.10-0.24
@@ -458,3 +458,11 @@ def test_an_nnx_optimizer_takes_the_same_steps_as_a_tree():
         updates, state = tx.update(nnx.as_pure(grads), state)
         params = optax.apply_updates(params, updates)
     jax.tree.map(np.testing.assert_array_equal, nnx.as_pure(nnx.state(model, nnx.Param)), params)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_a_gram_matrix_by_halves_is_the_product(dtype, x64):
+    parts = np.random.default_rng(0).standard_normal((2, 256, 300))
+    x = jnp.asarray(parts[0] + 1j * parts[1] if dtype == "complex128" else parts[0])
+    found = kron_geometries.gram(x)
+    np.testing.assert_allclose(found, np.asarray(x) @ np.asarray(x).conj().T, rtol=0, atol=1e-11)
