@@ -266,7 +266,7 @@ def _mean_eigenvalue(factors):
 
 
 def gauss_newton(
-    learning_rate,
+    learning_rate: optax.ScalarOrSchedule | None,
     damping=None,
     *,
     max_iters=50,
