@@ -127,10 +127,7 @@ def _carried(new_a, new_g, old_a, old_g, moments):
 
 
 def carry_moments(present, moments, old, new, sharding):
-    """The diagonal matrices of moments in old bases, written in new ones, as far as their diagonals say.
-
-    M' = (R_A ∘ R_A) M (R_G ∘ R_G)ᵀ with R = U'ᵀ U.
-    """
+    """Moments of old bases in new ones, as far as a diagonal says: (R_A ∘ R_A) M (R_G ∘ R_G)ᵀ with R = U'ᵀ U."""
     return in_bases(_carried, present, (new, old), moments, sharding=sharding)
 
 
