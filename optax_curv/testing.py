@@ -60,7 +60,10 @@ def per_example_gradients(loss_fn, params, inputs, targets) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def dense_hessian(loss_fn, params, *args) -> jax.Array:
-    """The Hessian of ``loss_fn(params, *args)`` in the flat parameters: [n, n].
+    """The Hessian of ``loss_fn(params, *args)`` in the flat parameters.
+
+    Returns:
+      An array [n, n].
 
     Examples:
       >>> import jax.numpy as jnp

@@ -119,10 +119,8 @@ def trace(function: Callable, params, args, kwargs, batch_size: int | None = Non
 
 
 def _initial_marks(shapes, constants, parameters: int, batch: int) -> tuple[list[Mark], list[Mark]]:
-    """Marks of the arguments and of the constants: whole leaves, and arrays whose leading axis holds the examples.
-
-    Constants count only where no argument has such an axis; where nothing has, every array may depend on the examples.
-    """
+    """Marks of the arguments and of the constants: whole leaves, and arrays whose leading axis holds the examples."""
+    # Constants count only where no argument has such an axis; where nothing has, all may depend on the examples.
     leaves = [Mark(leaves=(layouts.whole(leaf, shapes[leaf]),)) for leaf in range(parameters)]
     groups = [[shape[:1] == (batch,) for shape in group] for group in (shapes[parameters:], constants)]
     if any(groups[0]) or not any(groups[1]):
@@ -220,10 +218,7 @@ class Probing:
         return tap
 
     def __call__(self, leaves, probes):
-        """The function's result at parameter leaves, with probes (zeros) whose gradients are what is measured.
-
-        The second result is what `traced.update` wants.
-        """
+        """The function's result and what `traced.update` wants, with probes (zeros) whose gradients are measured."""
         probes = {key: (probe, self._basis[key]) for key, probe in probes.items()}
         traced = self.traced
         return traced.restore(run_with_taps(traced.node, [*leaves, *traced.arrays], self._taps, probes))

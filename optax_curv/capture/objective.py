@@ -261,18 +261,21 @@ class Objective:
         return weights / jnp.where(total == 0, 1, total)
 
     def sampled_cotangents(self, key, outputs, *, samples=1, weights=None) -> jax.Array:
-        """Cotangents c of the outputs with E[Σ_c Jᵀ c (Jᵀ c)ᵀ] = the Gauss-Newton matrix: [samples, *outputs.shape].
+        """Cotangents c of the outputs for which E[Σ_c Jᵀ c (Jᵀ c)ᵀ] is the Gauss-Newton matrix.
 
-        They are √(w_r / Σw / samples) times the gradient of a row's loss at a target drawn from the model.
+        Returns:
+          √(w_r / Σw / samples) times the gradient of a row's loss at a drawn target: [samples, *outputs.shape].
         """
         draw = jax.vmap(self.likelihood.sample_cotangent, in_axes=(0, None))
         scale = jnp.sqrt(self.row_shares(outputs, weights) / samples)[..., None]
         return (scale * draw(jax.random.split(key, samples), outputs)).astype(outputs.dtype)
 
     def exact_cotangents(self, outputs, *, weights=None) -> jax.Array:
-        """Cotangents c for which Σ_c Σ_r (J_rᵀ c_r)(J_rᵀ c_r)ᵀ = the Gauss-Newton matrix: [columns, *outputs.shape].
+        """Cotangents c for which Σ_c Σ_r (J_rᵀ c_r)(J_rᵀ c_r)ᵀ is the Gauss-Newton matrix.
 
-        They are √(w_r / Σw) times the columns of B_r. Rows that meet inside the network have to be pulled back apart.
+        Returns:
+          √(w_r / Σw) times the columns of B_r: [columns, *outputs.shape]. Rows that meet inside the network have to be
+          pulled back apart.
         """
         scale = jnp.sqrt(self.row_shares(outputs, weights))[..., None]
         return (scale * self.likelihood.hessian_sqrt(outputs)).astype(outputs.dtype)

@@ -13,10 +13,11 @@ from optax_curv.preconditioners.axis_factors import running_weight
 from optax_curv.preconditioners.ekfac import (
     Eigenbasis,
     carry_moments,
+    divided_in_basis,
     identity_basis,
+    in_bases,
     into_basis,
     layer_bases,
-    out_of_basis,
 )
 from optax_curv.preconditioners.layerwise import averaged, layerwise, zero_factors
 
@@ -55,6 +56,7 @@ def scale_by_adam_in_basis(
     update_every=1,
     basis_every=10,
     fallback=None,
+    factor_sharding=None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam in the eigenbasis of K-FAC's factors: SOAP with captured factors in the place of the gradients' own.
 
@@ -76,6 +78,8 @@ def scale_by_adam_in_basis(
       basis_every: steps between eigendecompositions; the first step always has one. The moments are carried into the
         new basis, as far as their diagonal says.
       fallback: transformation for leaves that no layer covers; None refuses them.
+      factor_sharding: None, or a `jax.sharding.NamedSharding` over whose first mesh axes the work on factors and
+        directions is divided, see `scale_by_kfac`.
 
     Returns:
       A transformation whose `update` needs `curvature=`, a dict from layer name to `KroneckerFactors`. With a
@@ -116,8 +120,11 @@ def scale_by_adam_in_basis(
         return {"factors": zero_factors(present), "basis": basis, "momentum": zeros(), "moments": zeros()}
 
     def new_basis(present, factors, state):
-        _, basis = layer_bases(present, factors)
-        return basis, carry_moments(present, state.moments, state.basis, basis)
+        _, basis = layer_bases(present, factors, factor_sharding)
+        return basis, carry_moments(present, state.moments, state.basis, basis, factor_sharding)
+
+    def squares(u_a, u_g, matrix):
+        return jnp.square(into_basis((u_a, u_g), matrix))
 
     def update_rule(present, state, matrices, curvature, good):
         factors = averaged(METHOD, present, state, curvature, decay, update_every)
@@ -126,19 +133,16 @@ def scale_by_adam_in_basis(
             lambda: new_basis(present, factors, state),
             lambda: (state.basis, state.moments),
         )
-        directions, momentum = {}, {}
+        new = in_bases(squares, present, (basis,), matrices, sharding=factor_sharding)
+        momentum, scale = {}, {}
         for name, x in present.items():
-            weights = (running_weight(contracts.value_at(b, state.count, x.dtype), state.count) for b in (b1, b2))
-            first, second = weights
+            first, second = (running_weight(contracts.value_at(b, state.count, x.dtype), state.count) for b in (b1, b2))
             momentum[name] = state.momentum[name] + first * (matrices[name] - state.momentum[name])
-            square = jnp.square(into_basis(basis[name], matrices[name]))
-            moments[name] = moments[name] + second * (square - moments[name])
-            inside = into_basis(basis[name], momentum[name])
-            scale = jnp.sqrt(moments[name]) + eps
-            inside = jnp.where(scale > 0, inside / jnp.where(scale > 0, scale, 1), 0)
-            directions[name] = out_of_basis(basis[name], inside)
+            moments[name] = moments[name] + second * (new[name] - moments[name])
+            scale[name] = jnp.sqrt(moments[name]) + eps
+        directions = in_bases(divided_in_basis, present, (basis,), scale, momentum, sharding=factor_sharding)
         fields = {"factors": factors, "basis": basis, "momentum": momentum, "moments": moments}
         return directions, fields, {}, good & contracts.is_squarable(curvature)
 
-    options = {"kl_clip": None, "fallback": fallback, "factor_sharding": None}
+    options = {"kl_clip": None, "fallback": fallback, "factor_sharding": factor_sharding}
     return layerwise(METHOD, layers, ScaleByAdamInBasisState, init_rule, update_rule, **options)

@@ -96,22 +96,29 @@ def out_of_basis(basis, x):
     return rotate(u_g, rotate(u_a, x).mT).mT
 
 
-def _eigen(factors, stacks):
+def _eigen(factors, stacks, sharding):
     """Eigenvalues and eigenvectors by key, one batch for each width; a diagonal factor's are itself and None."""
     full = {key: f for key, f in factors.items() if f.ndim == len(stacks[key]) + 2}
-    found = map_grouped(lapack.eigh, {key: stacks[key] for key in full}, full)
+    found = map_grouped(lapack.eigh, {key: stacks[key] for key in full}, full, sharding=sharding)
     return {key: tuple(found[key]) if key in full else (f, None) for key, f in factors.items()}
 
 
-def layer_bases(present, factors):
+def layer_bases(present, factors, sharding):
     """(factors' eigenvalues, `Eigenbasis`) by layer."""
     stacks = {(name, side): x.layer.stack for name, x in present.items() for side in (0, 1)}
-    eigen = _eigen({key: factors[key[0]][key[1]] for key in stacks}, stacks)
+    eigen = _eigen({key: factors[key[0]][key[1]] for key in stacks}, stacks, sharding)
     values = {name: (eigen[name, 0][0], eigen[name, 1][0]) for name in present}
     return values, {name: Eigenbasis(eigen[name, 0][1], eigen[name, 1][1]) for name in present}
 
 
-def _carried(new_a, old_a, new_g, old_g, moments):
+def in_bases(function, present, bases, *columns, sharding):
+    """`function(u_A, u_G, …, *columns)` of every layer, with the two sides of each of the bases; see `map_grouped`."""
+    stacks = {name: x.layer.stack for name, x in present.items()}
+    sides = [{name: basis[name][side] for name in present} for basis in bases for side in (0, 1)]
+    return map_grouped(function, stacks, *sides, *columns, sharding=sharding)
+
+
+def _carried(new_a, new_g, old_a, old_g, moments):
     if new_a is not None:
         moments = jnp.matmul(jnp.square(rotate(new_a, old_a, transpose=True)), moments, precision=HIGHEST)
     if new_g is not None:
@@ -119,29 +126,21 @@ def _carried(new_a, old_a, new_g, old_g, moments):
     return moments
 
 
-def carry_moments(present, moments, old, new):
-    """The diagonal matrices of moments in old bases, written in new ones, as far as their diagonals say.
-
-    M' = (R_A ∘ R_A) M (R_G ∘ R_G)ᵀ with R = U'ᵀ U.
-    """
-    sides = [{name: x[side] for name, x in bases.items()} for side in (0, 1) for bases in (new, old)]
-    return map_grouped(_carried, _stacks(present), *sides, moments)
+def carry_moments(present, moments, old, new, sharding):
+    """Moments of old bases in new ones, as far as a diagonal says: (R_A ∘ R_A) M (R_G ∘ R_G)ᵀ with R = U'ᵀ U."""
+    return in_bases(_carried, present, (new, old), moments, sharding=sharding)
 
 
-def _change_basis(present, factors, basis, moments, first):
+def _change_basis(present, factors, basis, moments, first, sharding):
     """The factors' eigenbasis and the moments in it: in the first step those of the Kronecker product, s_A s_Gᵀ."""
-    values, new_basis = layer_bases(present, factors)
-    moved = carry_moments(present, moments, basis, new_basis)
+    values, new_basis = layer_bases(present, factors, sharding)
+    moved = carry_moments(present, moments, basis, new_basis, sharding)
 
     def in_new_basis(name):
         values_a, values_g = (jnp.maximum(x, 0) for x in values[name])
         return jnp.where(first, values_a[..., :, None] * values_g[..., None, :], moved[name])
 
     return new_basis, {name: in_new_basis(name) for name in present}
-
-
-def _stacks(present):
-    return {name: x.layer.stack for name, x in present.items()}
 
 
 def identity_basis(method: str, x) -> Eigenbasis:
@@ -156,10 +155,10 @@ def identity_basis(method: str, x) -> Eigenbasis:
     return Eigenbasis(*sides)
 
 
-def _direction(u_a, u_g, damped, matrix):
-    """U_A [(U_Aᵀ ∇ U_G) / (M + λ)] U_Gᵀ, with the damped moments M + λ."""
+def divided_in_basis(u_a, u_g, divisor, matrix):
+    """U_A [(U_Aᵀ ∇ U_G) / divisor] U_Gᵀ, without the coordinates whose divisor is zero."""
     inside = into_basis((u_a, u_g), matrix)
-    inside = jnp.where(damped > 0, inside / jnp.where(damped > 0, damped, 1), 0)
+    inside = jnp.where(divisor > 0, inside / jnp.where(divisor > 0, divisor, 1), 0)
     return out_of_basis((u_a, u_g), inside)
 
 
@@ -172,6 +171,7 @@ def scale_by_ekfac(
     invert_every=1,
     kl_clip=None,
     fallback=None,
+    factor_sharding=None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions each layer's gradient by its second moments in the eigenbasis of K-FAC's factors.
 
@@ -197,6 +197,8 @@ def scale_by_ekfac(
         branches, so longer periods save nothing there.
       kl_clip: None, or c: all directions are scaled by min(1, sqrt(c / Σ ⟨u, ∇⟩)), without the learning rate.
       fallback: transformation for leaves that no layer covers; None refuses them.
+      factor_sharding: None, or a `jax.sharding.NamedSharding` over whose first mesh axes the work on factors and
+        directions is divided, see `scale_by_kfac`.
 
     Returns:
       A transformation whose `update` needs `curvature=`, a dict from layer name to `EigenbasisMoments`. With a
@@ -264,7 +266,7 @@ def scale_by_ekfac(
             moments[name] = jnp.where(averaging, weight * old + (1 - weight) * new[name], old)
         basis, moments = jax.lax.cond(
             state.count % invert_every == 0,
-            lambda: _change_basis(present, factors, state.basis, moments, first),
+            lambda: _change_basis(present, factors, state.basis, moments, first, factor_sharding),
             lambda: (state.basis, moments),
         )
         # Without any moments yet there is no reason to move a layer.
@@ -272,12 +274,11 @@ def scale_by_ekfac(
             name: jnp.where(is_silent(m), jnp.inf, m + contracts.value_at(damping, state.count, m.dtype))
             for name, m in moments.items()
         }
-        sides = [{name: x[side] for name, x in basis.items()} for side in (0, 1)]
-        directions = map_grouped(_direction, _stacks(present), *sides, damped, matrices)
+        directions = in_bases(divided_in_basis, present, (basis,), damped, matrices, sharding=factor_sharding)
         fields = {"factors": factors, "basis": basis, "moments": moments}
         return directions, fields, {}, good & contracts.is_squarable(curvature)
 
-    options = {"kl_clip": kl_clip, "fallback": fallback, "factor_sharding": None}
+    options = {"kl_clip": kl_clip, "fallback": fallback, "factor_sharding": factor_sharding}
     return layerwise(method, layers, ScaleByEKFACState, init_rule, update_rule, **options)
 
 
@@ -291,6 +292,7 @@ def ekfac(
     invert_every=1,
     kl_clip=None,
     fallback=None,
+    factor_sharding=None,
     momentum=0.9,
     weight_decay=0.0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -300,13 +302,14 @@ def ekfac(
 
     Args:
       learning_rate: a number or a schedule.
-      layers: see `scale_by_ekfac`, as for `damping` to `fallback`.
+      layers: see `scale_by_ekfac`, as for `damping` to `factor_sharding`.
       damping: λ ≥ 0.
       decay: weight of the old factors and moments.
       update_every: steps between averaging statistics in.
       invert_every: steps between eigendecompositions.
       kl_clip: None, or the bound of Σ ⟨u, ∇⟩.
       fallback: transformation for uncovered leaves.
+      factor_sharding: how the work is divided over devices.
       momentum: decay of the heavy ball.
       weight_decay: added to the direction, times the parameters, before the momentum.
 
@@ -334,6 +337,7 @@ def ekfac(
             invert_every=invert_every,
             kl_clip=kl_clip,
             fallback=fallback,
+            factor_sharding=factor_sharding,
         ),
         optax.add_decayed_weights(weight_decay),
         optax.trace(momentum),

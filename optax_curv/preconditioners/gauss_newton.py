@@ -97,8 +97,8 @@ def scale_by_gauss_newton(
 
     Returns:
       A transformation with state `ScaleByGaussNewtonState`. Arithmetic is float32 at least. A NaN or infinity in
-      gradients, statistics or the result gives a zero update, leaves the state as it was and adds one to
-      `total_notfinite`.
+      gradients, statistics or the result, or a gradient whose square is one, gives a zero update, leaves the state as
+      it was and adds one to `total_notfinite`.
 
     Raises:
       ValueError: numbers out of range; in `init` a leaf that is not real; in `update` a curvature that is missing or
@@ -143,7 +143,6 @@ def scale_by_gauss_newton(
             contracts.require_same_leaves(method, "updates", updates, "params", params)
         product = _product(method, params, extra_args)
         lam = contracts.value_at(damping, state.count, jnp.result_type(jnp.float32, *jax.tree.leaves(state.start)))
-        gradient = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, state.start)
         factors, fit, preconditioner = state.factors, True, None
         if layers is not None:
             if diagonal is not None:
@@ -153,6 +152,10 @@ def scale_by_gauss_newton(
             contracts.require_same_leaves(method, "diagonal", diagonal, "updates", updates)
             scale = jax.tree.map(lambda d, p: (d.astype(p.dtype) + lam) ** -diagonal_power, diagonal, state.start)
             preconditioner = _times(scale)
+
+        # What is unsound ends the solve at its start, so that no second copy of that need be kept to go back to.
+        sound = contracts.is_squarable(updates) & contracts.is_finite(diagonal) & fit
+        gradient = jax.tree.map(lambda u, p: jnp.where(sound, u.astype(p.dtype), jnp.nan), updates, state.start)
 
         def damped(v):
             narrow = jax.tree.map(lambda x, like: x.astype(like.dtype), v, updates if params is None else params)
@@ -170,9 +173,7 @@ def scale_by_gauss_newton(
         )
         new_updates = jax.tree.map(lambda d, u: d.astype(u.dtype), direction, updates)
         # A solve that breaks off after some iterations has a solution all the same.
-        sound = jnp.isfinite(info.residual_norm) | (info.iterations > 1)
-        good = contracts.is_finite(updates, new_updates, diagonal) & fit & sound
-        # One that breaks off before has not moved from its start, so that no second copy need be kept to go back to.
+        good = sound & contracts.is_finite(new_updates) & (jnp.isfinite(info.residual_norm) | (info.iterations > 1))
         kept = jnp.where(good, warm_start, 1)
         start = jax.tree.map(lambda d: jnp.asarray(kept, d.dtype) * d, direction)
         counted = state._replace(
@@ -265,7 +266,7 @@ def _mean_eigenvalue(factors):
 
 
 def gauss_newton(
-    learning_rate,
+    learning_rate: optax.ScalarOrSchedule | None,
     damping=None,
     *,
     max_iters=50,

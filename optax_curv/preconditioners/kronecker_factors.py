@@ -43,11 +43,9 @@ def is_silent(statistic, batch: int = 0) -> jax.Array:
 
 
 def average_factors(factors: KroneckerFactors, new_input, new_output, decay) -> KroneckerFactors:
-    """Averages decay · old + (1 - decay) · new, or takes the new factors where the old ones are zero.
-
-    They are before the first batch, and while nothing reaches a layer: averaging zeros in would make the first factors
-    that say anything too small, and the steps too long.
-    """
+    """Averages decay · old + (1 - decay) · new, or takes the new factors where the old ones are zero."""
+    # They are before the first batch, and while nothing reaches a layer: averaging zeros in would make the first
+    # factors that say anything too small, and the steps too long.
 
     def average(old, new):
         return jnp.where(is_silent(old), new, decay * old + (1 - decay) * new).astype(old.dtype)

@@ -13,7 +13,7 @@ from optax_curv.capture.layers import Layer, Layers, layer_leaves, layer_matrix
 from optax_curv.capture.statistics import FactorRows, KroneckerFactors, factors_of_rows
 from optax_curv.preconditioners import contracts
 from optax_curv.preconditioners.axis_factors import running_weight
-from optax_curv.preconditioners.distribution import as_kept, require_sharding, with_sharding_types
+from optax_curv.preconditioners.distribution import as_kept, divided, require_sharding, with_sharding_types
 from optax_curv.preconditioners.kronecker_factors import HIGHEST, average_factors, is_silent
 from optax_curv.preconditioners.layer_stacks import LayerStacks, layout_of
 
@@ -209,12 +209,13 @@ def averaged(method, present, state, curvature, decay, update_every) -> dict[str
     return factors
 
 
-def map_grouped(function: Callable, stacks: Mapping[Any, tuple], *columns: Mapping[Any, Any]) -> dict:
+def map_grouped(function: Callable, stacks: Mapping[Any, tuple], *columns: Mapping[Any, Any], sharding=None) -> dict:
     """Maps a function over every key's arrays [*stack, ...], with one call for all keys of equal trailing shapes.
 
     `function` sees one leading axis: the slices of every layer of the group, one after the other. A column may hold
-    None.
+    None. With `sharding` the devices divide that axis among them.
     """
+    function = divided(function, sharding)
     groups: dict = {}
     for key, stack in stacks.items():
         found = [column[key] for column in columns]

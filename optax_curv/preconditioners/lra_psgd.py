@@ -82,11 +82,9 @@ def _projected(span, a, b):
 
 
 def _move(diagonal, u, v, lipschitz, h, w, rate, decay):
-    """One step down the gradient of ‖Q h‖² + ‖Q⁻ᵀ w‖², along Q ← Q (I - diag), then (I - E) Q for U and for V.
-
-    With a = Q h, b = Q⁻ᵀ w the gradient is h ∘ P h - w ∘ P⁻¹ w for d, and for E it is a aᵀ - b bᵀ, projected on what
-    keeps the form: E = W Vᵀ moves U alone, E = U Wᵀ moves V alone.
-    """
+    """One step down the gradient of ‖Q h‖² + ‖Q⁻ᵀ w‖², along Q ← Q (I - diag), then (I - E) Q for U and for V."""
+    # With a = Q h, b = Q⁻ᵀ w the gradient is h ∘ P h - w ∘ P⁻¹ w for d, and for E it is a aᵀ - b bᵀ, projected on what
+    # keeps the form: E = W Vᵀ moves U alone, E = U Wᵀ moves V alone.
     a = _low_rank(u, v, diagonal * h)
     b = _low_rank_inverse(v, u, w / diagonal)
     curved, whitened = h * diagonal * _low_rank(v, u, a), w * _low_rank_inverse(u, v, b) / diagonal

@@ -304,7 +304,7 @@ def _with_diagonal_roots(options: Options, piece, kept, roots):
 
 
 def shampoo(
-    learning_rate,
+    learning_rate: optax.ScalarOrSchedule,
     b1=0.95,
     *,
     nesterov=True,

@@ -141,7 +141,7 @@ def scale_by_soap(
 
 
 def soap(
-    learning_rate,
+    learning_rate: optax.ScalarOrSchedule,
     b1=0.95,
     *,
     b2=0.95,

@@ -84,8 +84,14 @@ def equal_layers():
 def measure_division():
     """FLOPs of one device with factor_sharding over those without, and whether results and shardings stay."""
     grads, layers, factors = equal_layers()
+    moments = {x: optax_curv.EigenbasisMoments(*f, jnp.square(grads[x])) for x, f in factors.items()}
     makers = {
         "kfac": (lambda x: optax_curv.scale_by_kfac(layers, 1e-2, factor_sharding=x), {"curvature": factors}),
+        "ekfac": (lambda x: optax_curv.scale_by_ekfac(layers, 1e-2, factor_sharding=x), {"curvature": moments}),
+        "adam_in_basis": (
+            lambda x: optax_curv.scale_by_adam_in_basis(layers, factor_sharding=x),
+            {"curvature": factors},
+        ),
         "kron_psgd": (lambda x: optax_curv.scale_by_kron_psgd(b1=0.9, factor_sharding=x), {}),
     }
     for name, (make, arrays) in makers.items():

@@ -44,6 +44,7 @@ RNG = np.random.default_rng(7)
 INPUTS = jnp.asarray(RNG.normal(size=(64, 4)), jnp.float32)
 TARGETS = jnp.asarray(INPUTS @ RNG.normal(size=(4, 2)) + RNG.normal(size=(64, 2)), jnp.float32)
 GOALS = jax.tree.map(lambda x: 0.3 * x, cases.tree(5))
+WIDENING = jnp.asarray(RNG.normal(size=(4, 24)) / 2, jnp.float32)
 START = jax.tree.map(jnp.zeros_like, cases.tree(0))
 
 
@@ -106,8 +107,55 @@ def moments_of(params, x, y, errors):
     return {"curvature": {"dense": optax_curv.EigenbasisMoments(*factors, moments)}}
 
 
+def layer_rows_of(params, x, y, errors):
+    rows = jnp.concatenate([x, jnp.ones((64, 1))], axis=1)
+    return {"curvature": {"dense": optax_curv.FactorRows(rows, errors / len(x), jnp.array([1 / len(x), len(x)]))}}
+
+
 def rows_of(params, x, y, errors):
     return {"branches": jax.vmap(jax.grad(per_example), (None, 0, 0))(params, x, y)}
+
+
+OBJECTIVE = optax_curv.Objective(
+    lambda params, x: x @ params["w"] + params["b"],
+    "normal",
+    regularizer=lambda params: 0.5 * sum(jnp.sum(jnp.square(params[n] - GOALS[n])) for n in ("scalar", "tensor")),
+)
+
+
+def batch_of(params, x, y, errors):
+    return {"batch": (x, y), "value": loss_fn(params, x, y)}
+
+
+def batch_and_factors_of(*given):
+    return batch_of(*given) | factors_of(*given)
+
+
+def batch_and_diagonal_of(*given):
+    squares = jax.tree.map(lambda g: jnp.mean(jnp.square(g), 0), rows_of(*given)["branches"])
+    return batch_of(*given) | {"diagonal": squares}
+
+
+# Steps that do not shrink with the gradient: their rate has to, once a tenfold one has been made good.
+FADING = optax.exponential_decay(0.15, 1, 0.4, transition_begin=DISTURBED + 14)
+ADAM = {"b1": 0.7, "b2": 0.9}
+MATRICES_AND_ADAM = {"b1": 0.7, "adam_b1": 0.7, "adam_b2": 0.9}
+
+
+def adam_in_basis(damping):
+    method = optax_curv.scale_by_adam_in_basis(cases.LAYERS, **ADAM, fallback=optax.identity())
+    return optax.chain(method, optax.scale_by_learning_rate(FADING))
+
+
+def with_objective(make, extras_of=batch_of, damping=1e-2):
+    """A method of the quadratic model of `OBJECTIVE`."""
+
+    def of_objective(damping):
+        tx = make(damping)
+        update = functools.partial(tx.update, objective=OBJECTIVE)
+        return optax.GradientTransformationExtraArgs(tx.init, update)
+
+    return Method(of_objective, extras_of, damping)
 
 
 def kron(**options):
@@ -139,6 +187,11 @@ def samples(params, x, y, errors):
     return {"branches": x}
 
 
+def features(params, x, y, errors):
+    """A state as wide as the parameters: what moves only within the state's image converges within the good steps."""
+    return {"branches": jnp.tanh(x @ WIDENING)}
+
+
 METHODS = {
     "kron_psgd": kron(),
     "kron_psgd_eq": kron(geometry="eq"),
@@ -146,12 +199,39 @@ METHODS = {
     "kron_psgd_quad4p": kron(geometry="quad4p"),
     "dense_psgd": Method(lambda damping: optax_curv.dense_psgd(0.2, 0.8)),
     "lra_psgd": Method(lambda damping: optax_curv.lra_psgd(0.2, 0.8, rank=2)),
+    "branch_fisher": branches(optax_curv.scale_by_branch_fisher, features, 1.0),
     "branch_fisher_complement": branches(optax_curv.scale_by_branch_fisher, samples, 1.0, complement=True),
     "branch_fisher_rows": branches(optax_curv.scale_by_branch_fisher, rows_of, 1.0, solver="auto", centered=False),
-    "branch_kfac_complement": branches(optax_curv.scale_by_branch_kfac, samples, 1.0, blocks=2, complement=True),
+    "branch_kfac": branches(optax_curv.scale_by_branch_kfac, features, 1.0, blocks=2),
     "kfac": layerwise(optax_curv.scale_by_kfac, factors_of),
     "kfac_eigh": layerwise(optax_curv.scale_by_kfac, factors_of, inverse="eigh", damping_rule="trace"),
     "ekfac": layerwise(optax_curv.scale_by_ekfac, moments_of),
+    "kfac_rows": layerwise(optax_curv.scale_by_kfac, layer_rows_of, invert_every=4),
+    "kfac_seldom": layerwise(optax_curv.scale_by_kfac, factors_of, invert_every=4),
+    "kfac_cg": layerwise(optax_curv.scale_by_kfac, factors_of, inverse="cg"),
+    "adam_in_basis": Method(adam_in_basis, factors_of),
+    # Less damping spends most of a step's fixed size on whitening the noise around the minimum.
+    "shampoo": Method(
+        lambda damping: optax_curv.shampoo(FADING, rms=1.0, damping=damping, **MATRICES_AND_ADAM), damping=0.1
+    ),
+    "soap": Method(lambda damping: optax_curv.soap(FADING, b2=0.9, **MATRICES_AND_ADAM)),
+    "soap_of_every_rank": Method(
+        lambda damping: optax.chain(optax_curv.scale_by_soap(**ADAM), optax.scale_by_learning_rate(FADING))
+    ),
+    "gauss_newton": with_objective(lambda damping: optax_curv.gauss_newton(1.0, damping)),
+    "gauss_newton_backtracking": with_objective(
+        lambda damping: optax_curv.gauss_newton(1.0, damping, backtrack=True), batch_and_diagonal_of
+    ),
+    "gauss_newton_layers": with_objective(
+        lambda damping: optax_curv.gauss_newton(1.0, damping, layers=cases.LAYERS), batch_and_factors_of
+    ),
+    "gauss_newton_adaptive": with_objective(lambda damping: optax_curv.gauss_newton(None, damping)),
+    "kfac_adaptive": with_objective(
+        lambda damping: optax_curv.kfac(None, cases.LAYERS, damping, fallback=optax.identity()), batch_and_factors_of
+    ),
+    "quadratic_model": with_objective(
+        lambda damping: optax.chain(optax_curv.scale_by_quadratic_model(damping), optax.scale_by_learning_rate(1.0))
+    ),
 }
 
 

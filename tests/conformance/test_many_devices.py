@@ -10,6 +10,7 @@ from conformance import cases
 
 SAME = 1e-6  # relative to the largest entry of a leaf, in float32
 DIVIDED = 1 / 4  # of one device's FLOPs, at eight devices
+DIVIDING = ["kfac", "ekfac", "adam_in_basis", "kron_psgd"]
 TESTS = pathlib.Path(__file__).parent.parent
 
 
@@ -34,12 +35,12 @@ def test_eight_devices_compute_what_one_does(figures, way, name):
     assert figures[way, name] < SAME
 
 
-@pytest.mark.parametrize("name", ["kfac", "kron_psgd"])
+@pytest.mark.parametrize("name", DIVIDING)
 def test_factor_sharding_divides_the_work(figures, name):
     assert figures["flops", name] <= DIVIDED
 
 
-@pytest.mark.parametrize("name", ["kfac", "kron_psgd"])
+@pytest.mark.parametrize("name", DIVIDING)
 def test_factor_sharding_changes_nothing_but_where_the_work_is_done(figures, name):
     assert figures["divided", name] < SAME
     assert figures["sharding", name] == 0

@@ -208,6 +208,19 @@ def test_a_product_that_is_not_finite_is_skipped_and_counted():
     jax.tree.map(np.testing.assert_array_equal, after, state._replace(total_notfinite=jnp.int32(1)))
 
 
+@pytest.mark.parametrize(("what", "peak"), [("gradient", np.nan), ("gradient", 1e30), ("diagonal", np.inf)])
+def test_a_gradient_or_diagonal_that_is_unsound_is_skipped_and_counted(what, peak):
+    params, _ = problem("float32")
+    tx = optax_curv.scale_by_gauss_newton()
+    state = tx.init(params)._replace(start=params)
+    struck = jax.tree.map(lambda p: p.at[0].set(peak), params)
+    grads, diagonal = (struck, params) if what == "gradient" else (params, struck)
+    diagonal = jax.tree.map(jnp.abs, diagonal)
+    updates, after = tx.update(grads, state, curvature_product=identity, diagonal=diagonal)
+    assert not np.any(ravel_pytree(updates)[0])
+    jax.tree.map(np.testing.assert_array_equal, after, state._replace(total_notfinite=jnp.int32(1)))
+
+
 def identity(v):
     return v
 
