@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from architectures import UNCOVERED, D, N, T, architecture, mean_square, normal
+from architectures import ARCHITECTURES, UNCOVERED, D, N, T, architecture, mean_square, normal
 from jax import lax
 
 
@@ -154,3 +154,74 @@ def low_rank_adapter():
         params,
         normal(0, N, D),
     )
+
+
+def residual_net(p, x):
+    """A scalar; directions pass its first two kernels before they meet an activation."""
+    h = p["a"] @ x + p["b"]
+    h = h + jax.nn.silu(p["c"] @ h + p["d"]) * p["s"]
+    return (p["v"] @ jnp.tanh(h))[0]
+
+
+def residual_params(width):
+    return {
+        "a": normal(1, 5, width),
+        "b": normal(2, 5),
+        "c": normal(3, 5, 5),
+        "d": normal(4, 5),
+        "s": normal(5, 5),
+        "v": normal(6, 1, 5),
+    }
+
+
+def along(f, x, direction):
+    return jax.jvp(f, (x,), (direction,))[1]
+
+
+SECOND_DERIVATIVES = {
+    "hessian": lambda f, x: jnp.trace(jax.hessian(f)(x)),
+    "forward_over_reverse": lambda f, x: jnp.sum(jax.jacfwd(jax.jacrev(f))(x) ** 2),
+    "reverse_over_forward": lambda f, x: jnp.trace(jax.jacrev(jax.jacfwd(f))(x)),
+    "tangents_of_tangents": lambda f, x: sum(along(lambda y, e=e: along(f, y, e), x, e) for e in jnp.eye(len(x))),
+    "vmapped_tangents": lambda f, x: jnp.sum(
+        jax.vmap(lambda e: along(lambda y: along(f, y, e), x, e))(jnp.eye(len(x)))
+    ),
+    "gradient_of_gradient": lambda f, x: jax.grad(lambda y: jax.grad(f)(y)[0])(x)[1],
+    "linearized_gradient": lambda f, x: jnp.sum(jax.vmap(jax.linearize(jax.grad(f), x)[1])(jnp.eye(len(x)))),
+}
+
+
+def second_derivatives(name, width):
+    def loss(p, x):
+        return jnp.mean(jax.vmap(lambda x: jnp.sin(SECOND_DERIVATIVES[name](lambda y: residual_net(p, y), x)) ** 2)(x))
+
+    return lambda: (loss, residual_params(width), normal(0, N, width))
+
+
+for name in SECOND_DERIVATIVES:
+    ARCHITECTURES[name] = second_derivatives(name, 2)
+ARCHITECTURES["laplacian_in_five_dimensions"] = second_derivatives("hessian", 5)
+ARCHITECTURES["as_many_examples_as_directions"] = second_derivatives("hessian", N)
+
+
+@architecture
+def tangents_of_the_whole_batch():
+    def net(p, x):
+        h = jnp.tanh(x @ p["a"] + p["b"])
+        return jax.nn.silu(h @ p["c"]) @ p["v"]
+
+    def loss(p, x):
+        f, ones = lambda x: net(p, x), jnp.ones_like(x)
+        gradient = jax.grad(lambda x: jnp.sum(f(x)))(x)
+        return mean_square(f(x) + along(lambda y: along(f, y, ones), x, ones)) + mean_square(gradient)
+
+    return loss, {"a": normal(1, 2, 5), "b": normal(2, 5), "c": normal(3, 5, 5), "v": normal(4, 5, 2)}, normal(0, N, 2)
+
+
+@architecture
+def point_after_point():
+    def loss(p, x):
+        laplacian = lax.map(lambda x: SECOND_DERIVATIVES["hessian"](lambda y: residual_net(p, y), x), x)
+        return jnp.mean(jnp.sin(laplacian) ** 2)
+
+    return loss, residual_params(2), normal(0, N, 2)

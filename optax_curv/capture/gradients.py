@@ -111,10 +111,10 @@ def trace(function: Callable, params, args, kwargs, batch_size: int | None = Non
     walk = Walk([jax.tree_util.keystr(path) for path in paths], batch)
     node = Node(jaxpr)
     results = walk.node(node, *_initial_marks(shapes, [*map(jnp.shape, jaxpr.consts)], len(leaves), batch))
+    walk.seeds.settle(walk.uses, results)
     unused = {leaf: reason for mark in results for leaf, reason in mark.derived}
     layers, uses = group(walk.uses, walk.refused, unused, paths, shapes[: len(leaves)], batch)
-    update = model.update if model else lambda after: None
-    unflatten = functools.partial(jax.tree.unflatten, grads_tree)
+    update, unflatten = model.update if model else lambda after: None, functools.partial(jax.tree.unflatten, grads_tree)
     return Trace(layers, node, uses, leaves, arrays, restore, unflatten, update, batch)
 
 
@@ -197,9 +197,9 @@ class Probing:
                 self._first[key] = use
                 self._basis[key] = basis[use.layer.name] if basis is not None else (None, None)
                 self.zeros[key] = statistics.probe(statistic, sharing, use, dtype, lengths)
-            by_example = use.example_loop if statistics.is_linear(use.layer, sharing) else None
-            loops = tuple(own or keeps_rows or depth == by_example for depth, own in enumerate(use.loops))
-            self._taps[number] = Tap(key, use.found.operands, self._tap(use), loops)
+            loop = use.example_loop if statistics.is_linear(use.layer, sharing) else None
+            loops = tuple(own or keeps_rows or depth == loop for depth, own in enumerate(use.loops))
+            self._taps[number] = Tap(use.found, key, self._tap(use), loops, use.batch)
 
     def _tap(self, use: Use) -> Callable:
         """An identity on a layer's output whose derivative writes what is measured into the probe."""

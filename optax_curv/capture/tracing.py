@@ -19,8 +19,9 @@ from optax_curv.capture.jaxpr import (
     run_cond,
     run_scan,
 )
-from optax_curv.capture.marks import NOTHING, Batch, Examples, Found, Mark, Node
+from optax_curv.capture.marks import NOTHING, REPEATED, Batch, Examples, Found, Mark, Node
 from optax_curv.capture.rules import RULES
+from optax_curv.capture.seeds import Seeds, is_widened, run_widened
 from optax_curv.capture.views import shape_of
 
 WHILE = (
@@ -38,6 +39,7 @@ class Walk:
       uses: every use found, in the order of the loss.
       groups: uses made by one equation.
       refused: leaves that met the examples in a way no layer describes, with the reason.
+      seeds: what becomes of uses that all examples share.
     """
 
     def __init__(self, paths: list[str], batch: int):
@@ -46,11 +48,12 @@ class Walk:
         self.groups: list[list[int]] = []
         self.refused: dict[int, str] = {}
         self._loops: tuple[int, ...] = ()
+        self._example_loop: int | None = None
         self._branch: tuple[int, int] | None = None
         self._counts: collections.Counter = collections.Counter()
         self._node: Node | None = None
         self._index = 0
-        self._places: dict[int, tuple[Node, int]] = {}
+        self.seeds = Seeds(batch)
 
     # -- what rules ask --
 
@@ -61,7 +64,7 @@ class Walk:
     def examples(self, batch: Batch | None, segments) -> Examples | None:
         """What tells the examples apart in the rows of a layer whose input has them there."""
         if batch is None:
-            return None
+            return None if self._example_loop is None else Examples(loop=self._example_loop)
         if batch.loop is not None or batch == LOST:
             return Examples(loop=batch.loop)
         rows = [piece for role, pieces in segments if role == "row" for piece in pieces]
@@ -85,18 +88,9 @@ class Walk:
             self.groups[-1].append(len(self.uses))
             node = self._node
             assert node is not None
-            self._places[len(self.uses)] = node, self._index
             node.taps.setdefault(self._index, []).append(len(self.uses))
             self.uses.append(found)
         return layouts.whole(len(self.groups) - 1, shape_of(eqn.outvars[0]))
-
-    def move_tap(self, number: int, place: int, segments, examples):
-        """Taps a use at an operand of the current equation instead, over the axes of the result with these roles."""
-        node, index = self._places[number]
-        if node is self._node:
-            node.taps[index].remove(number)
-            node.operand_taps.setdefault(self._index, []).append((number, place))
-            self.uses[number].output_segments, self.uses[number].examples = segments, examples
 
     def is_bias(self, number: int, output: layouts.View, shift: Found) -> bool:
         """Whether a shift lies along exactly the outputs (and the stack) of a use; notes the order of its pieces."""
@@ -144,19 +138,19 @@ class Walk:
 
     def _equation(self, eqn, given, node, index):
         name = eqn.primitive.name
-        if name == "stop_gradient":
-            return [Mark(batch=given[0].batch)]
+        if name == "stop_gradient" or not eqn.outvars:
+            self.seeds.lose(given)
+            return [Mark(batch=given[0].batch) for _ in eqn.outvars]
         nodes = tuple(map(Node, bodies(eqn)))
         if nodes:
             given = [self._at_boundary(mark) for mark in given]
             enter = {"scan": self._scan, "cond": self._cond}.get(name, self._call)
             results = enter(eqn, given, nodes)
-            if any(child.uses() for child in nodes):
-                node.children[index] = nodes
+            node.children[index] = nodes
             return results
         shapes = [shape_of(v) for v in eqn.invars]
         batches = propagate(eqn, [mark.batch for mark in given], shapes, self.batch)
-        results = None
+        results, before = None, len(self.uses)
         if any(mark.leaves or mark.output for mark in given) and name in RULES:
             results = RULES[name](self, eqn, given)
         if results is None:
@@ -165,7 +159,11 @@ class Walk:
         elif any(mark.derived for mark in given):
             derived = tuple({entry for mark in given for entry in mark.derived})
             results = [mark if mark.leaves else mark._replace(derived=derived) for mark in results]
-        return [self._met(eqn, mark._replace(batch=batch)) for mark, batch in zip(results, batches, strict=True)]
+        seeds = self.seeds.follow(node, index, given, batches[0], self.uses, range(before, len(self.uses)))
+        return [
+            self._met(eqn, mark._replace(batch=batch, seeds=seeds))
+            for mark, batch in zip(results, batches, strict=True)
+        ]
 
     def _derived(self, eqn, given):
         """Leaves that are now used in a way no layer describes."""
@@ -209,15 +207,15 @@ class Walk:
 
     def _cond(self, eqn, given, nodes):
         outer, number = self._branch, len(self.uses)
-        columns = []
+        columns, given = [], self.seeds.lose(given)
         for k, node in enumerate(nodes):
             self._branch = outer or (number, k)
-            columns.append([self._at_boundary(mark) for mark in self.node(node, given[1:])])
+            columns.append([self._at_boundary(mark) for mark in self.seeds.lose(self.node(node, given[1:]))])
         self._branch = outer
         return [_either(marks) for marks in zip(*columns, strict=True)]
 
     def _scan(self, eqn, given, nodes):
-        params, body = eqn.params, nodes[0].jaxpr.jaxpr
+        params, body, given = eqn.params, nodes[0].jaxpr.jaxpr, self.seeds.lose(given)
         consts, carry = params["num_consts"], params["num_carry"]
         unchanged = {k for k in range(carry) if body.invars[consts + k] is body.outvars[k]}
         state = [
@@ -225,13 +223,16 @@ class Walk:
             for k, mark in enumerate(given[consts : consts + carry])
         ]
         slices = [self._slice(mark, params["length"]) for mark in given[consts + carry :]]
+        outer, depth = self._example_loop, len(self._loops)
+        if any(mark.batch is not None and mark.batch.loop == depth for mark in slices):
+            self._example_loop = depth
         self._loops = (*self._loops, params["length"])
         saved, met = (len(self.uses), len(self.groups), dict(self.refused)), {}
         while True:  # until the marks of the carry no longer change: only `batch` and `derived` can, and only grow
             nodes[0].taps.clear()
-            nodes[0].operand_taps.clear()
+            nodes[0].meetings.clear()
             nodes[0].children.clear()
-            results = self.node(nodes[0], [*given[:consts], *state, *slices])
+            results = self.seeds.lose(self.node(nodes[0], [*given[:consts], *state, *slices]))
             grown = [
                 old if k in unchanged else _either((old, self._carried(new)))
                 for k, (old, new) in enumerate(zip(state, results[:carry], strict=True))
@@ -242,9 +243,10 @@ class Walk:
                 break
             state = grown
             del self.uses[saved[0] :], self.groups[saved[1] :]
+            self.seeds.forget(saved[0])
             self.refused = dict(saved[2])
         self.refused = met | self.refused
-        self._loops = self._loops[:-1]
+        self._loops, self._example_loop = self._loops[:-1], outer
         return state + [self._unsliced(mark) for mark in results[carry:]]
 
     def _carried(self, mark):
@@ -281,6 +283,7 @@ class Walk:
         params, before = eqn.params, len(self.uses)
         consts = [*given[params["cond_nconsts"] : params["cond_nconsts"] + params["body_nconsts"]]]
         state = [mark._replace(output=None) for mark in given[params["cond_nconsts"] + params["body_nconsts"] :]]
+        self.seeds.lose(given)
         self.node(Node(inlined(params["body_jaxpr"])), consts + state)
         if len(self.uses) > before:
             raise ValueError(
@@ -312,16 +315,18 @@ class Tap:
     """What happens at a use when the loss is run again.
 
     Attributes:
+      found: the use.
       key: which probe it reads and writes.
-      operands: variables it is shown.
       apply: `(output, operands, probe) -> output`, an identity whose derivative writes the probe.
       loops: for each scan around it, whether the probe is sliced along it.
+      batch: number of examples.
     """
 
+    found: Found
     key: str
-    operands: tuple
     apply: Callable
     loops: tuple[bool, ...]
+    batch: int
 
 
 def run_with_taps(node: Node, operands, taps: dict[int, Tap], probes: dict, depth: int = 0):
@@ -345,24 +350,23 @@ def run_with_taps(node: Node, operands, taps: dict[int, Tap], probes: dict, dept
         return variable.val if isinstance(variable, Literal) else env[variable]
 
     for index, eqn in enumerate(jaxpr.eqns):
-        given = [read(v) for v in eqn.invars]
-
-        def tapped(x, number):
-            tap = taps.get(number)
-            return x if tap is None else tap.apply(x, tuple(map(read, tap.operands)), probes[tap.key])
-
-        for number, place in node.operand_taps.get(index, ()):
-            given[place] = tapped(jnp.broadcast_to(given[place], shape_of(eqn.outvars[0])), number)
-        results = _run_equation(eqn, given, node.children.get(index), taps, probes, depth)
-        for number in node.taps.get(index, ()):
-            results[0] = tapped(results[0], number)
+        results = _run_equation(node, index, [read(v) for v in eqn.invars], taps, probes, depth)
+        for tap in [taps[number] for number in node.taps.get(index, ()) if number in taps]:
+            if tap.found.examples == Examples(REPEATED) and not is_widened(eqn.outvars[0], results[0]):
+                results[0] = jnp.broadcast_to(results[0], (tap.batch, *results[0].shape))
+            shown = tuple(read(v)[0] if is_widened(v, read(v)) else read(v) for v in tap.found.operands)
+            results[0] = tap.apply(results[0], shown, probes[tap.key])
         env.update(zip(eqn.outvars, results, strict=True))
     return [read(v) for v in jaxpr.jaxpr.outvars]
 
 
-def _run_equation(eqn, given, nodes, taps, probes, depth):
-    """One equation, entered if there are taps inside."""
-    if nodes is None or not any(use in taps for node in nodes for use in node.uses()):
+def _run_equation(node, index, given, taps, probes, depth):
+    """One equation, entered if there are taps inside or it meets widened arrays there."""
+    eqn, nodes = node.jaxpr.jaxpr.eqns[index], node.children.get(index, ())
+    widened = any(map(is_widened, eqn.invars, given))
+    if widened and not nodes:
+        return run_widened(node, index, given)
+    if not widened and not any(use in taps for node in nodes for use in node.uses()):
         return run(eqn, given)
     if eqn.primitive.name == "scan":
         inside = [taps[use] for use in nodes[0].uses() if use in taps]
