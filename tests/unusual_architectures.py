@@ -225,3 +225,19 @@ def point_after_point():
         return jnp.mean(jnp.sin(laplacian) ** 2)
 
     return loss, residual_params(2), normal(0, N, 2)
+
+
+@architecture
+def slices_picked_by_a_loop_counter():
+    def loss(p, x):
+        def layer(i, h):
+            w = jax.tree.map(lambda leaf: leaf[i], p["layers"])
+            return jnp.tanh(h @ w["w"] + w["b"]) * w["s"]
+
+        def mix(h, i):
+            return jnp.tanh(jax.vmap(lambda h: lax.dynamic_index_in_dim(p["mix"], i, 1, keepdims=False) @ h)(h)), None
+
+        return mean_square(lax.scan(mix, lax.fori_loop(0, 2, layer, x), jnp.arange(3))[0])
+
+    layers = {"w": normal(1, 2, D, D), "b": normal(2, 2, D), "s": normal(3, 2, D)}
+    return loss, {"layers": layers, "mix": normal(4, D, 3, D)}, normal(0, N, D)

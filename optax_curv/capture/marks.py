@@ -64,6 +64,7 @@ class Mark(NamedTuple):
       batch: where the examples lie, None for what does not depend on single examples.
       derived: (leaf, reason) for leaves that entered the variable in a way no layer describes.
       seeds: uses that all examples share, and that the variable comes from.
+      counter: depth of the scan whose steps the variable counts, or None.
     """
 
     leaves: tuple[View, ...] = ()
@@ -72,6 +73,7 @@ class Mark(NamedTuple):
     batch: Batch | None = None
     derived: tuple[tuple[int, str], ...] = ()
     seeds: tuple[Seed, ...] = ()
+    counter: int | None = None
 
 
 NOTHING = Mark()

@@ -3,11 +3,12 @@
 import collections
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax.extend import core
 
-from optax_curv.capture import layouts
+from optax_curv.capture import counters, layouts
 from optax_curv.capture.batch import LOST, propagate
 from optax_curv.capture.jaxpr import (
     Literal,
@@ -40,6 +41,7 @@ class Walk:
       groups: uses made by one equation.
       refused: leaves that met the examples in a way no layer describes, with the reason.
       seeds: what becomes of uses that all examples share.
+      loops: lengths of the scans around the current equation.
     """
 
     def __init__(self, paths: list[str], batch: int):
@@ -47,11 +49,11 @@ class Walk:
         self.uses: list[Found] = []
         self.groups: list[list[int]] = []
         self.refused: dict[int, str] = {}
-        self._loops: tuple[int, ...] = ()
+        self.loops: tuple[int, ...] = ()
         self._example_loop: int | None = None
         self._branch: tuple[int, int] | None = None
         self._counts: collections.Counter = collections.Counter()
-        self._node: Node | None = None
+        self._node: Any = None
         self._index = 0
         self.seeds = Seeds(batch)
 
@@ -83,12 +85,10 @@ class Walk:
         self.groups.append([])
         for found in uses:
             stacked = {slot.loop for slot in found.view.slots}
-            found.loops = tuple((length, depth in stacked) for depth, length in enumerate(self._loops))
+            found.loops = tuple((length, depth in stacked) for depth, length in enumerate(self.loops))
             found.branch = self._branch
             self.groups[-1].append(len(self.uses))
-            node = self._node
-            assert node is not None
-            node.taps.setdefault(self._index, []).append(len(self.uses))
+            self._node.taps.setdefault(self._index, []).append(len(self.uses))
             self.uses.append(found)
         return layouts.whole(len(self.groups) - 1, shape_of(eqn.outvars[0]))
 
@@ -160,8 +160,9 @@ class Walk:
             derived = tuple({entry for mark in given for entry in mark.derived})
             results = [mark if mark.leaves else mark._replace(derived=derived) for mark in results]
         seeds = self.seeds.follow(node, index, given, batches[0], self.uses, range(before, len(self.uses)))
+        counter = counters.followed(node.jaxpr.jaxpr, eqn, given)
         return [
-            self._met(eqn, mark._replace(batch=batch, seeds=seeds))
+            self._met(eqn, mark._replace(batch=batch, seeds=seeds, counter=counter))
             for mark, batch in zip(results, batches, strict=True)
         ]
 
@@ -179,6 +180,11 @@ class Walk:
                     reason = f"it is multiplied element-wise before it enters `{name}`"
                 elif not view.aligned:
                     reason = f"it is cut into unequal slices before it enters `{name}`"
+                elif name == "dynamic_slice":
+                    reason = (
+                        "it is sliced at an index known only when the loss runs; take its slices one by one with "
+                        "jax.lax.scan(f, init, xs), the parameter in xs"
+                    )
                 elif hidden_bodies(eqn):
                     reason = f"it enters `{name}`, whose own derivative rule hides what is inside"
                 entries.setdefault(view.source, reason)
@@ -223,10 +229,15 @@ class Walk:
             for k, mark in enumerate(given[consts : consts + carry])
         ]
         slices = [self._slice(mark, params["length"]) for mark in given[consts + carry :]]
-        outer, depth = self._example_loop, len(self._loops)
+        outer, depth, counting = self._example_loop, len(self.loops), Mark(counter=len(self.loops))
+        state = [counting if k in counters.carried(eqn) else mark for k, mark in enumerate(state)]
+        slices = [
+            counting if counters.is_range(self._node.jaxpr.jaxpr, variable) else mark
+            for variable, mark in zip(eqn.invars[consts + carry :], slices, strict=True)
+        ]
         if any(mark.batch is not None and mark.batch.loop == depth for mark in slices):
             self._example_loop = depth
-        self._loops = (*self._loops, params["length"])
+        self.loops = (*self.loops, params["length"])
         saved, met = (len(self.uses), len(self.groups), dict(self.refused)), {}
         while True:  # until the marks of the carry no longer change: only `batch` and `derived` can, and only grow
             nodes[0].taps.clear()
@@ -234,7 +245,7 @@ class Walk:
             nodes[0].children.clear()
             results = self.seeds.lose(self.node(nodes[0], [*given[:consts], *state, *slices]))
             grown = [
-                old if k in unchanged else _either((old, self._carried(new)))
+                old if k in unchanged or old is counting else _either((old, self._carried(new)))
                 for k, (old, new) in enumerate(zip(state, results[:carry], strict=True))
             ]
             met |= {leaf: reason for mark in grown if mark.batch is not None for leaf, reason in mark.derived}
@@ -246,22 +257,23 @@ class Walk:
             self.seeds.forget(saved[0])
             self.refused = dict(saved[2])
         self.refused = met | self.refused
-        self._loops, self._example_loop = self._loops[:-1], outer
+        self.loops, self._example_loop = self.loops[:-1], outer
+        state = [NOTHING if mark is counting else mark for mark in state]
         return state + [self._unsliced(mark) for mark in results[carry:]]
 
     def _carried(self, mark):
         """The mark of a state after a step; one that runs from example to example mixes them."""
-        mixed = mark.batch is not None and mark.batch.loop == len(self._loops) - 1
+        mixed = mark.batch is not None and mark.batch.loop == len(self.loops) - 1
         return mark._replace(leaves=(), output=None, batch=LOST if mixed else mark.batch)
 
     def _slice(self, mark, length):
         """The mark of one slice of the leading axis."""
-        sliced = [layouts.enter_loop(view, len(self._loops)) for view in mark.leaves]
+        sliced = [layouts.enter_loop(view, len(self.loops)) for view in mark.leaves]
         leaves = tuple(view for view in sliced if view is not None)
         batch = mark.batch
         if batch is not None and batch.axis is not None:
             one = batch.inner == 1 and length == self.batch
-            first = Batch(None, loop=len(self._loops)) if one else LOST
+            first = Batch(None, loop=len(self.loops)) if one else LOST
             batch = first if batch.axis == 0 else batch._replace(axis=batch.axis - 1)
         if len(leaves) != len(mark.leaves) or len(leaves) > 1:
             return Mark(batch=batch, derived=mark.derived + _entries(mark))
@@ -272,7 +284,7 @@ class Walk:
         batch = mark.batch
         if batch is not None and batch.axis is not None:
             batch = batch._replace(axis=batch.axis + 1)
-        elif batch is not None and batch.loop == len(self._loops):
+        elif batch is not None and batch.loop == len(self.loops):
             batch = Batch(0)
         return Mark(batch=batch, derived=mark.derived + _entries(mark))
 

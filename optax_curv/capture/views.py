@@ -98,6 +98,20 @@ def split(walk, eqn, marks):
     return results
 
 
+def dynamic_slice(walk, eqn, marks):
+    """One slice of a leaf at each step of a scan, picked by the number of the step."""
+    sizes, shape = eqn.params["slice_sizes"], shape_of(eqn.invars[0])
+    cut = [axis for axis in range(len(shape)) if sizes[axis] != shape[axis]]
+    if len(marks[0].leaves) != 1 or len(cut) != 1 or sizes[cut[0]] != 1:
+        return None
+    (axis,), depth = cut, marks[1 + cut[0]].counter
+    if depth is None or walk.loops[depth] != shape[axis]:
+        return None
+    view = layouts.transpose(marks[0].leaves[0], [axis, *(k for k in range(len(shape)) if k != axis)])
+    view = layouts.enter_loop(view, depth)
+    return view and [Mark(leaves=(view._replace(axes=(*view.axes[:axis], (), *view.axes[axis:])),))]
+
+
 def unstack(walk, eqn, marks):
     """The slices of one leaf along an axis."""
     axis, results = eqn.params["axis"], []

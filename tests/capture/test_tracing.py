@@ -42,6 +42,9 @@ def test_reasons_name_what_stands_in_the_way():
     pairs = jnp.ones((5, 3, 3))
     assert "different axes" in reason(lambda p, x: jnp.mean(x @ p) + jnp.mean(jnp.einsum("nij,ij->n", pairs, p)))
     assert "unequal slices" in reason(lambda p, x: jnp.mean(x @ p[:, :2]))
+    assert "jax.lax.scan(f, init, xs)" in reason(
+        lambda p, x: jnp.mean(lax.fori_loop(1, 3, lambda i, h: h * (x @ p[i])[:, None], x))
+    )
 
 
 def test_a_custom_rule_hides_the_layer():
