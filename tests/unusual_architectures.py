@@ -241,3 +241,31 @@ def slices_picked_by_a_loop_counter():
 
     layers = {"w": normal(1, 2, D, D), "b": normal(2, 2, D), "s": normal(3, 2, D)}
     return loss, {"layers": layers, "mix": normal(4, D, 3, D)}, normal(0, N, D)
+
+
+@architecture
+def both_views_in_one_batch():
+    def loss(p, x, y):
+        both = jnp.concatenate([x, y])
+        h = jnp.tanh(both @ p["w"] + p["b"]) * p["s"]
+        first, second = jnp.split(h @ p["v"], 2)
+        return mean_square(first - second) + jnp.mean(jnp.sum(h[: len(x)], -1) ** 2)
+
+    params = {"w": normal(1, D, 5), "b": normal(2, 5), "s": normal(3, 5), "v": normal(4, 5, 2)}
+    return loss, params, normal(0, N, D), normal(9, N, D)
+
+
+@architecture
+def determinant_of_orbitals():
+    def log_amplitude(p, r):
+        h = jnp.tanh(jnp.concatenate([r, jnp.broadcast_to(r.mean(0), r.shape)], -1) @ p["w"] + p["b"])
+        orbitals = jnp.einsum("eh,kho->keo", h, p["orbitals"]) * p["envelope"]
+        sign, log = jnp.linalg.slogdet(orbitals)
+        return jnp.log(jnp.abs(jnp.sum(sign * jnp.exp(log))))
+
+    def loss(p, r):
+        gradient = jax.vmap(jax.grad(log_amplitude, argnums=1), (None, 0))(p, r)
+        return mean_square(jnp.tanh(gradient))
+
+    params = {"w": normal(1, 4, 5), "b": normal(2, 5), "orbitals": normal(3, 2, 5, 3), "envelope": normal(4, 3)}
+    return loss, params, normal(0, N, 3, 2)

@@ -83,7 +83,7 @@ def trace(function: Callable, params, args, kwargs, batch_size: int | None = Non
     paths_and_leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     paths, leaves = [path for path, _ in paths_and_leaves], [leaf for _, leaf in paths_and_leaves]
     for path, leaf in paths_and_leaves:
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             raise ValueError(
                 f"value_grad_and_curvature: the parameter {jax.tree_util.keystr(path) or 'at the root'} has dtype "
                 f"{jnp.result_type(leaf)}, expected a floating-point array; pass what is not trained as another "
@@ -182,7 +182,7 @@ class Probing:
         self._first: dict[str, Use] = {}
         self._basis: dict[str, Any] = {}
         self._taps, self.zeros = {}, {}
-        dtype = jnp.result_type(jnp.float32, *traced.leaves)
+        dtype = jnp.finfo(jnp.result_type(jnp.float32, *traced.leaves)).dtype  # real
         for number, use in self._uses.items():
             if sharing == "reduce" and use.found.examples == Examples() and use.batch > 1:
                 raise ValueError(

@@ -118,6 +118,7 @@ class Found:
       branch: (number of the cond, number of the branch) around the use, or None.
       partner: number of the use whose bias this shift is.
       sign: -1 for a subtracted shift.
+      far: pieces of the stack that lie among the outputs of the equation.
     """
 
     kind: str
@@ -135,3 +136,4 @@ class Found:
     branch: tuple[int, int] | None = None
     partner: int | None = None
     sign: float = 1.0
+    far: tuple[Piece, ...] = ()

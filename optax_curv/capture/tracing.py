@@ -13,7 +13,6 @@ from optax_curv.capture.batch import LOST, propagate
 from optax_curv.capture.jaxpr import (
     Literal,
     bodies,
-    hidden_bodies,
     inlined,
     run,
     run_call,
@@ -21,14 +20,11 @@ from optax_curv.capture.jaxpr import (
     run_scan,
 )
 from optax_curv.capture.marks import NOTHING, REPEATED, Batch, Examples, Found, Mark, Node
+from optax_curv.capture.reasons import WHILE, is_complex, why_not
 from optax_curv.capture.rules import RULES
 from optax_curv.capture.seeds import Seeds, is_widened, run_widened
 from optax_curv.capture.views import shape_of
 
-WHILE = (
-    "a while_loop around the layer that uses {path}: reverse-mode differentiation does not pass through it; use "
-    "jax.lax.scan, or fori_loop with a number of steps known at trace time."
-)
 ELEMENTWISE = {"add", "sub", "add_any"}
 
 
@@ -151,7 +147,7 @@ class Walk:
         shapes = [shape_of(v) for v in eqn.invars]
         batches = propagate(eqn, [mark.batch for mark in given], shapes, self.batch)
         results, before = None, len(self.uses)
-        if any(mark.leaves or mark.output for mark in given) and name in RULES:
+        if any(mark.leaves or mark.output for mark in given) and name in RULES and not is_complex(eqn.outvars):
             results = RULES[name](self, eqn, given)
         if results is None:
             self._hidden(eqn, given)
@@ -169,25 +165,9 @@ class Walk:
     def _derived(self, eqn, given):
         """Leaves that are now used in a way no layer describes."""
         entries = dict(entry for mark in given for entry in mark.derived)
-        name = eqn.primitive.name
         several = sum(bool(mark.leaves or mark.derived) for mark in given) > 1
         for mark in given:
-            for view in mark.leaves:
-                reason = f"it enters `{name}`, which is no layer"
-                if name == "mul" and several:
-                    reason = "it is multiplied by another parameter before it meets the data"
-                elif view.coefficients:
-                    reason = f"it is multiplied element-wise before it enters `{name}`"
-                elif not view.aligned:
-                    reason = f"it is cut into unequal slices before it enters `{name}`"
-                elif name == "dynamic_slice":
-                    reason = (
-                        "it is sliced at an index known only when the loss runs; take its slices one by one with "
-                        "jax.lax.scan(f, init, xs), the parameter in xs"
-                    )
-                elif hidden_bodies(eqn):
-                    reason = f"it enters `{name}`, whose own derivative rule hides what is inside"
-                entries.setdefault(view.source, reason)
+            entries = {view.source: why_not(eqn, view, several) for view in mark.leaves} | entries
         return tuple(entries.items())
 
     def _met(self, eqn, mark):
