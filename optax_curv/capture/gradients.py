@@ -269,13 +269,14 @@ def value_grad_and_curvature(
     return value_grads_curvature
 
 
-def _value_and_aux(result, has_aux: bool):
+def _value_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
     """The value of a loss and what it returns besides."""
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
         raise ValueError(
             f"value_grad_and_curvature: with has_aux=True expected a pair (loss, aux), got a {type(result).__name__}."
         )
-    value, aux = result if has_aux else (result, None)
+    pair: tuple[Any, Any] = result if has_aux else (result, None)
+    value, aux = pair
     one = jax.tree_util.treedef_is_leaf(jax.tree.structure(value))
     if not one or jnp.shape(value):
         got = f"has shape {jnp.shape(value)}" if one else f"is a {type(value).__name__}"
