@@ -14,8 +14,6 @@ KEY = jax.random.key(0)
 ARCHITECTURES = {}
 UNCOVERED = {}  # name -> parameters that no layer covers
 FLOAT32_INSIDE = {"nnx_attention"}  # Flax's own softmax
-# The seed of an inner derivative is the same for all examples, so that one use of a kernel is one row for the batch.
-SHARED_SEED = {"derivatives_inside", "deep_derivatives_inside"}
 
 
 def architecture(build):

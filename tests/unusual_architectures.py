@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from architectures import UNCOVERED, D, N, T, architecture, mean_square, normal
+from architectures import ARCHITECTURES, UNCOVERED, D, N, T, architecture, mean_square, normal
 from jax import lax
 
 
@@ -154,3 +154,118 @@ def low_rank_adapter():
         params,
         normal(0, N, D),
     )
+
+
+def residual_net(p, x):
+    """A scalar; directions pass its first two kernels before they meet an activation."""
+    h = p["a"] @ x + p["b"]
+    h = h + jax.nn.silu(p["c"] @ h + p["d"]) * p["s"]
+    return (p["v"] @ jnp.tanh(h))[0]
+
+
+def residual_params(width):
+    return {
+        "a": normal(1, 5, width),
+        "b": normal(2, 5),
+        "c": normal(3, 5, 5),
+        "d": normal(4, 5),
+        "s": normal(5, 5),
+        "v": normal(6, 1, 5),
+    }
+
+
+def along(f, x, direction):
+    return jax.jvp(f, (x,), (direction,))[1]
+
+
+SECOND_DERIVATIVES = {
+    "hessian": lambda f, x: jnp.trace(jax.hessian(f)(x)),
+    "forward_over_reverse": lambda f, x: jnp.sum(jax.jacfwd(jax.jacrev(f))(x) ** 2),
+    "reverse_over_forward": lambda f, x: jnp.trace(jax.jacrev(jax.jacfwd(f))(x)),
+    "tangents_of_tangents": lambda f, x: sum(along(lambda y, e=e: along(f, y, e), x, e) for e in jnp.eye(len(x))),
+    "vmapped_tangents": lambda f, x: jnp.sum(
+        jax.vmap(lambda e: along(lambda y: along(f, y, e), x, e))(jnp.eye(len(x)))
+    ),
+    "gradient_of_gradient": lambda f, x: jax.grad(lambda y: jax.grad(f)(y)[0])(x)[1],
+    "linearized_gradient": lambda f, x: jnp.sum(jax.vmap(jax.linearize(jax.grad(f), x)[1])(jnp.eye(len(x)))),
+}
+
+
+def second_derivatives(name, width):
+    def loss(p, x):
+        return jnp.mean(jax.vmap(lambda x: jnp.sin(SECOND_DERIVATIVES[name](lambda y: residual_net(p, y), x)) ** 2)(x))
+
+    return lambda: (loss, residual_params(width), normal(0, N, width))
+
+
+for name in SECOND_DERIVATIVES:
+    ARCHITECTURES[name] = second_derivatives(name, 2)
+ARCHITECTURES["laplacian_in_five_dimensions"] = second_derivatives("hessian", 5)
+ARCHITECTURES["as_many_examples_as_directions"] = second_derivatives("hessian", N)
+
+
+@architecture
+def tangents_of_the_whole_batch():
+    def net(p, x):
+        h = jnp.tanh(x @ p["a"] + p["b"])
+        return jax.nn.silu(h @ p["c"]) @ p["v"]
+
+    def loss(p, x):
+        f, ones = lambda x: net(p, x), jnp.ones_like(x)
+        gradient = jax.grad(lambda x: jnp.sum(f(x)))(x)
+        return mean_square(f(x) + along(lambda y: along(f, y, ones), x, ones)) + mean_square(gradient)
+
+    return loss, {"a": normal(1, 2, 5), "b": normal(2, 5), "c": normal(3, 5, 5), "v": normal(4, 5, 2)}, normal(0, N, 2)
+
+
+@architecture
+def point_after_point():
+    def loss(p, x):
+        laplacian = lax.map(lambda x: SECOND_DERIVATIVES["hessian"](lambda y: residual_net(p, y), x), x)
+        return jnp.mean(jnp.sin(laplacian) ** 2)
+
+    return loss, residual_params(2), normal(0, N, 2)
+
+
+@architecture
+def slices_picked_by_a_loop_counter():
+    def loss(p, x):
+        def layer(i, h):
+            w = jax.tree.map(lambda leaf: leaf[i], p["layers"])
+            return jnp.tanh(h @ w["w"] + w["b"]) * w["s"]
+
+        def mix(h, i):
+            return jnp.tanh(jax.vmap(lambda h: lax.dynamic_index_in_dim(p["mix"], i, 1, keepdims=False) @ h)(h)), None
+
+        return mean_square(lax.scan(mix, lax.fori_loop(0, 2, layer, x), jnp.arange(3))[0])
+
+    layers = {"w": normal(1, 2, D, D), "b": normal(2, 2, D), "s": normal(3, 2, D)}
+    return loss, {"layers": layers, "mix": normal(4, D, 3, D)}, normal(0, N, D)
+
+
+@architecture
+def both_views_in_one_batch():
+    def loss(p, x, y):
+        both = jnp.concatenate([x, y])
+        h = jnp.tanh(both @ p["w"] + p["b"]) * p["s"]
+        first, second = jnp.split(h @ p["v"], 2)
+        return mean_square(first - second) + jnp.mean(jnp.sum(h[: len(x)], -1) ** 2)
+
+    params = {"w": normal(1, D, 5), "b": normal(2, 5), "s": normal(3, 5), "v": normal(4, 5, 2)}
+    return loss, params, normal(0, N, D), normal(9, N, D)
+
+
+@architecture
+def determinant_of_orbitals():
+    def log_amplitude(p, r):
+        h = jnp.tanh(jnp.concatenate([r, jnp.broadcast_to(r.mean(0), r.shape)], -1) @ p["w"] + p["b"])
+        orbitals = jnp.einsum("eh,kho->keo", h, p["orbitals"]) * p["envelope"]
+        sign, log = jnp.linalg.slogdet(orbitals)
+        return jnp.log(jnp.abs(jnp.sum(sign * jnp.exp(log))))
+
+    def loss(p, r):
+        gradient = jax.vmap(jax.grad(log_amplitude, argnums=1), (None, 0))(p, r)
+        return mean_square(jnp.tanh(gradient))
+
+    params = {"w": normal(1, 4, 5), "b": normal(2, 5), "orbitals": normal(3, 2, 5, 3), "envelope": normal(4, 3)}
+    return loss, params, normal(0, N, 3, 2)

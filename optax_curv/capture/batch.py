@@ -39,9 +39,16 @@ def propagate(eqn, batches: list[Batch | None], shapes: list[tuple[int, ...]], b
 
 
 def _same_place(given, out):
-    """The axis of the first operand whose axis keeps its place and size."""
-    for b, shape in given:
-        if b.axis is not None and len(out) == len(shape) and out[b.axis] == shape[b.axis]:
+    """The axis of the first operand whose axis keeps its place and size; else one that only later axes lie behind.
+
+    The latter is for linear algebra, whose matrices lie on the last axes.
+    """
+    placed = [(b, shape) for b, shape in given if b.axis is not None]
+    for b, shape in placed:
+        if len(out) == len(shape) and out[b.axis] == shape[b.axis]:
+            return b
+    for b, shape in placed:
+        if len(out) > b.axis and out[: b.axis + 1] == shape[: b.axis + 1]:
             return b
     return LOST
 
@@ -97,6 +104,33 @@ def _unstack(params, batches, shapes, out, batch):
     return LOST if b.axis == params["axis"] else Batch(b.axis - (b.axis > params["axis"]), b.inner)
 
 
+def _whole_batches(b, axis, sizes, batch):
+    """Where the examples lie in parts of these sizes along an axis."""
+    whole = b.axis != axis or all(size % (batch * b.inner) == 0 for size in sizes)
+    return b if b.axis is not None and whole else LOST
+
+
+def _concatenate(params, batches, shapes, out, batch):
+    axis, known = params["dimension"], {b for b in batches if b is not None}
+    beside = next((b for b in known if b.axis is not None and b.axis != axis), None)
+    if beside is not None or len(known) > 1 or None in batches:
+        return beside or LOST
+    return _whole_batches(next(iter(known)), axis, [shape[axis] for shape in shapes], batch)
+
+
+def _split(params, batches, shapes, out, batch):
+    return _whole_batches(batches[0], params["axis"], params["sizes"], batch)
+
+
+def _slice(params, batches, shapes, out, batch):
+    b, bounds = batches[0], zip(params["start_indices"], params["limit_indices"], strict=True)
+    if b.axis is None or out[b.axis] == shapes[0][b.axis]:
+        return b
+    if params["strides"] is not None and params["strides"][b.axis] != 1:
+        return LOST
+    return _whole_batches(b, b.axis, list(bounds)[b.axis], batch)
+
+
 def _dot_general(params, batches, shapes, out, batch):
     contracting, together = params["dimension_numbers"]
     first, found = 0, None
@@ -142,6 +176,9 @@ MOVES = {
     "tile": lambda params, batches, *_: batches[0],
     "stack": _stack,
     "unstack": _unstack,
+    "concatenate": _concatenate,
+    "split": _split,
+    "slice": _slice,
     "dot_general": _dot_general,
     "conv_general_dilated": _convolution,
     "gather": _gather,

@@ -5,7 +5,7 @@ import math
 from optax_curv.capture import layouts
 from optax_curv.capture.jaxpr import Literal
 from optax_curv.capture.layouts import View
-from optax_curv.capture.marks import Examples, Found, Mark
+from optax_curv.capture.marks import Found, Mark
 from optax_curv.capture.views import is_plain, shape_of
 
 
@@ -13,7 +13,6 @@ def multiply(walk, eqn, marks):
     """A scale where a leaf meets the examples; before that, coefficients of the leaf."""
     side = next((side for side in (0, 1) if marks[side].leaves), None)
     if side is None:
-        _later_tap(walk, eqn, marks)
         return None
     if marks[1 - side].leaves or marks[1 - side].derived or len(marks[side].leaves) != 1:
         return None
@@ -46,7 +45,6 @@ def add(walk, eqn, marks):
     """A bias where a leaf meets its layer's output, a shift where it meets other arrays that depend on the examples."""
     side = next((side for side in (1, 0) if marks[side].leaves), None)
     if side is None:
-        _later_tap(walk, eqn, marks)
         return [Mark()] if not any(mark.derived for mark in marks) else None
     if marks[1 - side].leaves:
         return None
@@ -67,38 +65,6 @@ def add(walk, eqn, marks):
         found.partner = group[0] if walk.is_bias(group[0], seen, found) else None
     walk.add_uses([found], eqn)
     return [Mark()]
-
-
-def _later_tap(walk, eqn, marks):
-    """Finds the examples of a layer whose input is the same for all of them: where its output meets what is not.
-
-    They are rows it has already, or its tap moves there to have a row, and a gradient, for each.
-    """
-    side = next((side for side in (0, 1) if marks[side].output and marks[side].batch is None), None)
-    batch = side is not None and marks[1 - side].batch
-    if side is None or not batch or batch.axis is None:
-        return
-    group = walk.groups[marks[side].output.source]
-    output = _spread(marks[side].output, eqn)
-    held = [layouts.role_at(walk.uses[group[0]].output_segments, s) for s, _ in output.axes[batch.axis] if s]
-    if len(group) == 1 and len(output.axes[batch.axis]) == 1 and held and held[0][0] == "row":
-        walk.uses[group[0]].examples = Examples(held[0][1], batch.inner)
-        return
-    if not walk.once(eqn.invars[side]):
-        return
-    segments = []
-    for axis, pieces in enumerate(output.axes):
-        for stride, size in pieces:
-            role, leaf_stride = layouts.role_at(walk.uses[group[0]].output_segments, stride)
-            if stride == 0:  # rows that the layer's input lacks are numbered apart from those it has
-                segments.append(("row", ((-1.0 - axis, size),)))
-            elif role == "row":
-                segments.append(("row", ((leaf_stride, size),)))
-            else:
-                segments.append((role, ((leaf_stride, size),)))
-    new = [pieces[0][0] for role, pieces in segments if role == "row" and pieces[0][0] < 0]
-    if len(group) == 1 and new == [-1.0 - batch.axis]:
-        walk.move_tap(group[0], side, tuple(segments), walk.examples(batch._replace(axis=new[0]), segments))
 
 
 def _joined_bias(walk, eqn, mark, marks, side):

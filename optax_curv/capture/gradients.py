@@ -1,133 +1,24 @@
 """Value, gradients and curvature of a loss in one backward pass."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from optax_curv.capture import layouts, statistics
-from optax_curv.capture.batch import UNKNOWN
-from optax_curv.capture.grouping import Use, group
-from optax_curv.capture.jaxpr import inlined
+from optax_curv.capture import statistics
+from optax_curv.capture.grouping import Use
 from optax_curv.capture.layers import Layers
-from optax_curv.capture.marks import Batch, Examples, Mark, Node
+from optax_curv.capture.marks import Examples
 from optax_curv.capture.model_fisher import model_curvature
-from optax_curv.capture.nnx_models import take_apart
 from optax_curv.capture.objective import Objective
-from optax_curv.capture.tracing import Tap, Walk, run_with_taps
+from optax_curv.capture.traces import Trace, trace
+from optax_curv.capture.tracing import Tap, run_with_taps
 
 STATISTICS = ("kronecker", "diagonal", "eigenbasis", "raw", "rows")
 FISHERS = ("empirical", "sampled", "exact")
 SHARINGS = ("expand", "reduce")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Trace:
-    """A function's jaxpr with the layers found in it.
-
-    Attributes:
-      layers: the layers.
-      node: the function of parameter leaves and array arguments, flat, and where the uses are.
-      uses: the uses of layers by number.
-      leaves: the parameter leaves as given.
-      arrays: the array arguments as given.
-      restore: takes flat results to (the function's own result, what `update` wants).
-      grads: takes the leaves' gradients to a tree like the parameters.
-      update: writes the state of an nnx module after the call back into it.
-      batch: number of examples.
-    """
-
-    layers: Layers
-    node: Node
-    uses: dict[int, Use]
-    leaves: list
-    arrays: list
-    restore: Callable
-    grads: Callable
-    update: Callable
-    batch: int
-
-
-def _is_array(x) -> bool:
-    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
-
-
-def _is_numeric(x) -> bool:
-    return _is_array(x) or isinstance(x, bool | int | float | complex)
-
-
-def trace(function: Callable, params, args, kwargs, batch_size: int | None = None) -> Trace:
-    """Traces a function of parameters and finds its layers; nothing is computed.
-
-    Args:
-      function: `function(params, *args, **kwargs)`.
-      params: parameters, arrays or `jax.ShapeDtypeStruct`.
-      args: positional arguments; leaves that are not arrays are static.
-      kwargs: keyword arguments, likewise.
-      batch_size: number of examples; None: the leading axis of the first array after `params`.
-
-    Returns:
-      The trace.
-
-    Raises:
-      ValueError: if a parameter is not a floating-point array, or a `while_loop` surrounds a layer.
-    """
-    model = take_apart(params)
-    grads_tree = jax.tree.structure(model.grads_like if model else params)
-    if model:
-        function, params = model.wrap(function), model.params
-    paths_and_leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-    paths, leaves = [path for path, _ in paths_and_leaves], [leaf for _, leaf in paths_and_leaves]
-    for path, leaf in paths_and_leaves:
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(
-                f"value_grad_and_curvature: the parameter {jax.tree_util.keystr(path) or 'at the root'} has dtype "
-                f"{jnp.result_type(leaf)}, expected a floating-point array; pass what is not trained as another "
-                "argument."
-            )
-    others, other_tree = jax.tree.flatten((args, kwargs))
-    arrays = [x for x in others if _is_array(x)]
-
-    def flat(leaves, arrays):
-        given = iter(arrays)
-        args, kwargs = jax.tree.unflatten(other_tree, [next(given) if _is_array(x) else x for x in others])
-        results, results_tree = jax.tree.flatten(function(jax.tree.unflatten(tree, leaves), *args, **kwargs))
-        static[:] = [results_tree, [None if _is_numeric(x) else x for x in results]]
-        return [x for x in results if _is_numeric(x)]
-
-    def restore(flat):
-        given = iter(flat)
-        result = jax.tree.unflatten(static[0], [next(given) if x is None else x for x in static[1]])
-        return result if model else (result, None)
-
-    static: list = []
-    jaxpr = inlined(jax.make_jaxpr(flat)(leaves, arrays))
-    shapes = [tuple(v.aval.shape) for v in jaxpr.jaxpr.invars]
-    batch = batch_size or next((shape[0] for shape in shapes[len(leaves) :] if shape), 1)
-    walk = Walk([jax.tree_util.keystr(path) for path in paths], batch)
-    node = Node(jaxpr)
-    results = walk.node(node, *_initial_marks(shapes, [*map(jnp.shape, jaxpr.consts)], len(leaves), batch))
-    unused = {leaf: reason for mark in results for leaf, reason in mark.derived}
-    layers, uses = group(walk.uses, walk.refused, unused, paths, shapes[: len(leaves)], batch)
-    update = model.update if model else lambda after: None
-    unflatten = functools.partial(jax.tree.unflatten, grads_tree)
-    return Trace(layers, node, uses, leaves, arrays, restore, unflatten, update, batch)
-
-
-def _initial_marks(shapes, constants, parameters: int, batch: int) -> tuple[list[Mark], list[Mark]]:
-    """Marks of the arguments and of the constants: whole leaves, and arrays whose leading axis holds the examples."""
-    # Constants count only where no argument has such an axis; where nothing has, all may depend on the examples.
-    leaves = [Mark(leaves=(layouts.whole(leaf, shapes[leaf]),)) for leaf in range(parameters)]
-    groups = [[shape[:1] == (batch,) for shape in group] for group in (shapes[parameters:], constants)]
-    if any(groups[0]) or not any(groups[1]):
-        groups[1] = [False] * len(constants)
-    unknown = None if any(groups[0] + groups[1]) else UNKNOWN
-    marks = [[Mark(batch=Batch(0) if holds else unknown) for holds in group] for group in groups]
-    return leaves + marks[0], marks[1]
 
 
 def find_layers(loss_fn: Callable, params, *args, **kwargs) -> Layers:
@@ -180,7 +71,7 @@ class Probing:
         self._first: dict[str, Use] = {}
         self._basis: dict[str, Any] = {}
         self._taps, self.zeros = {}, {}
-        dtype = jnp.result_type(jnp.float32, *traced.leaves)
+        dtype = jnp.finfo(jnp.result_type(jnp.float32, *traced.leaves)).dtype  # real
         for number, use in self._uses.items():
             if sharing == "reduce" and use.found.examples == Examples() and use.batch > 1:
                 raise ValueError(
@@ -195,9 +86,9 @@ class Probing:
                 self._first[key] = use
                 self._basis[key] = basis[use.layer.name] if basis is not None else (None, None)
                 self.zeros[key] = statistics.probe(statistic, sharing, use, dtype, lengths)
-            by_example = use.example_loop if statistics.is_linear(use.layer, sharing) else None
-            loops = tuple(own or keeps_rows or depth == by_example for depth, own in enumerate(use.loops))
-            self._taps[number] = Tap(key, use.found.operands, self._tap(use), loops)
+            loop = use.example_loop if statistics.is_linear(use.layer, sharing) else None
+            loops = tuple(own or keeps_rows or depth == loop for depth, own in enumerate(use.loops))
+            self._taps[number] = Tap(use.found, key, self._tap(use), loops, use.batch)
 
     def _tap(self, use: Use) -> Callable:
         """An identity on a layer's output whose derivative writes what is measured into the probe."""
@@ -339,12 +230,7 @@ def value_grad_and_curvature(
 
         def loss(leaves, probes):
             result, after = probing(leaves, probes)
-            value, aux = result if has_aux else (result, None)
-            if jnp.shape(value):
-                raise ValueError(
-                    f"value_grad_and_curvature: the loss has shape {jnp.shape(value)}, expected a scalar; take the "
-                    "mean over the examples, or set has_aux=True if it returns (loss, aux)."
-                )
+            value, aux = _value_and_aux(result, has_aux)
             return value, (aux, after)
 
         take = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
@@ -378,6 +264,24 @@ def value_grad_and_curvature(
         return value, traced.grads(grads), curvature
 
     return value_grads_curvature
+
+
+def _value_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
+    """The value of a loss and what it returns besides."""
+    if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+        raise ValueError(
+            f"value_grad_and_curvature: with has_aux=True expected a pair (loss, aux), got a {type(result).__name__}."
+        )
+    pair: tuple[Any, Any] = result if has_aux else (result, None)
+    value, aux = pair
+    one = jax.tree_util.treedef_is_leaf(jax.tree.structure(value))
+    if not one or jnp.shape(value):
+        got = f"has shape {jnp.shape(value)}" if one else f"is a {type(value).__name__}"
+        raise ValueError(
+            f"value_grad_and_curvature: the loss {got}, expected a scalar; take the mean over the examples, or set "
+            "has_aux=True if it returns (loss, aux)."
+        )
+    return value, aux
 
 
 def _measured(found: Layers, wanted: Layers | None) -> Layers:

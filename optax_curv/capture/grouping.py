@@ -12,6 +12,7 @@ from optax_curv.capture import layouts
 from optax_curv.capture.layers import Layer, Layers
 from optax_curv.capture.layouts import Arrangement, Piece, size_of
 from optax_curv.capture.marks import Examples, Found
+from optax_curv.capture.products import without_own_stack
 
 ELEMENTWISE = ("scale", "shift")
 
@@ -154,6 +155,8 @@ def group(uses: list[Found], refused: dict[int, str], unused: dict[int, str], pa
             uncovered[leaf] = "it is used both as a kernel and element-wise"
         elif kinds == {False}:
             matrix = _matrix([uses[n] for n in numbers], math.prod(shapes[leaf]))
+            if matrix.reason and any(uses[n].far for n in numbers):
+                matrix = _matrix([without_own_stack(uses[n]) for n in numbers], math.prod(shapes[leaf]))
             if matrix.reason:
                 uncovered[leaf] = matrix.reason
             else:

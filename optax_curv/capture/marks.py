@@ -25,6 +25,21 @@ class Batch(NamedTuple):
     loop: int | None = None
 
 
+REPEATED = -1.0  # number of the row of an output that is repeated for every example
+
+
+class Seed(NamedTuple):
+    """A use whose input is the same for all examples, as a variable linear in its output remembers it.
+
+    Attributes:
+      use: its number.
+      view: the variable as a view of its output; None where it is none.
+    """
+
+    use: int
+    view: View | None
+
+
 class Examples(NamedTuple):
     """What tells the examples apart in the rows of a layer; with neither row nor loop, nothing does.
 
@@ -48,6 +63,8 @@ class Mark(NamedTuple):
       output: the variable as a view of a layer's output (its source numbers a group of uses), to find the bias.
       batch: where the examples lie, None for what does not depend on single examples.
       derived: (leaf, reason) for leaves that entered the variable in a way no layer describes.
+      seeds: uses that all examples share, and that the variable comes from.
+      counter: depth of the scan whose steps the variable counts, or None.
     """
 
     leaves: tuple[View, ...] = ()
@@ -55,6 +72,8 @@ class Mark(NamedTuple):
     output: View | None = None
     batch: Batch | None = None
     derived: tuple[tuple[int, str], ...] = ()
+    seeds: tuple[Seed, ...] = ()
+    counter: int | None = None
 
 
 NOTHING = Mark()
@@ -66,22 +85,20 @@ class Node:
     Attributes:
       jaxpr: the jaxpr.
       taps: numbers of uses by the index of the equation whose result they tap.
-      operand_taps: (number of a use, place) by the index of the equation of which they tap an operand, spread over the
-        axes of the result.
+      meetings: axis of the examples by the index of the equation where what they share meets them.
       children: nodes of the bodies by the index of the equation.
     """
 
     def __init__(self, jaxpr: core.ClosedJaxpr):
         self.jaxpr = jaxpr
         self.taps: dict[int, list[int]] = {}
-        self.operand_taps: dict[int, list[tuple[int, int]]] = {}
+        self.meetings: dict[int, int] = {}
         self.children: dict[int, tuple[Node, ...]] = {}
 
     def uses(self) -> list[int]:
         """Numbers of all uses in and below."""
         below = [use for nodes in self.children.values() for node in nodes for use in node.uses()]
-        at_operands = [use for taps in self.operand_taps.values() for use, _ in taps]
-        return [use for uses in self.taps.values() for use in uses] + at_operands + below
+        return [use for uses in self.taps.values() for use in uses] + below
 
 
 @dataclasses.dataclass
@@ -101,6 +118,7 @@ class Found:
       branch: (number of the cond, number of the branch) around the use, or None.
       partner: number of the use whose bias this shift is.
       sign: -1 for a subtracted shift.
+      far: pieces of the stack that lie among the outputs of the equation.
     """
 
     kind: str
@@ -118,3 +136,4 @@ class Found:
     branch: tuple[int, int] | None = None
     partner: int | None = None
     sign: float = 1.0
+    far: tuple[Piece, ...] = ()

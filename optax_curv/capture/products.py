@@ -32,7 +32,15 @@ def _own_stack(found: Found) -> Found:
         segments += parts if role == "feature" else [(role, pieces)]
     found.output_segments = tuple(segments)
     found.stack = (*found.stack, *far)
-    found.outputs = tuple(piece for piece in found.outputs if piece not in far)
+    found.outputs, found.far = tuple(piece for piece in found.outputs if piece not in far), far
+    return found
+
+
+def without_own_stack(found: Found) -> Found:
+    """The use with those axes as outputs, as another use of the kernel has them."""
+    segments = [("feature" if set(pieces) & set(found.far) else role, pieces) for role, pieces in found.output_segments]
+    found.output_segments, found.outputs = tuple(segments), (*found.far, *found.outputs)
+    found.stack, found.far = tuple(piece for piece in found.stack if piece not in found.far), ()
     return found
 
 

@@ -7,6 +7,7 @@ RULES = {
     **dict.fromkeys(KEEP_ENTRIES, views.layout),
     "split": views.split,
     "unstack": views.unstack,
+    "dynamic_slice": views.dynamic_slice,
     "stack": views.stack,
     "dot_general": products.dot_general,
     "conv_general_dilated": products.convolution,

@@ -3,30 +3,28 @@
 import collections
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax.extend import core
 
-from optax_curv.capture import layouts
+from optax_curv.capture import counters, layouts
 from optax_curv.capture.batch import LOST, propagate
 from optax_curv.capture.jaxpr import (
     Literal,
     bodies,
-    hidden_bodies,
     inlined,
     run,
     run_call,
     run_cond,
     run_scan,
 )
-from optax_curv.capture.marks import NOTHING, Batch, Examples, Found, Mark, Node
+from optax_curv.capture.marks import NOTHING, REPEATED, Batch, Examples, Found, Mark, Node
+from optax_curv.capture.reasons import WHILE, is_complex, why_not
 from optax_curv.capture.rules import RULES
+from optax_curv.capture.seeds import Seeds, is_widened, run_widened
 from optax_curv.capture.views import shape_of
 
-WHILE = (
-    "a while_loop around the layer that uses {path}: reverse-mode differentiation does not pass through it; use "
-    "jax.lax.scan, or fori_loop with a number of steps known at trace time."
-)
 ELEMENTWISE = {"add", "sub", "add_any"}
 
 
@@ -38,6 +36,8 @@ class Walk:
       uses: every use found, in the order of the loss.
       groups: uses made by one equation.
       refused: leaves that met the examples in a way no layer describes, with the reason.
+      seeds: what becomes of uses that all examples share.
+      loops: lengths of the scans around the current equation.
     """
 
     def __init__(self, paths: list[str], batch: int):
@@ -45,12 +45,13 @@ class Walk:
         self.uses: list[Found] = []
         self.groups: list[list[int]] = []
         self.refused: dict[int, str] = {}
-        self._loops: tuple[int, ...] = ()
+        self.loops: tuple[int, ...] = ()
+        self._example_loop: int | None = None
         self._branch: tuple[int, int] | None = None
         self._counts: collections.Counter = collections.Counter()
-        self._node: Node | None = None
+        self._node: Any = None
         self._index = 0
-        self._places: dict[int, tuple[Node, int]] = {}
+        self.seeds = Seeds(batch)
 
     # -- what rules ask --
 
@@ -61,7 +62,7 @@ class Walk:
     def examples(self, batch: Batch | None, segments) -> Examples | None:
         """What tells the examples apart in the rows of a layer whose input has them there."""
         if batch is None:
-            return None
+            return None if self._example_loop is None else Examples(loop=self._example_loop)
         if batch.loop is not None or batch == LOST:
             return Examples(loop=batch.loop)
         rows = [piece for role, pieces in segments if role == "row" for piece in pieces]
@@ -80,23 +81,12 @@ class Walk:
         self.groups.append([])
         for found in uses:
             stacked = {slot.loop for slot in found.view.slots}
-            found.loops = tuple((length, depth in stacked) for depth, length in enumerate(self._loops))
+            found.loops = tuple((length, depth in stacked) for depth, length in enumerate(self.loops))
             found.branch = self._branch
             self.groups[-1].append(len(self.uses))
-            node = self._node
-            assert node is not None
-            self._places[len(self.uses)] = node, self._index
-            node.taps.setdefault(self._index, []).append(len(self.uses))
+            self._node.taps.setdefault(self._index, []).append(len(self.uses))
             self.uses.append(found)
         return layouts.whole(len(self.groups) - 1, shape_of(eqn.outvars[0]))
-
-    def move_tap(self, number: int, place: int, segments, examples):
-        """Taps a use at an operand of the current equation instead, over the axes of the result with these roles."""
-        node, index = self._places[number]
-        if node is self._node:
-            node.taps[index].remove(number)
-            node.operand_taps.setdefault(self._index, []).append((number, place))
-            self.uses[number].output_segments, self.uses[number].examples = segments, examples
 
     def is_bias(self, number: int, output: layouts.View, shift: Found) -> bool:
         """Whether a shift lies along exactly the outputs (and the stack) of a use; notes the order of its pieces."""
@@ -144,20 +134,20 @@ class Walk:
 
     def _equation(self, eqn, given, node, index):
         name = eqn.primitive.name
-        if name == "stop_gradient":
-            return [Mark(batch=given[0].batch)]
+        if name == "stop_gradient" or not eqn.outvars:
+            self.seeds.lose(given)
+            return [Mark(batch=given[0].batch) for _ in eqn.outvars]
         nodes = tuple(map(Node, bodies(eqn)))
         if nodes:
             given = [self._at_boundary(mark) for mark in given]
             enter = {"scan": self._scan, "cond": self._cond}.get(name, self._call)
             results = enter(eqn, given, nodes)
-            if any(child.uses() for child in nodes):
-                node.children[index] = nodes
+            node.children[index] = nodes
             return results
         shapes = [shape_of(v) for v in eqn.invars]
         batches = propagate(eqn, [mark.batch for mark in given], shapes, self.batch)
-        results = None
-        if any(mark.leaves or mark.output for mark in given) and name in RULES:
+        results, before = None, len(self.uses)
+        if any(mark.leaves or mark.output for mark in given) and name in RULES and not is_complex(eqn.outvars):
             results = RULES[name](self, eqn, given)
         if results is None:
             self._hidden(eqn, given)
@@ -165,25 +155,19 @@ class Walk:
         elif any(mark.derived for mark in given):
             derived = tuple({entry for mark in given for entry in mark.derived})
             results = [mark if mark.leaves else mark._replace(derived=derived) for mark in results]
-        return [self._met(eqn, mark._replace(batch=batch)) for mark, batch in zip(results, batches, strict=True)]
+        seeds = self.seeds.follow(node, index, given, batches[0], self.uses, range(before, len(self.uses)))
+        counter = counters.followed(node.jaxpr.jaxpr, eqn, given)
+        return [
+            self._met(eqn, mark._replace(batch=batch, seeds=seeds, counter=counter))
+            for mark, batch in zip(results, batches, strict=True)
+        ]
 
     def _derived(self, eqn, given):
         """Leaves that are now used in a way no layer describes."""
         entries = dict(entry for mark in given for entry in mark.derived)
-        name = eqn.primitive.name
         several = sum(bool(mark.leaves or mark.derived) for mark in given) > 1
         for mark in given:
-            for view in mark.leaves:
-                reason = f"it enters `{name}`, which is no layer"
-                if name == "mul" and several:
-                    reason = "it is multiplied by another parameter before it meets the data"
-                elif view.coefficients:
-                    reason = f"it is multiplied element-wise before it enters `{name}`"
-                elif not view.aligned:
-                    reason = f"it is cut into unequal slices before it enters `{name}`"
-                elif hidden_bodies(eqn):
-                    reason = f"it enters `{name}`, whose own derivative rule hides what is inside"
-                entries.setdefault(view.source, reason)
+            entries = {view.source: why_not(eqn, view, several) for view in mark.leaves} | entries
         return tuple(entries.items())
 
     def _met(self, eqn, mark):
@@ -209,15 +193,15 @@ class Walk:
 
     def _cond(self, eqn, given, nodes):
         outer, number = self._branch, len(self.uses)
-        columns = []
+        columns, given = [], self.seeds.lose(given)
         for k, node in enumerate(nodes):
             self._branch = outer or (number, k)
-            columns.append([self._at_boundary(mark) for mark in self.node(node, given[1:])])
+            columns.append([self._at_boundary(mark) for mark in self.seeds.lose(self.node(node, given[1:]))])
         self._branch = outer
         return [_either(marks) for marks in zip(*columns, strict=True)]
 
     def _scan(self, eqn, given, nodes):
-        params, body = eqn.params, nodes[0].jaxpr.jaxpr
+        params, body, given = eqn.params, nodes[0].jaxpr.jaxpr, self.seeds.lose(given)
         consts, carry = params["num_consts"], params["num_carry"]
         unchanged = {k for k in range(carry) if body.invars[consts + k] is body.outvars[k]}
         state = [
@@ -225,15 +209,23 @@ class Walk:
             for k, mark in enumerate(given[consts : consts + carry])
         ]
         slices = [self._slice(mark, params["length"]) for mark in given[consts + carry :]]
-        self._loops = (*self._loops, params["length"])
+        outer, depth, counting = self._example_loop, len(self.loops), Mark(counter=len(self.loops))
+        state = [counting if k in counters.carried(eqn) else mark for k, mark in enumerate(state)]
+        slices = [
+            counting if counters.is_range(self._node.jaxpr.jaxpr, variable) else mark
+            for variable, mark in zip(eqn.invars[consts + carry :], slices, strict=True)
+        ]
+        if any(mark.batch is not None and mark.batch.loop == depth for mark in slices):
+            self._example_loop = depth
+        self.loops = (*self.loops, params["length"])
         saved, met = (len(self.uses), len(self.groups), dict(self.refused)), {}
         while True:  # until the marks of the carry no longer change: only `batch` and `derived` can, and only grow
             nodes[0].taps.clear()
-            nodes[0].operand_taps.clear()
+            nodes[0].meetings.clear()
             nodes[0].children.clear()
-            results = self.node(nodes[0], [*given[:consts], *state, *slices])
+            results = self.seeds.lose(self.node(nodes[0], [*given[:consts], *state, *slices]))
             grown = [
-                old if k in unchanged else _either((old, self._carried(new)))
+                old if k in unchanged or old is counting else _either((old, self._carried(new)))
                 for k, (old, new) in enumerate(zip(state, results[:carry], strict=True))
             ]
             met |= {leaf: reason for mark in grown if mark.batch is not None for leaf, reason in mark.derived}
@@ -242,24 +234,26 @@ class Walk:
                 break
             state = grown
             del self.uses[saved[0] :], self.groups[saved[1] :]
+            self.seeds.forget(saved[0])
             self.refused = dict(saved[2])
         self.refused = met | self.refused
-        self._loops = self._loops[:-1]
+        self.loops, self._example_loop = self.loops[:-1], outer
+        state = [NOTHING if mark is counting else mark for mark in state]
         return state + [self._unsliced(mark) for mark in results[carry:]]
 
     def _carried(self, mark):
         """The mark of a state after a step; one that runs from example to example mixes them."""
-        mixed = mark.batch is not None and mark.batch.loop == len(self._loops) - 1
+        mixed = mark.batch is not None and mark.batch.loop == len(self.loops) - 1
         return mark._replace(leaves=(), output=None, batch=LOST if mixed else mark.batch)
 
     def _slice(self, mark, length):
         """The mark of one slice of the leading axis."""
-        sliced = [layouts.enter_loop(view, len(self._loops)) for view in mark.leaves]
+        sliced = [layouts.enter_loop(view, len(self.loops)) for view in mark.leaves]
         leaves = tuple(view for view in sliced if view is not None)
         batch = mark.batch
         if batch is not None and batch.axis is not None:
             one = batch.inner == 1 and length == self.batch
-            first = Batch(None, loop=len(self._loops)) if one else LOST
+            first = Batch(None, loop=len(self.loops)) if one else LOST
             batch = first if batch.axis == 0 else batch._replace(axis=batch.axis - 1)
         if len(leaves) != len(mark.leaves) or len(leaves) > 1:
             return Mark(batch=batch, derived=mark.derived + _entries(mark))
@@ -270,7 +264,7 @@ class Walk:
         batch = mark.batch
         if batch is not None and batch.axis is not None:
             batch = batch._replace(axis=batch.axis + 1)
-        elif batch is not None and batch.loop == len(self._loops):
+        elif batch is not None and batch.loop == len(self.loops):
             batch = Batch(0)
         return Mark(batch=batch, derived=mark.derived + _entries(mark))
 
@@ -281,6 +275,7 @@ class Walk:
         params, before = eqn.params, len(self.uses)
         consts = [*given[params["cond_nconsts"] : params["cond_nconsts"] + params["body_nconsts"]]]
         state = [mark._replace(output=None) for mark in given[params["cond_nconsts"] + params["body_nconsts"] :]]
+        self.seeds.lose(given)
         self.node(Node(inlined(params["body_jaxpr"])), consts + state)
         if len(self.uses) > before:
             raise ValueError(
@@ -312,16 +307,18 @@ class Tap:
     """What happens at a use when the loss is run again.
 
     Attributes:
+      found: the use.
       key: which probe it reads and writes.
-      operands: variables it is shown.
       apply: `(output, operands, probe) -> output`, an identity whose derivative writes the probe.
       loops: for each scan around it, whether the probe is sliced along it.
+      batch: number of examples.
     """
 
+    found: Found
     key: str
-    operands: tuple
     apply: Callable
     loops: tuple[bool, ...]
+    batch: int
 
 
 def run_with_taps(node: Node, operands, taps: dict[int, Tap], probes: dict, depth: int = 0):
@@ -345,24 +342,23 @@ def run_with_taps(node: Node, operands, taps: dict[int, Tap], probes: dict, dept
         return variable.val if isinstance(variable, Literal) else env[variable]
 
     for index, eqn in enumerate(jaxpr.eqns):
-        given = [read(v) for v in eqn.invars]
-
-        def tapped(x, number):
-            tap = taps.get(number)
-            return x if tap is None else tap.apply(x, tuple(map(read, tap.operands)), probes[tap.key])
-
-        for number, place in node.operand_taps.get(index, ()):
-            given[place] = tapped(jnp.broadcast_to(given[place], shape_of(eqn.outvars[0])), number)
-        results = _run_equation(eqn, given, node.children.get(index), taps, probes, depth)
-        for number in node.taps.get(index, ()):
-            results[0] = tapped(results[0], number)
+        results = _run_equation(node, index, [read(v) for v in eqn.invars], taps, probes, depth)
+        for tap in [taps[number] for number in node.taps.get(index, ()) if number in taps]:
+            if tap.found.examples == Examples(REPEATED) and not is_widened(eqn.outvars[0], results[0]):
+                results[0] = jnp.broadcast_to(results[0], (tap.batch, *results[0].shape))
+            shown = tuple(read(v)[0] if is_widened(v, read(v)) else read(v) for v in tap.found.operands)
+            results[0] = tap.apply(results[0], shown, probes[tap.key])
         env.update(zip(eqn.outvars, results, strict=True))
     return [read(v) for v in jaxpr.jaxpr.outvars]
 
 
-def _run_equation(eqn, given, nodes, taps, probes, depth):
-    """One equation, entered if there are taps inside."""
-    if nodes is None or not any(use in taps for node in nodes for use in node.uses()):
+def _run_equation(node, index, given, taps, probes, depth):
+    """One equation, entered if there are taps inside or it meets widened arrays there."""
+    eqn, nodes = node.jaxpr.jaxpr.eqns[index], node.children.get(index, ())
+    widened = any(map(is_widened, eqn.invars, given))
+    if widened and not nodes:
+        return run_widened(node, index, given)
+    if not widened and not any(use in taps for node in nodes for use in node.uses()):
         return run(eqn, given)
     if eqn.primitive.name == "scan":
         inside = [taps[use] for use in nodes[0].uses() if use in taps]

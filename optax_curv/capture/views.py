@@ -20,7 +20,7 @@ def is_plain(view: View) -> bool:
     return not view.coefficients and all(stride for axis in view.axes for stride, _ in axis)
 
 
-def _moved(eqn, view: View) -> View | None:
+def moved(eqn, view: View) -> View | None:
     """The view after one layout operation; None if that is not a view."""
     name, params = eqn.primitive.name, eqn.params
     if name in SAME_PLACES:
@@ -41,10 +41,10 @@ def _moved(eqn, view: View) -> View | None:
     if name == "rev":
         return layouts.reverse(view, params["dimensions"])
     if name == "slice" and all(step == 1 for step in params["strides"] or (1,)):
-        moved: View | None = view
+        after: View | None = view
         for axis, (start, stop) in enumerate(zip(params["start_indices"], params["limit_indices"], strict=True)):
-            moved = moved and layouts.cut(moved, axis, start, stop - start)
-        return moved
+            after = after and layouts.cut(after, axis, start, stop - start)
+        return after
     return None
 
 
@@ -53,9 +53,9 @@ def layout(walk, eqn, marks):
     if len(marks) > 1:  # a barrier, which only passes its operands on
         return [mark._replace(output=None, batch=None) for mark in marks] if len(marks) == len(eqn.outvars) else None
     mark = marks[0]
-    output = mark.output and walk.once(eqn.invars[0]) and _moved(eqn, mark.output)
+    output = mark.output and walk.once(eqn.invars[0]) and moved(eqn, mark.output)
     output = output if output and not output.slots else None
-    leaves = [_moved(eqn, view) for view in mark.leaves]
+    leaves = [moved(eqn, view) for view in mark.leaves]
     if len(leaves) > 1:
         leaves = _moved_parts(eqn, mark)
         return leaves and [Mark(leaves=leaves[0], joined=leaves[1], output=output)]
@@ -67,13 +67,13 @@ def _moved_parts(eqn, mark):
     if eqn.primitive.name in SAME_PLACES:
         return mark.leaves, mark.joined
     whole = layouts.whole(0, shape_of(eqn.invars[0]))
-    moved = _moved(eqn, whole)
+    after = moved(eqn, whole)
     joined = whole.axes[mark.joined]
-    if moved is None or moved.axes.count(joined) != 1 or moved.slots:
+    if after is None or after.axes.count(joined) != 1 or after.slots:
         return None
-    axis, parts = moved.axes.index(joined), []
+    axis, parts = after.axes.index(joined), []
     for view in mark.leaves:
-        inner = list(moved.shape)
+        inner = list(after.shape)
         inner[axis] = view.shape[mark.joined]
         if eqn.primitive.name == "transpose":
             parts.append(layouts.transpose(view, eqn.params["permutation"]))
@@ -96,6 +96,20 @@ def split(walk, eqn, marks):
         results.append(Mark(leaves=(piece,)))
         start += int(size)
     return results
+
+
+def dynamic_slice(walk, eqn, marks):
+    """One slice of a leaf at each step of a scan, picked by the number of the step."""
+    sizes, shape = eqn.params["slice_sizes"], shape_of(eqn.invars[0])
+    cut = [axis for axis in range(len(shape)) if sizes[axis] != shape[axis]]
+    if len(marks[0].leaves) != 1 or len(cut) != 1 or sizes[cut[0]] != 1:
+        return None
+    (axis,), depth = cut, marks[1 + cut[0]].counter
+    if depth is None or walk.loops[depth] != shape[axis]:
+        return None
+    view = layouts.transpose(marks[0].leaves[0], [axis, *(k for k in range(len(shape)) if k != axis)])
+    view = layouts.enter_loop(view, depth)
+    return view and [Mark(leaves=(view._replace(axes=(*view.axes[:axis], (), *view.axes[axis:])),))]
 
 
 def unstack(walk, eqn, marks):

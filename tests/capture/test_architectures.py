@@ -82,8 +82,7 @@ def test_architecture(x64, name):
         a, g = rows(layer, raw_of_single[layer.name]), raw_of_single[layer.name].output_grads
         summed = np.einsum("n...ri,n...rj->n...ij", a, g)
         assert_equal_up_to_rounding(summed, matrix, f"rows of {layer.name} sum to each example's gradient", rounding)
-        if name not in architectures.SHARED_SEED:
-            assert_factors(layer, measured, a, g, matrix, rounding)
+        assert_factors(layer, measured, a, g, matrix, rounding)
 
 
 def assert_factors(layer, measured, a, g, matrix, rounding):

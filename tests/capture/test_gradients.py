@@ -112,6 +112,17 @@ def test_errors_say_what_to_do():
         value_grad_and_curvature(lambda p, x, y: x @ p["first"]["kernel"][:, :2])(params, x, y)
     with pytest.raises(ValueError, match=r"\['n'\] has dtype int32"):
         value_grad_and_curvature(lambda p: 0.0)({"n": jnp.arange(3)})
+    with pytest.raises(ValueError, match="is a str, expected a floating"):
+        value_grad_and_curvature(lambda p: 0.0)({"activation": "relu"})
+    with pytest.raises(ValueError, match=r"the loss is a tuple, .* set has_aux=True"):
+        value_grad_and_curvature(lambda *args: (loss(*args), 1))(params, x, y)
+    with pytest.raises(ValueError, match="expected a pair"):
+        value_grad_and_curvature(loss, has_aux=True)(params, x, y)
+    for batch_size in (0, 2.5):
+        with pytest.raises(ValueError, match=f"is {batch_size}; expected at least one"):
+            value_grad_and_curvature(loss, batch_size=batch_size)(params, x, y)
+    with pytest.raises(ValueError, match="is 0; expected at least one"):
+        value_grad_and_curvature(loss)(params, x[:0], y[:0])
     with pytest.raises(ValueError, match="pass optax_curv"):
         value_grad_and_curvature(loss, fisher="exact")
     with pytest.raises(ValueError, match="unknown statistic='fisher'"):

@@ -38,10 +38,28 @@ def test_reasons_name_what_stands_in_the_way():
     mask = jnp.tri(3)
     assert "multiplied element-wise before it enters `dot_general`" in reason(lambda p, x: jnp.mean(x @ (p * mask)))
     assert "`tanh`" in reason(lambda p, x: jnp.mean(x @ jnp.tanh(p)))
-    assert "another parameter" not in reason(lambda p, x: jnp.mean(x @ (p @ p)))
+    assert "write (x @ a) @ b" in reason(lambda p, x: jnp.mean(x @ (p @ p)))
+    assert "added to another" in reason(lambda p, x: jnp.mean(x @ (p + p.T)))
+    assert "becomes complex" in reason(lambda p, x: jnp.mean(jnp.abs(jnp.fft.fft(x) @ p)))
+    assert "becomes complex" in reason(lambda p, x: jnp.mean(jnp.abs(x @ (1j * p))))
+    complex_leaf = jax.ShapeDtypeStruct((3, 3), jnp.complex64)
+    assert "is or becomes complex" in reason(lambda p, x: jnp.mean(jnp.abs(x @ p)), complex_leaf)
     pairs = jnp.ones((5, 3, 3))
     assert "different axes" in reason(lambda p, x: jnp.mean(x @ p) + jnp.mean(jnp.einsum("nij,ij->n", pairs, p)))
     assert "unequal slices" in reason(lambda p, x: jnp.mean(x @ p[:, :2]))
+    assert "jax.lax.scan(f, init, xs)" in reason(
+        lambda p, x: jnp.mean(lax.fori_loop(1, 3, lambda i, h: h * (x @ p[i])[:, None], x))
+    )
+
+
+def test_complex_leaves_have_gradients_beside_the_layers():
+    def loss(p, x):
+        return jnp.mean((jnp.abs(jnp.fft.fft(x) @ p["w"]) @ p["v"]) ** 2)
+
+    args = {"w": jnp.full((3, 3), 1 + 2j), "v": jnp.ones((3, 2))}, jnp.eye(4, 3)
+    _, grads, curvature = value_grad_and_curvature(loss)(*args)
+    jax.tree.map(np.testing.assert_array_equal, grads, jax.grad(loss)(*args))
+    assert list(curvature) == ["v"] and curvature["v"].output_factor.dtype == jnp.float32
 
 
 def test_a_custom_rule_hides_the_layer():
