@@ -39,10 +39,8 @@ def propagate(eqn, batches: list[Batch | None], shapes: list[tuple[int, ...]], b
 
 
 def _same_place(given, out):
-    """The axis of the first operand whose axis keeps its place and size; else one that only later axes lie behind.
-
-    The latter is for linear algebra, whose matrices lie on the last axes.
-    """
+    """The axis of the first operand whose axis keeps its place and size; else one that only later axes lie behind."""
+    # The latter is for linear algebra, whose matrices lie on the last axes.
     placed = [(b, shape) for b, shape in given if b.axis is not None]
     for b, shape in placed:
         if len(out) == len(shape) and out[b.axis] == shape[b.axis]:

@@ -86,7 +86,7 @@ def _inverse_root(a, p, damping, relative, method):
 
 
 def factor_roots(factors: list, bases: list, exponent, damping, method) -> list:
-    """R = (a + damping λ_max I)^(-exponent), tr(a R) and a basis for each of arrays of Hermitian matrices.
+    """Roots of arrays of Hermitian matrices.
 
     Args:
       factors: the arrays [*batch, n, n].
@@ -95,6 +95,9 @@ def factor_roots(factors: list, bases: list, exponent, damping, method) -> list:
       exponent: above 0.
       damping: at least 0.
       method: see `inverse_root`.
+
+    Returns:
+      R = (a + damping λ_max I)^(-exponent), tr(a R) and the basis for each.
     """
 
     def numbers(a):

@@ -140,6 +140,13 @@ def axis_moment(x, axis: int, diagonal: bool, stack: int) -> jax.Array:
     return jnp.einsum(x, axes, x.conj(), others, [*axes[:stack], axis, x.ndim], precision=HIGHEST)
 
 
+def root_or_identity(root, diagonal: bool, stack: int) -> jax.Array:
+    """The root to whiten by; the identity before there is one."""
+    sizes = jnp.sum(jnp.abs(root), axis=tuple(range(stack, root.ndim)), keepdims=True)
+    eye = jnp.ones([], root.dtype) if diagonal else jnp.eye(root.shape[-1], dtype=root.dtype)
+    return jnp.where((sizes > 0) & jnp.isfinite(sizes), root, eye)
+
+
 def whitened_moment(x, roots, axis: int, diagonal: bool, stack: int) -> jax.Array:
     """The mean mode moments of x multiplied by the roots of all other axes."""
     one = jnp.ones(x.shape[: stack + axis + 1][-1:], jnp.finfo(x.dtype).dtype)

@@ -281,18 +281,8 @@ def _moments(options: Options, piece, x, kept, roots):
     if not options.kl:
         return tuple(axis_factors.axis_moment(x, axis, d, stack) for axis, d in enumerate(piece.diagonal))
     roots = _with_diagonal_roots(options, piece, kept, roots)
-    # Before its first roots there is nothing to whiten a leaf by.
-    roots = [jnp.where(_is_root(r, stack), r, _identity_like(r, d)) for r, d in zip(roots, piece.diagonal, strict=True)]
+    roots = [axis_factors.root_or_identity(r, d, stack) for r, d in zip(roots, piece.diagonal, strict=True)]
     return tuple(axis_factors.whitened_moment(x, roots, axis, d, stack) for axis, d in enumerate(piece.diagonal))
-
-
-def _is_root(x, stack):
-    sizes = jnp.sum(jnp.abs(x), axis=tuple(range(stack, x.ndim)), keepdims=True)
-    return (sizes > 0) & jnp.isfinite(sizes)
-
-
-def _identity_like(root, diagonal):
-    return jnp.ones_like(root) if diagonal else jnp.broadcast_to(jnp.eye(root.shape[-1], dtype=root.dtype), root.shape)
 
 
 def _with_diagonal_roots(options: Options, piece, kept, roots):
