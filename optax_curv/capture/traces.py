@@ -120,7 +120,7 @@ def trace(function: Callable, params, args, kwargs, batch_size: int | None = Non
 
 def _initial_marks(shapes, constants, parameters: int, batch: int) -> tuple[list[Mark], list[Mark]]:
     """Marks of the arguments and of the constants: whole leaves, and arrays whose leading axis holds the examples."""
-    # Constants count only where no argument has such an axis; where nothing has, every array may depend on the examples.
+    # Constants count only where no argument has such an axis; where nothing has, all may depend on the examples.
     leaves = [Mark(leaves=(layouts.whole(leaf, shapes[leaf]),)) for leaf in range(parameters)]
     groups = [[shape[:1] == (batch,) for shape in group] for group in (shapes[parameters:], constants)]
     if any(groups[0]) or not any(groups[1]):
