@@ -134,3 +134,19 @@ def test_bad_flat_options_are_refused():
         optax_curv.scale_by_dense_psgd(geometry="right_triangular")
     with pytest.raises(ValueError, match=r"rank >= 0, got rank=-1"):
         optax_curv.scale_by_lra_psgd(rank=-1)
+
+
+@pytest.mark.parametrize("rank", [1, 10])
+def test_lra_keeps_its_diagonal_and_low_rank_parts_from_drifting_apart(rank):
+    # on a narrow valley, where float32 no longer held their product after some 10 000 steps
+    tx, start = optax_curv.lra_psgd(1e-2, rank=rank), jnp.zeros(2)
+
+    def step(carry, _):
+        params, state = carry
+        grads = jax.grad(lambda p: (1 - p[0]) ** 2 + 100 * (p[1] - p[0] ** 2) ** 2)(params)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, (state, *_)), _ = jax.lax.scan(step, (start, tx.init(start)), length=30_000)
+    assert jnp.max(jnp.abs(params - 1)) < 0.03
+    assert jnp.max(state.diagonal) / jnp.min(state.diagonal) < 1e5
