@@ -173,7 +173,8 @@ def value_grad_and_curvature(
       samples: number of drawn targets, vectorised; "sampled" only.
       sharing: "expand" takes every row as an example, "reduce" averages inputs and sums output gradients over the
         positions and uses that belong to one example first.
-      batch_size: N; None: the leading axis of the first array after the parameters.
+      batch_size: N; None: the leading axis of the first array after the parameters that is no PRNG key and, where
+        there are others, in no tree of trees (as batch statistics are).
       has_aux: whether the loss returns (loss, aux).
 
     Returns:
