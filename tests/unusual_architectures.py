@@ -269,3 +269,14 @@ def determinant_of_orbitals():
 
     params = {"w": normal(1, 4, 5), "b": normal(2, 5), "orbitals": normal(3, 2, 5, 3), "envelope": normal(4, 3)}
     return loss, params, normal(0, N, 3, 2)
+
+
+@architecture
+def masked_tokens():
+    def loss(p, x, noise):
+        h = jnp.where(noise[..., None] > 0, p["mask"], x @ p["w"] + p["b"])
+        h = jnp.where(jnp.roll(noise, 1, axis=1)[..., None] > 0, jnp.tanh(h), 0.5 * p["other"])
+        return mean_square(h @ p["v"])
+
+    params = {"w": normal(1, D, 5), "b": normal(2, 5), "mask": normal(3, 5), "other": normal(4, 5)}
+    return loss, params | {"v": normal(5, 5, 2)}, normal(0, N, T, D), normal(9, N, T)

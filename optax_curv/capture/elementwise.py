@@ -67,6 +67,18 @@ def add(walk, eqn, marks):
     return [Mark()]
 
 
+def select(walk, eqn, marks):
+    """A leaf in the place of some activations, as the token of a masked autoencoder: a shift where it is chosen."""
+    cases = [number for number, mark in enumerate(marks[1:]) if mark.leaves]
+    if len(cases) != 1 or len(marks[1 + cases[0]].leaves) > 1 or all(mark.batch is None for mark in marks):
+        return None
+    view = _spread(marks[1 + cases[0]].leaves[0], eqn)
+    found = _elementwise_use(walk, marks, view, "shift", (eqn.invars[0], *view.coefficients))
+    found.choice = cases[0]
+    walk.add_uses([found], eqn)
+    return [Mark()]
+
+
 def _joined_bias(walk, eqn, mark, marks, side):
     """Concatenated biases that meet the output of equally concatenated kernels."""
     output = marks[1 - side].output
@@ -109,7 +121,8 @@ def _elementwise_use(walk, marks, view, kind, operands):
                 row = ("row", ((axis + number / (len(pieces) + 1), length),))
                 segments.append(("feature", ((stride, length),)) if stride else row)
     feature = tuple(piece for role, pieces in segments if role == "feature" for piece in pieces)
-    batch = next((mark.batch for mark in marks if mark.batch is not None), None)
+    batches = [mark.batch for mark in marks if mark.batch is not None]
+    batch = next((b for b in batches if b.axis is not None), batches[0] if batches else None)
     return Found(
         kind=kind,
         view=view,

@@ -1,6 +1,7 @@
 """Value, gradients and curvature of a loss in one backward pass."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from optax_curv.capture import statistics
 from optax_curv.capture.grouping import Use
+from optax_curv.capture.jaxpr import varying_like, with_automatic_sharding
 from optax_curv.capture.layers import Layers
 from optax_curv.capture.marks import Examples
 from optax_curv.capture.model_fisher import model_curvature
@@ -89,6 +91,8 @@ class Probing:
             loop = use.example_loop if statistics.is_linear(use.layer, sharing) else None
             loops = tuple(own or keeps_rows or depth == loop for depth, own in enumerate(use.loops))
             self._taps[number] = Tap(use.found, key, self._tap(use), loops, use.batch)
+        arrays = map(jnp.asarray, (*traced.leaves, *traced.arrays, *traced.node.jaxpr.consts))
+        self.zeros = varying_like(self.zeros, list(arrays))
 
     def _tap(self, use: Use) -> Callable:
         """An identity on a layer's output whose derivative writes what is measured into the probe."""
@@ -102,8 +106,9 @@ class Probing:
 
         def backward(kept, grad):
             operands, (zeros, basis) = kept
-            measured = statistics.contribution(self.statistic, self.sharing, use, operands, grad, zeros, basis)
-            return grad, None, (measured, None)
+            measure = functools.partial(statistics.contribution, self.statistic, self.sharing, use)
+            measured = with_automatic_sharding(measure, operands, grad, zeros, basis)
+            return grad, None, (varying_like(measured, jax.tree.leaves(zeros)), None)
 
         tap.defvjp(forward, backward)
         return tap
@@ -165,7 +170,8 @@ def value_grad_and_curvature(
       samples: number of drawn targets, vectorised; "sampled" only.
       sharing: "expand" takes every row as an example, "reduce" averages inputs and sums output gradients over the
         positions and uses that belong to one example first.
-      batch_size: N; None: the leading axis of the first array after the parameters.
+      batch_size: N; None: the leading axis of the first array after the parameters that is no PRNG key and, where
+        there are others, in no tree of trees (as batch statistics are).
       has_aux: whether the loss returns (loss, aux).
 
     Returns:

@@ -4,6 +4,7 @@ Everything here rests on `jax.extend.core` and on the names and parameters of pr
 of JAX; `tests/capture/test_jaxpr.py` fails loudly when one did.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Literal = core.Literal
 
@@ -159,3 +161,28 @@ def run_scan(eqn, operands, probes, body: Callable) -> list[Any]:
         unroll=params["unroll"],
     )
     return [*state, *ys]
+
+
+def varying_like(tree, arrays):
+    """The tree with types that say it varies over the devices of a `jax.shard_map` as all of `arrays` do."""
+    if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
+        return tree
+    numbers = [x for x in arrays if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    nothing = [jnp.any(jnp.ravel(x)[:0] != 0) for x in numbers]
+    # A choice between equals varies as all that it depends on; the names of JAX's own casts change with its versions.
+    return jax.tree.map(lambda x: jnp.where(functools.reduce(jnp.logical_or, nothing), x, x), tree)
+
+
+def with_automatic_sharding(function: Callable, *args):
+    """`function(*args)` where the compiler chooses shardings that are part of the arguments' types.
+
+    Such types (of a mesh with `AxisType.Explicit`) would have to be given at reshapes and products. The results are the
+    same on all devices.
+    """
+    meshes = {jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args)}
+    mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+    if mesh is None:
+        return function(*args)
+    explicit = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit]
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.sharding.auto_axes(function, axes=tuple(explicit), out_sharding=replicated)(*args)

@@ -118,6 +118,7 @@ class Found:
       branch: (number of the cond, number of the branch) around the use, or None.
       partner: number of the use whose bias this shift is.
       sign: -1 for a subtracted shift.
+      choice: number of the case that the shift is of a `select_n`, whose condition is the first operand; None: of none.
       far: pieces of the stack that lie among the outputs of the equation.
     """
 
@@ -136,4 +137,5 @@ class Found:
     branch: tuple[int, int] | None = None
     partner: int | None = None
     sign: float = 1.0
+    choice: int | None = None
     far: tuple[Piece, ...] = ()

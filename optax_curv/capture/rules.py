@@ -18,5 +18,6 @@ RULES = {
     "add": elementwise.add,
     "add_any": elementwise.add,
     "sub": elementwise.add,
+    "select_n": elementwise.select,
     "concatenate": elementwise.concatenate,
 }

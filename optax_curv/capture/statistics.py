@@ -122,6 +122,8 @@ def _elementwise_rows(use, operands, grad) -> Rows:
     if use.windows[1] is not None:
         grad = lax.slice_in_dim(grad, use.windows[1][1], sum(use.windows[1][1:]), axis=use.windows[1][0])
     grad = _wide(grad) * use.gain
+    if use.found.choice is not None:
+        operands = (operands[0] == use.found.choice, *operands[1:])
     for operand in operands:
         grad = grad * operand
     rows = use.outputs(grad)

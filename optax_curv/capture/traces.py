@@ -61,7 +61,7 @@ def trace(function: Callable, params, args, kwargs, batch_size: int | None = Non
       params: parameters, arrays or `jax.ShapeDtypeStruct`.
       args: positional arguments; leaves that are not arrays are static.
       kwargs: keyword arguments, likewise.
-      batch_size: number of examples; None: the leading axis of the first array after `params`.
+      batch_size: number of examples; None: see `value_grad_and_curvature`.
 
     Returns:
       The trace.
@@ -82,7 +82,8 @@ def trace(function: Callable, params, args, kwargs, batch_size: int | None = Non
                 f"value_grad_and_curvature: the parameter {jax.tree_util.keystr(path) or 'at the root'} {got}, "
                 "expected a floating-point array; pass what is not trained as another argument."
             )
-    others, other_tree = jax.tree.flatten((args, kwargs))
+    others_and_paths, other_tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
+    others = [x for _, x in others_and_paths]
     arrays = [x for x in others if _is_array(x)]
 
     def flat(leaves, arrays):
@@ -100,7 +101,7 @@ def trace(function: Callable, params, args, kwargs, batch_size: int | None = Non
     static: list = []
     jaxpr = inlined(jax.make_jaxpr(flat)(leaves, arrays))
     shapes = [tuple(v.aval.shape) for v in jaxpr.jaxpr.invars]
-    batch = next((shape[0] for shape in shapes[len(leaves) :] if shape), 1) if batch_size is None else batch_size
+    batch = _number_of_examples(others_and_paths) if batch_size is None else batch_size
     if not isinstance(batch, int | np.integer) or batch < 1:
         raise ValueError(
             "value_grad_and_curvature: the number of examples, batch_size or the leading axis of the first array after "
@@ -116,6 +117,16 @@ def trace(function: Callable, params, args, kwargs, batch_size: int | None = Non
     update = model.update if model else lambda after: None
     unflatten = functools.partial(jax.tree.unflatten, grads_tree)
     return Trace(layers, node, uses, leaves, arrays, restore, unflatten, update, batch)
+
+
+def _number_of_examples(others_and_paths) -> int:
+    """The leading axis of the first array, but of no PRNG key, and of no tree of trees as batch statistics are."""
+    leading = [
+        (len(path) > 3, x.shape[0])  # args or kwargs, the argument, and one key into it
+        for path, x in others_and_paths
+        if _is_array(x) and x.shape and (x.shape, x.dtype) != ((2,), np.uint32)
+    ]
+    return min(leading, key=lambda nested_and_size: nested_and_size[0], default=(False, 1))[1]
 
 
 def _initial_marks(shapes, constants, parameters: int, batch: int) -> tuple[list[Mark], list[Mark]]:

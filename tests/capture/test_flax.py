@@ -84,3 +84,16 @@ def test_linen_collections_change_through_aux():
     assert not find_layers(linen_loss, variables["params"], X, variables["batch_stats"]).uncovered
     ours, expected = jax.jit(both)(variables["params"], X, variables["batch_stats"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours[:2], expected)
+
+
+def test_examples_are_counted_in_the_batch_and_not_in_batch_statistics_or_keys():
+    module = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=False), jnp.tanh, nn.Dense(2)])
+    variables = module.init(jax.random.key(0), X)
+
+    def loss(params, stats, key, batch):
+        x = batch["x"] + 0 * jax.random.normal(key, batch["x"].shape)
+        return jnp.mean(module.apply({"params": params, **stats}, x, mutable=["batch_stats"])[0] ** 2)
+
+    stats = {"batch_stats": variables["batch_stats"]}
+    layers = find_layers(loss, variables["params"], stats, jax.random.PRNGKey(0), {"x": X})
+    assert not layers.uncovered and [layer.rows for layer in layers] == [5, 5, 5, 5]

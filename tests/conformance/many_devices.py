@@ -66,6 +66,41 @@ def compare_with_one_device(name):
     report("shard_map", name, step_difference(mapped(grads, state, params, arrays), expected))
 
 
+def compare_capture():
+    """Gradients and factors of a batch divided over the devices, against the same batch on one device; in float64."""
+    jax.config.update("jax_enable_x64", True)
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = {"w": (5, 6), "b": (5,), "s": (5,), "v": (2, 5)}
+    params = {name: jax.random.normal(key, shapes[name]) for name, key in zip(shapes, keys, strict=True)}
+    x = jax.random.normal(jax.random.key(1), (16, 6))
+
+    def net(p, x):
+        return p["v"] @ (jnp.tanh(p["w"] @ x + p["b"]) * p["s"])
+
+    def loss(p, x):
+        slope = jax.vmap(jax.jacfwd(net, argnums=1), (None, 0))(p, x)
+        return jnp.mean(jnp.sum(slope**2, (1, 2)) + jnp.sum(jax.vmap(net, (None, 0))(p, x) ** 2, -1))
+
+    take = optax_curv.value_grad_and_curvature(loss, sharing="reduce")
+    expected = jax.jit(take)(params, x)
+    for way, kind in (("auto", AxisType.Auto), ("explicit", AxisType.Explicit)):
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+        there = jax.device_put((params, x), (NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))))
+        report(way, "capture", difference(jax.jit(take)(*there), expected))
+
+    def of_device(params, x):
+        value, grads, curvature = take(jax.tree.map(lambda p: p + 0 * jnp.sum(x), params), x)
+        return jax.tree.map(lambda x: jax.lax.pmean(x, ("data", "model")), (value, grads, drop_counts(curvature)))
+
+    def drop_counts(curvature):
+        return {name: factors[:2] for name, factors in curvature.items()}
+
+    specs = P(), P(("data", "model"))
+    mapped = jax.jit(jax.shard_map(of_device, mesh=MESH, in_specs=specs, out_specs=P()))(params, x)
+    report("shard_map", "capture", difference(mapped, (*expected[:2], drop_counts(expected[2]))))
+    jax.config.update("jax_enable_x64", False)
+
+
 def equal_layers():
     """Parameters, gradients, layers and statistics of equal layers."""
     rng = np.random.default_rng(0)
@@ -119,9 +154,9 @@ def measure_division():
 if __name__ == "__main__":
     assert jax.device_count() == 8, "set XLA_FLAGS=--xla_force_host_platform_device_count=8"
     jax.config.update("jax_disable_most_optimizations", True)
-    names = sys.argv[1:] or [*cases.METHODS, "division"]
-    for name in names:
-        if name == "division":
-            measure_division()
+    others = {"division": measure_division, "capture": compare_capture}
+    for name in sys.argv[1:] or [*cases.METHODS, *others]:
+        if name in others:
+            others[name]()
         else:
             compare_with_one_device(name)

@@ -35,6 +35,11 @@ def test_eight_devices_compute_what_one_does(figures, way, name):
     assert figures[way, name] < SAME
 
 
+@pytest.mark.parametrize("way", ["auto", "explicit", "shard_map"])
+def test_a_batch_on_eight_devices_is_captured_as_on_one(figures, way):
+    assert figures[way, "capture"] < SAME
+
+
 @pytest.mark.parametrize("name", DIVIDING)
 def test_factor_sharding_divides_the_work(figures, name):
     assert figures["flops", name] <= DIVIDED
