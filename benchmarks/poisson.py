@@ -94,7 +94,7 @@ def poisson_5d():
     def residual(u, x):
         return jnp.sum(second_derivatives(u, x)) + pi**2 * solution(x)
 
-    points = (rng.random((1500, 5)), faces(50, 5, rng), rng.random((5000, 5)))
+    points = (rng.random((3000, 5)), faces(50, 5, rng), rng.random((5000, 5)))
     return Problem(residual, solution, *points, (5, 64, 1))
 
 

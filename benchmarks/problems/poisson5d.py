@@ -12,7 +12,7 @@ def problem():
         5,
         "Σ cos πxᵢ",
         lambda x: jnp.sum(jnp.cos(jnp.pi * x)),
-        interior=1000,
+        interior=3000,
         boundary=500,
         steps=2000,
         evaluate_every=50,
