@@ -105,8 +105,8 @@ def markdown(summary: dict) -> str:
     lines += [
         f"Network of tanh layers; {', '.join(f'{k} {v}' for k, v in BASE.items())} but for the size that changes. "
         f"Peak of a matrix product in this run: {summary['peak'] / 1e9:.0f} GFLOP/s. Each cell: milliseconds a step "
-        "(median of rotated rounds), share of the peak, processor seconds of trace + compile. The compiler counts what a "
-        "loop does once: the share of kron_psgd, which on CPU goes through its layers in a loop, is too low.",
+        "(median of rotated rounds), share of the peak, processor seconds of trace + compile. The compiler counts "
+        "what a loop does once: the share of kron_psgd, which on CPU goes through its layers in a loop, is too low.",
     ]
     for axis, values in summary["axes"].items():
         lines += ["", f"| {axis} | {' | '.join(map(str, values))} |", "|" + "---|" * (len(values) + 1)]
