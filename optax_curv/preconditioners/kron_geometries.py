@@ -18,7 +18,7 @@ from optax_curv.linalg import kron_matvec, spectral_norm_bound, triangular_solve
 Factors = tuple[jax.Array, ...]
 
 PIVOT_FLOOR = 1e-12  # the original's: a smaller pivot of a triangular solve makes that entry zero
-HALVED_FROM = 256  # smaller products by halves cost more than they save
+HALVED_FROM = 1024  # smaller products by halves cost more than they save
 ROTATION_LIMIT = 0.125  # largest ‖aR‖₂ of a Procrustes step; its second-order Taylor error is then below 1/3000
 
 
