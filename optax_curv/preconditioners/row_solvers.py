@@ -63,10 +63,11 @@ def solve_rows(rows, b, damping, *, solver: str, max_iters, tol):
 def cheaper(count: int, size: int) -> str:
     """The dense solver that costs less for K rows of n parameters, K²n + K³/3 against K n² + n³/3 multiplications.
 
-    That is the one with the smaller matrix. Measured (benchmarks/row_solvers.py), no other term matters: where the two
-    are close in time their matrices are close in size.
+    That is the one with the smaller matrix, and at a tie, where "cholesky" would first join the leaves, "woodbury".
+    Measured (benchmarks/row_solvers.py), no other term matters: where the two are close in time their matrices are
+    close in size.
     """
-    return "woodbury" if count < size else "cholesky"
+    return "woodbury" if count <= size else "cholesky"
 
 
 def _row_space(rows, damping):
