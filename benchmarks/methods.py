@@ -116,11 +116,11 @@ def kron_psgd(problem, steps):
 
 
 def kron_psgd_rms(problem, steps):
-    def matrices(rate, _):
-        kron = optax_curv.scale_by_kron_psgd(1.0, b1=0.9, whiten="momentum")
+    def matrices(rate, values):
+        kron = optax_curv.scale_by_kron_psgd(values["precond_lr"], b1=0.9, whiten="momentum")
         return optax.chain(kron, optax_curv.normalize_by_rms(RMS), optax.scale_by_learning_rate(rate))
 
-    return from_optax(problem, steps, _split(problem, matrices), learning_rate=0.02)
+    return from_optax(problem, steps, _split(problem, matrices), learning_rate=0.02, precond_lr=0.5)
 
 
 def _alias_with_adam(name):
