@@ -1,4 +1,14 @@
-"""Shared fixtures."""
+"""Shared fixtures, and a compiler that hurries."""
+
+import importlib.metadata
+import os
+
+# Most of the suite's time goes to compiling programs that run once, so what makes programs fast is left out. Tests in
+# processes of their own (many devices, two hosts), the notebooks and the demo compile as users do. A flag that XLA does
+# not know ends the process, so only releases that were tried get these; your own XLA_FLAGS come later and win.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    hurry = ["backend_optimization_level=0", "llvm_disable_expensive_passes=true", "cpu_use_fusion_emitters=false"]
+    os.environ["XLA_FLAGS"] = " ".join([*(f"--xla_{x}" for x in hurry), os.environ.get("XLA_FLAGS", "")])
 
 import jax
 import pytest
