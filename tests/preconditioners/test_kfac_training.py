@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +68,19 @@ def test_ekfac_solves_least_squares_with_a_learning_rate_of_one(x64):
     np.testing.assert_allclose(params["w"], solution(inputs, targets)[:3], rtol=0, atol=EXACT)
     step(params, state, inputs, targets)
     assert step._cache_size() == 1
+
+
+def test_the_adaptive_mode_damps_its_preconditioner_by_a_part_of_the_models_damping(x64):
+    objective, params, inputs, targets = regression()
+    layers = optax_curv.find_layers(objective, params, inputs, targets)
+    value, grads, curvature = optax_curv.value_grad_and_curvature(objective, layers=layers)(params, inputs, targets)
+    pieces = optax_curv.scale_by_kfac(layers, 0.03 * 0.2), optax_curv.scale_by_quadratic_model(0.2)
+    chain = optax.chain(*pieces, optax.scale_by_learning_rate(1.0))
+    extra = {"curvature": curvature, "objective": objective, "batch": (inputs, targets), "value": value}
+    expected, _ = chain.update(grads, chain.init(params), params, **extra)
+    tx = optax_curv.kfac(None, layers, 0.2)
+    updates, _ = tx.update(grads, tx.init(params), params, **extra)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-6)  # the damping of the state is float32
 
 
 def test_the_adaptive_mode_refuses_what_its_model_would_not_see():
