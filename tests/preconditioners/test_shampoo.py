@@ -101,7 +101,7 @@ def test_the_alias_sends_matrices_to_shampoo_and_the_rest_to_adam():
     grads = dict(zip(shapes, gradients(*shapes.values(), seed=1), strict=True))
     tx = optax_curv.shampoo(0.1, weight_decay=0.01, adam_for=lambda path, leaf: path[0].key == "embedding")
     updates, _ = quick_jit(tx.update)(grads, tx.init(params), params)
-    ours = optax.chain(optax_curv.scale_by_shampoo(), optax_curv.normalize_by_rms(0.2))
+    ours = optax.chain(optax_curv.scale_by_shampoo(damping=1e-5), optax_curv.normalize_by_rms(0.2))
     direction, _ = optax.scale_by_adam().update(grads, optax.scale_by_adam().init(params))
     direction["kernel"], _ = quick_jit(ours.update)(grads["kernel"], ours.init(params["kernel"]))
     for name in shapes:
