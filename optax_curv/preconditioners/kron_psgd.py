@@ -372,21 +372,18 @@ def _step(options, layout, now, key, grads, state, signal, direction, probe):
     # By group up to the end: whatever is done leaf by leaf is also compiled leaf by leaf.
     tensors = layout.tensors(direction)
     nothing = [None] * len(tensors)
-    givens = zip(
-        nothing if signal is None else layout.tensors(signal),
-        nothing if probe is None else layout.tensors(probe),
-        kron_steps.random_bits(options, tensors, key),
-        strict=True,
-    )
+    signals = nothing if signal is None else layout.tensors(signal)
+    probes = nothing if probe is None else layout.tensors(probe)
+    rest = [leaf / now.correction for leaf in layout.without_pieces(direction)]
+    sound = contracts.is_squarable(tensors, signals, probes, rest)
+    givens = zip(signals, probes, kron_steps.random_bits(options, tensors, key), strict=True)
     steps = [
-        kron_steps.step_of_group(options, now, kept, group, kron_steps.Given(*given))
+        kron_steps.step_of_group(options, now, sound, kept, group, kron_steps.Given(*given))
         for kept, group, given in zip(layout.kept_dtypes, layout.groups(state, tensors), givens, strict=True)
     ]
-    rest = [leaf / now.correction for leaf in layout.without_pieces(direction)]
-    good = functools.reduce(jnp.logical_and, [fine for _, fine in steps], contracts.is_squarable(rest))
+    good = functools.reduce(jnp.logical_and, [fine for _, fine in steps], sound)
     updates = layout.leaves([group.tensor for group, _ in steps], rest, grads)
-    new = _kept(layout.with_groups(state, [group for group, _ in steps]))
-    return updates, jax.tree.map(lambda x, old: jnp.where(good, x, old), new, _kept(state)), good
+    return updates, _kept(layout.with_groups(state, [group for group, _ in steps])), good
 
 
 def _apply(layout, now, grads, state, signal, direction, probe):

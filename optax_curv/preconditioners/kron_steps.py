@@ -105,13 +105,18 @@ def _signs(options, bits, x):
     return signs[:, 0], signs[:, -1]
 
 
+def first_entries(factors):
+    """Of each piece, [n]: zero in factors that have not been set, and not in those that have."""
+    return factors[0].reshape(len(factors[0]), -1)[:, 0]
+
+
 def _with_scale(options, now: Numbers, factors, signal, probe):
     """The factors, of the right scale where they were not set."""
     if options.geometry == "right_triangular":
         return factors
     damping = now.damping.astype(jnp.finfo(signal.dtype).dtype)
     of_one = functools.partial(kron_geometries.set_scale, options.geometry, damping=damping)
-    unset = jnp.any(jnp.all(factors[0].reshape(len(signal), -1) == 0, axis=1))
+    unset = jnp.any(first_entries(factors) == 0)
     return jax.lax.cond(unset, lambda q: jax.vmap(of_one)(q, signal, probe), lambda q: q, factors)
 
 
@@ -155,13 +160,12 @@ def kept_is_usable(layout, state):
         for piece, of_piece in zip(layout.pieces, layout.by_piece(state.factors), strict=True)
     ]
     prints = jnp.concatenate([state.fingerprint[:0], *layout.in_order_of_groups(list(map(_fingerprint, factors)))])
-    # A factor that has not been set is zero, and one that has is not in its first entry.
-    first = [q[0].reshape(len(q[0]), -1)[:, 0] != 0 for q in factors]
-    return jnp.all(prints == state.fingerprint) & jnp.all(jnp.concatenate([jnp.ones([0], bool), *first]))
+    first = jnp.concatenate([jnp.ones([0]), *map(first_entries, factors)])
+    return jnp.all(prints == state.fingerprint) & jnp.all(first != 0)
 
 
-def _step(options, now: Numbers, kept, group: Group, given: Given):
-    """(group after the step, whether all that the batch saw and made is sound: bool [n])."""
+def _step(options, now: Numbers, sound, kept, group: Group, given: Given):
+    """(group after the step, whether all that the batch saw and made is sound: bool [n]); else only P is applied."""
     tensor = group.tensor / jnp.asarray(now.correction, jnp.finfo(group.tensor.dtype).dtype)
     signal = tensor if given.signal is None else given.signal
     preconditioners = jax.vmap(functools.partial(kron_geometries.preconditioners, options.geometry))
@@ -190,9 +194,10 @@ def _step(options, now: Numbers, kept, group: Group, given: Given):
         factors, applied, lipschitz, fingerprint = jax.lax.cond(now.moves, moved, lambda *kept: kept, *old)
     product = jax.vmap(kron_matvec)(applied, tensor)
     # A bound is not finite wherever a second moment is not, so the factors need not be read.
-    good = contracts.is_squarable(given.signal, tensor, given.probe) & contracts.is_finite(lipschitz, product)
-    group = Group(factors, lipschitz, applied if options.caches else None, fingerprint, product)
-    return group, jnp.broadcast_to(good, len(tensor))
+    good = sound & contracts.is_squarable(given.signal, tensor, given.probe) & contracts.is_finite(lipschitz, product)
+    new = Group(factors, lipschitz, applied if options.caches else None, fingerprint, product)
+    new = jax.tree.map(lambda x, old: jnp.where(good, x, old), new, group)
+    return new._replace(tensor=product), jnp.broadcast_to(good, len(tensor))
 
 
 def _in_chunks(step, group: Group, given: Given):
@@ -211,8 +216,19 @@ def _in_chunks(step, group: Group, given: Given):
     return jax.lax.fori_loop(0, count // chunk, body, (group, group.lipschitz[:, 0] < 0))
 
 
-def step_of_group(options: Options, now: Numbers, kept, group: Group, given: Given):
-    """(group after the step, whether all that it saw and made is sound); `kept` are the dtypes of kept factors."""
-    step = functools.partial(_in_chunks, functools.partial(_step, options, now, kept))
+def step_of_group(options: Options, now: Numbers, sound, kept, group: Group, given: Given):
+    """(group after the step, whether all that it saw and made is sound).
+
+    Args:
+      options: of the method.
+      now: scalars of the step.
+      sound: whether all that the step is given can be squared, else nothing moves: bool []. What turns out not to be
+        finite on the way (in products of numbers that all are) keeps the factors of its own chunk where they were:
+        to choose between all new and all old ones in the end would read them once more.
+      kept: dtypes in which the factors are kept.
+      group: before the step.
+      given: what the step reads.
+    """
+    step = functools.partial(_in_chunks, functools.partial(_step, options, now, sound, kept))
     group, good = divided(step, options.factor_sharding)(*equally_varying((group, given)))
     return group, jnp.all(good)

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -467,3 +468,15 @@ def test_a_gram_matrix_by_halves_is_the_product(dtype, x64, monkeypatch):
     x = jnp.asarray(parts[0] + 1j * parts[1] if dtype == "complex128" else parts[0])
     assert "concatenate" in str(jax.make_jaxpr(kron_geometries.gram)(x))  # it goes by halves
     np.testing.assert_allclose(kron_geometries.gram(x), np.asarray(x) @ np.asarray(x).conj().T, rtol=1e-13)
+
+
+def test_products_that_overflow_move_no_parameter_and_leave_their_own_factors():
+    tx, params = optax_curv.scale_by_kron_psgd(), {"a": jnp.ones((4, 3)), "b": jnp.ones((3, 2))}
+    state = tx.init(params)
+    _, state = tx.update(params, state, params)
+    state.factors["a"] = jax.tree.map(lambda q: 1e15 * q, state.factors["a"])  # P of 1e60
+    updates, new = tx.update(params, state, params)
+    chex.assert_tree_all_finite((updates, new))
+    assert not any(jnp.any(u) for u in jax.tree.leaves(updates))
+    chex.assert_trees_all_equal(new.factors["a"], state.factors["a"])
+    assert new.total_notfinite == 1
