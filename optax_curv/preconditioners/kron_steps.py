@@ -142,10 +142,17 @@ def _moved(options, now: Numbers, factors, applied, lipschitz, signal, given: Gi
 
 
 def _fingerprint(factors):
-    """Of each piece a sum of its factors' bits weighted by position, exact in any order of summation: uint32 [n]."""
+    """Of each piece a sum of bits weighted by position, exact in any order of summation: uint32 [n].
+
+    The bits are those of diagonal factors, and of the diagonal, first row and first column of dense ones: no other
+    factors keep them all, and to read every entry costs as much as to apply P.
+    """
     total = jnp.uint32(0)
     for q in factors:
-        for part in [q.real, q.imag] if jnp.iscomplexobj(q) else [q]:
+        lines = [q] if q.ndim == 2 else [jnp.diagonal(q, axis1=1, axis2=2), q[:, 0], q[:, :, 0]]
+        for part in [
+            f(line) for line in lines for f in ([jnp.real, jnp.imag] if jnp.iscomplexobj(q) else [jnp.asarray])
+        ]:
             unsigned = jnp.dtype(f"uint{8 * min(4, part.dtype.itemsize)}")
             bits = jax.lax.bitcast_convert_type(part, unsigned).reshape(len(q), -1).astype(jnp.uint32)
             weights = 2 * jnp.arange(bits.shape[1], dtype=jnp.uint32) + 1

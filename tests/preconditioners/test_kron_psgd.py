@@ -261,9 +261,11 @@ def test_replaced_factors_are_applied_though_p_is_cached():
     g = gradients((4, 3))[0]
     _, state = first_update(tx, g, 2)
     update = quick_jit(tx.update)
-    for seed in (1, 2):
-        factors = tuple(gradients((4, 4), (3, 3), seed=seed))
-        updates, state = update(g, state._replace(factors=factors))
+    for edit in (jnp.sin, jnp.triu, jnp.tril, jnp.transpose, lambda q: 2 * q):
+        base = gradients((4, 4), (3, 3), seed=1)
+        _, state = update(g, state._replace(factors=tuple(base)))  # keeps the P of these
+        factors = tuple(map(edit, base))
+        updates, _ = update(g, state._replace(factors=factors))
         expected = factors[0].T @ factors[0] @ g @ factors[1].T @ factors[1]
         np.testing.assert_allclose(updates, expected, rtol=1e-4, atol=1e-4)
 
