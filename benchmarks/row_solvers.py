@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_curv.preconditioners import row_solvers
+from optax_curv.preconditioners import branch_fisher as row_solvers
 
 BOUND = 1.2
 SOLVERS = ("woodbury", "cholesky")
