@@ -21,13 +21,11 @@ from optax_curv.preconditioners.branch_kfac import (
 )
 from optax_curv.preconditioners.distribution import with_sharding_types
 
+COMPLEX_METRICS = (None, "real", "full")
 SOLVERS = ("cg", "woodbury", "cholesky", "auto")
-
 DENSE_UP_TO = 8192  # a factor of so many rows is 256 MiB of float32
 # Each pass multiplies the error by about eps ‖AᴴA‖ / λ: 1e-4 in float64 where λ is 1e-12 of the metric.
 REFINEMENTS = 3
-COMPLEX_METRICS = (None, "real", "full")
-
 CG_FLOOR = 1e-12  # the original's guard of both quotients of conjugate gradients
 # Up to this D the covariance is formed for conjugate gradients too, as the original does: far from convergence only the
 # same product rounds alike.
@@ -106,7 +104,7 @@ def scale_by_branch_fisher(
     ``lambda params, branches: loss(params)``; `adapt_damping` may go before it.
 
     Args:
-      damping: λ, at least 0; a number or a schedule of the step count.
+      damping: λ, at least 0; a number or a schedule.
       max_iters: most iterations of conjugate gradients; in state space 0 gives a zero direction.
       tol: "cg" stops when the residual's norm (absolute) is below it, in state space after one iteration at least.
       solver: "woodbury" factors a K × K matrix, "cholesky" D × D or n × n; both refine their solution to the accuracy
@@ -271,7 +269,7 @@ def branch_fisher(
     θ ← θ - lr (d + weight_decay θ), then limited to [-param_bound, param_bound].
 
     Args:
-      learning_rate: number or schedule.
+      learning_rate: a number or a schedule.
       damping: see `scale_by_branch_fisher`, as for all up to `key`.
       max_iters: see there.
       tol: see there.

@@ -44,8 +44,8 @@ def scale_by_branch_kfac(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Natural gradient in the block-diagonal metric of K samples ("branches") of a D-dimensional state.
 
-    As `scale_by_branch_fisher`, but of the covariance C only the diagonal blocks of `blocks` consecutive runs of state
-    coordinates are kept, the first D mod `blocks` of them one longer than the others:
+    As `scale_by_branch_fisher`, but of the covariance C only the diagonal blocks of `blocks` runs of state coordinates
+    are kept, the first D mod `blocks` of them one longer than the others:
 
     .. math::
       M = \mathrm{blockdiag}(C) + \lambda I, \qquad d = P M^{-1} P^T g
@@ -54,13 +54,13 @@ def scale_by_branch_kfac(
     λ (λI + P blockdiag(C) Pᵀ)⁻¹ g. `update` takes `branches` [K, D] and `projection` as there.
 
     Args:
-      damping: λ, at least 0; a number or a schedule of the step count. A singular block gets more of it.
+      damping: λ, at least 0; a number or a schedule. A singular block gets more of it.
       blocks: number of runs, limited to 1..D. It decides shapes: name it in `static_args` of
         `optax.inject_hyperparams`.
-      projection: "gaussian", "fixed" or "orthonormal".
-      complement: keep what P cannot see.
-      centered: remove the mean and divide by max(1, K - 1); False: divide by K.
-      key: seed, or a PRNG key.
+      projection: see `scale_by_branch_fisher`, as for all that follow.
+      complement: see there.
+      centered: see there.
+      key: see there.
 
     Returns:
       A transformation with state `ScaleByBranchKFACState`; dtypes, NaNs and infinities as in `scale_by_branch_fisher`.
@@ -152,7 +152,7 @@ def branch_kfac(
     θ ← θ - lr (d + weight_decay θ), then limited to [-param_bound, param_bound].
 
     Args:
-      learning_rate: number or schedule.
+      learning_rate: a number or a schedule.
       damping: see `scale_by_branch_kfac`, as for all up to `key`.
       blocks: see there.
       projection: see there.

@@ -22,18 +22,18 @@ def clip_by_max_abs(max_abs) -> optax.GradientTransformationExtraArgs:
     Kronecker PSGD calls this its "spectral" clip.
 
     Args:
-      max_abs: the bound, a number above zero (Python number, array or tracer).
+      max_abs: the bound, a number (or array, tracer) above zero.
 
     Returns:
       A stateless transformation.
 
     Raises:
-      ValueError: if `max_abs` is a Python number that is not above zero.
+      ValueError: if `max_abs` is a Python number out of range.
 
     Examples:
       >>> import jax.numpy as jnp, optax_curv
-      >>> clip = optax_curv.clip_by_max_abs(1.0)
-      >>> updates, _ = clip.update(jnp.array([3.0, -4.0]), clip.init(None))
+      >>> tx = optax_curv.clip_by_max_abs(1.0)
+      >>> updates, _ = tx.update(jnp.array([3.0, -4.0]), tx.init(None))
       >>> print(updates)
       [ 0.75 -1.  ]
     """
@@ -51,18 +51,18 @@ def normalize_by_rms(target) -> optax.GradientTransformationExtraArgs:
     """Gives each leaf a root mean square of `target`: u · target / rms(u).
 
     Args:
-      target: a number, at least zero (Python number, array or tracer).
+      target: a number (or array, tracer), at least zero.
 
     Returns:
       A stateless transformation.
 
     Raises:
-      ValueError: if `target` is a negative Python number.
+      ValueError: if `target` is a Python number out of range.
 
     Examples:
       >>> import jax.numpy as jnp, optax_curv
-      >>> normalize = optax_curv.normalize_by_rms(0.2)
-      >>> updates, _ = normalize.update(jnp.array([3.0, -3.0]), normalize.init(None))
+      >>> tx = optax_curv.normalize_by_rms(0.2)
+      >>> updates, _ = tx.update(jnp.array([3.0, -3.0]), tx.init(None))
       >>> print(updates)
       [ 0.2 -0.2]
     """
@@ -86,9 +86,8 @@ def normalize_by_reference(tx: optax.GradientTransformation) -> optax.GradientTr
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_curv
-      >>> graft = optax_curv.normalize_by_reference(optax.scale(0.1))
-      >>> state = graft.init(jnp.zeros(2))
-      >>> updates, _ = graft.update(jnp.array([0.0, 2.0]), state, grad=jnp.array([3.0, 4.0]))
+      >>> tx = optax_curv.normalize_by_reference(optax.scale(0.1))
+      >>> updates, _ = tx.update(jnp.array([0.0, 2.0]), tx.init(jnp.zeros(2)), grad=jnp.array([3.0, 4.0]))
       >>> print(updates)
       [0.  0.5]
 
@@ -111,20 +110,20 @@ def keep_params_in_box(bound) -> optax.GradientTransformationExtraArgs:
     it, are rounded inwards. Updates that stay inside are returned bit for bit.
 
     Args:
-      bound: half-width of the box, a number, at least zero (Python number, array or tracer).
+      bound: half-width of the box, a number (or array, tracer), at least zero.
 
     Returns:
       A stateless transformation; `update` needs `params`.
 
     Raises:
-      ValueError: if `bound` is a negative Python number, if `params` is missing in `update`, or, in `init`, for a leaf
-        that is not real floating point.
+      ValueError: if `bound` is a Python number out of range, if `params` is missing in `update`, or, in `init`, for a
+        leaf that is not real floating point.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_curv
       >>> params = jnp.array([0.2, -0.2, 1.0])
-      >>> box = optax_curv.keep_params_in_box(0.25)
-      >>> updates, _ = box.update(jnp.array([0.5, 0.125, 0.0]), box.init(params), params)
+      >>> tx = optax_curv.keep_params_in_box(0.25)
+      >>> updates, _ = tx.update(jnp.array([0.5, 0.125, 0.0]), tx.init(params), params)
       >>> print(optax.apply_updates(params, updates))
       [ 0.25  -0.075  0.25 ]
     """
@@ -186,7 +185,6 @@ def estimate_gradients(estimator) -> optax.GradientTransformationExtraArgs:
         estimates = estimator(params, **extra_args)
         contracts.require_same_leaves("estimate_gradients", "the estimate", estimates, "params", params)
         like = params if updates is None else updates
-
         estimates = jax.tree.map(
             lambda u, x: None if u is None else jnp.asarray(x, u.dtype), like, estimates, is_leaf=_is_none
         )

@@ -1,4 +1,4 @@
-"""The contracts that every transformation keeps: numbers, keys, matching trees, and never a poisoned state."""
+"""The contracts of every transformation: numbers, keys, matching trees, and never a poisoned state."""
 
 import inspect
 import operator

@@ -15,8 +15,8 @@ def require_sharding(method: str, sharding):
         return
     if not isinstance(sharding, NamedSharding) or not len(sharding.spec) or not sharding.spec[0]:
         raise ValueError(
-            f"{method}: expected factor_sharding to be None or a jax.sharding.NamedSharding whose first entry names axes "
-            f"of its mesh, such as NamedSharding(mesh, PartitionSpec(('data', 'model'))), got {sharding!r}."
+            f"{method}: expected factor_sharding to be None or a jax.sharding.NamedSharding whose first entry names "
+            f"mesh axes, such as NamedSharding(mesh, PartitionSpec(('data', 'model'))), got {sharding!r}."
         )
 
 

@@ -188,14 +188,14 @@ def scale_by_ekfac(
         value, grads, curvature = capture(params, batch, basis=optax_curv.eigenbasis(opt_state))
 
     Args:
-      layers: from `find_layers`, or made by hand.
+      layers: see `scale_by_kfac`.
       damping: λ ≥ 0, added to the moments; a number or a schedule.
       decay: weight of the old factors and moments, in [0, 1]; a number or a schedule.
       update_every: steps between averaging statistics in.
       invert_every: steps between eigendecompositions, after each of which the moments are carried into the new basis,
         as far as their diagonal says. Under `jax.vmap` over a hyper-parameter longer periods save nothing.
       kl_clip: see `scale_by_kfac`.
-      fallback: transformation for leaves that no layer covers; None refuses them.
+      fallback: see `scale_by_kfac`.
       factor_sharding: see `scale_by_kfac`.
 
     Returns:

@@ -188,7 +188,7 @@ def _projected(span, a, b):
 
 
 def _move(diagonal, u, v, lipschitz, h, w, rate, decay):
-    """One step down the gradient of ‖Q h‖² + ‖Q⁻ᵀ w‖², along Q ← Q (I - diag), then (I - E) Q for U and for V."""
+    """One step down the gradient of ‖Q h‖² + ‖Q⁻ᵀ w‖²: Q ← Q (I - diag), then (I - E) Q for U and for V."""
     # With a = Q h, b = Q⁻ᵀ w the gradient is h ∘ P h - w ∘ P⁻¹ w for d, and for E it is a aᵀ - b bᵀ, projected on what
     # keeps the form: E = W Vᵀ moves U alone, E = U Wᵀ moves V alone.
 
@@ -311,7 +311,7 @@ def scale_by_lra_psgd(
     products h = Hv.
 
     Args:
-      precond_lr: μ > 0, a number or a schedule of the step count.
+      precond_lr: μ > 0, a number or a schedule.
       rank: columns r of U and V, at least 0.
       criterion: see `scale_by_kron_psgd`.
       b1: decay of the bias-corrected momentum that is preconditioned; 0 for none.

@@ -78,10 +78,8 @@ def scale_by_gauss_newton(
       K-FAC, whose factors the state averages, and by the mean eigenvalue where no layer covers a leaf;
     * `value_fn`: params ↦ loss, as Optax's line searches take it, for `backtrack` without an objective.
 
-    An iteration costs a product with F, two vector products and three vector sums; the warm start one product.
-
     Args:
-      damping: λ, at least 0; a number or a schedule of the step count.
+      damping: λ, at least 0; a number or a schedule.
       max_iters: most iterations.
       tol: ε, at least 0; with 0 only `max_iters` ends the solve.
       warm_start: what of the last solution the next solve starts from, in [0, 1].
@@ -112,8 +110,7 @@ def scale_by_gauss_newton(
       [3. 4.]
 
     References:
-      Martens 2010, `Deep Learning via Hessian-Free Optimization
-      <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`_: §4.4 for the stopping rule, §4.5 for the warm
+      Martens, Deep Learning via Hessian-Free Optimization, ICML 2010: §4.4 for the stopping rule, §4.5 for the warm
       start, §4.6 for backtracking (there back from the last iterate to the first that is worse; here all are compared),
       §4.7 for the diagonal. Martens and Sutskever 2012, doi:10.1007/978-3-642-35289-8_27, for the warm start's decay.
     """

@@ -32,8 +32,7 @@ class ScaleByKFACState(NamedTuple):
     Attributes:
       count: steps taken, int32 [].
       stacks: the running averages as stacks of equal shapes, or pairs of them and their inverses where a later step
-        needs
-        these: not under inverse="cg", nor where invert_every is the Python number 1.
+        needs these: not under inverse="cg", nor where invert_every is the Python number 1.
       moved: whether the factors have changed since they were inverted, bool [].
       stale: whether the next step inverts out of turn, bool [].
       diagnostics: `LayerDiagnostics` of the layers in the order of `factors`; zeros under inverse="cg".
@@ -167,9 +166,9 @@ def scale_by_kfac(
       >>> import jax.numpy as jnp, optax_curv
       >>> layer = optax_curv.Layer("dense", "dense", "['w']", None, in_dim=2, out_dim=1)
       >>> tx = optax_curv.scale_by_kfac(optax_curv.Layers([layer]), damping=0.0)
-      >>> params = {"w": jnp.zeros((2, 1))}
+      >>> params = {"w": jnp.ones((2, 1))}
       >>> statistic = optax_curv.KroneckerFactors(jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(1), jnp.int32(1))
-      >>> updates, _ = tx.update({"w": jnp.ones((2, 1))}, tx.init(params), params, curvature={"dense": statistic})
+      >>> updates, state = tx.update(params, tx.init(params), params, curvature={"dense": statistic})
       >>> updates["w"].ravel().tolist()
       [0.25, 1.0]
 
@@ -300,14 +299,14 @@ def kfac(
       ValueError: as `scale_by_kfac`; and for a weight decay in the adaptive mode, whose model would not know of it.
 
     Examples:
-      >>> import jax.numpy as jnp, optax, optax_curv
+      >>> import jax.numpy as jnp, optax_curv
       >>> layer = optax_curv.Layer("dense", "dense", "['w']", None, in_dim=2, out_dim=1)
       >>> tx = optax_curv.kfac(0.1, optax_curv.Layers([layer]), damping=0.0)
       >>> params = {"w": jnp.ones((2, 1))}
-      >>> statistic = optax_curv.KroneckerFactors(2 * jnp.eye(2), jnp.eye(1), jnp.int32(1))
-      >>> updates, state = tx.update({"w": 2 * params["w"]}, tx.init(params), params, curvature={"dense": statistic})
-      >>> print(optax.apply_updates(params, updates)["w"].ravel())
-      [0.9 0.9]
+      >>> statistic = optax_curv.KroneckerFactors(jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(1), jnp.int32(1))
+      >>> updates, state = tx.update(params, tx.init(params), params, curvature={"dense": statistic})
+      >>> print(updates["w"].ravel())
+      [-0.025 -0.1 ]
 
     References:
       Martens and Grosse 2015, §6.4, §6.5 and §7 for the adaptive mode; else see `scale_by_kfac`.
@@ -354,11 +353,11 @@ def layer_diagnostics(opt_state) -> str:
       >>> layer = optax_curv.Layer("dense", "dense", "['w']", None, in_dim=2, out_dim=1)
       >>> tx = optax_curv.kfac(0.1, optax_curv.Layers([layer]), damping=1.0)
       >>> params = {"w": jnp.ones((2, 1))}
-      >>> statistic = optax_curv.KroneckerFactors(jnp.diag(jnp.array([3.0, 5.0])), jnp.eye(1), jnp.int32(1))
-      >>> _, state = tx.update(params, tx.init(params), params, curvature={"dense": statistic})
+      >>> statistic = optax_curv.KroneckerFactors(jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(1), jnp.int32(1))
+      >>> updates, state = tx.update(params, tx.init(params), params, curvature={"dense": statistic})
       >>> print(optax_curv.layer_diagnostics(state))
       layer  input_damping  output_damping  input_condition  output_condition  trace_ratio  model_ratio
-      dense  2              0.5             1.4              1                 4            1
+      dense  1.58           0.632           2.16             1                 2.5          1
     """
 
     def is_kfac(x):

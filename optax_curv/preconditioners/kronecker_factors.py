@@ -33,7 +33,7 @@ def mean_diagonal(factor: jax.Array, full: bool) -> jax.Array:
 def factor_damping(
     rule, damping, input_mean, output_mean, elementwise: bool | np.ndarray = False
 ) -> tuple[jax.Array, jax.Array]:
-    """What is added to the diagonals of A and of G, given their mean diagonals tr(A)/d_A and tr(G)/d_G; see `kfac`."""
+    """What is added to the diagonals of A and of G, given tr(A)/d_A and tr(G)/d_G, by a rule of `scale_by_kfac`."""
     # π is 1 where either trace is not positive. An element-wise layer has the input factor [[1]].
     if rule == "trace":
         # fmax, as the original's max: a NaN damping counts as the floor
@@ -367,7 +367,7 @@ def precondition(inverses: LayerStacks, matrices: LayerStacks, sharding=None) ->
 
 
 def held_to_rows(present, directions: LayerStacks, matrices: LayerStacks, curvature, diagnostics):
-    """As `Blocks.checked`, but by some of the step's own rows; layers that come with their factors stay as they are."""
+    """As `Blocks.checked`, but by some of the step's own rows, for layers that come with rows."""
     found, ratios = dict(directions), {}
     dampings = dict(zip(directions, diagnostics.input_damping * diagnostics.output_damping, strict=True))
     for name, x in present.items():

@@ -160,7 +160,6 @@ def layout_of(present: Mapping) -> Layout:
     return tuple(map(tuple, kinds.values()))
 
 
-@jax.tree_util.register_pytree_with_keys_class
 class LayerStacks(Mapping):
     """Pytrees of arrays by layer, kept as stacks of equal shapes.
 
@@ -212,12 +211,12 @@ class LayerStacks(Mapping):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def tree_flatten_with_keys(self):  # noqa: D102
-        return [(jax.tree_util.SequenceKey(i), group) for i, group in enumerate(self.groups)], self.layout
 
-    @classmethod
-    def tree_unflatten(cls, layout, groups):  # noqa: D102
-        return cls(layout, groups)
+jax.tree_util.register_pytree_with_keys(
+    LayerStacks,
+    lambda stacks: ([(jax.tree_util.SequenceKey(i), group) for i, group in enumerate(stacks.groups)], stacks.layout),
+    LayerStacks,
+)
 
 
 def is_silent(statistic, batch: int = 0) -> jax.Array:
@@ -252,8 +251,7 @@ def averaged_stacks(method, present, factors: LayerStacks, count, curvature, dec
     """The factors with this step's statistics averaged in, and whether those are sound; if not, or not good, as before.
 
     The weight of the newest of k is (1 - decay) / (1 - decayᵏ), so that the first batch stays no heavier than the
-    others. A layer whose factors are still zero starts with what comes; a statistic that is zero leaves them as they
-    are.
+    others. Factors that are still zero start with what comes; a statistic that is zero leaves them as they are.
     """
     given = {name: x.statistic(method, curvature[name]) for name, x in present.items()}
     given = LayerStacks.of(factors.layout, given)

@@ -1,4 +1,4 @@
-"""Linear maps P from a D-dimensional state space into parameter space: drawn in chunks, orthonormal, or given."""
+"""Linear maps P from a D-dimensional state space into parameter space: drawn, orthonormal, or given."""
 
 import math
 from collections.abc import Callable
@@ -15,8 +15,8 @@ PROJECTIONS = ("gaussian", "fixed", "orthonormal")
 
 # Entries of P that exist at once while it is drawn: 16 MiB of float32, so that a chunk costs much more than its loop.
 CHUNK_ENTRIES = 2**22
-# From this many rows a column on, a Gaussian matrix has condition number about (1 + 1/2) / (1 - 1/2) = 3 at most, so
-# one Cholesky QR is orthonormal within a few roundings. Below it P is made whole for a Householder QR.
+# From this many rows a column on, a Gaussian matrix has a condition number of about (1 + 1/2) / (1 - 1/2) = 3 at most,
+# and one Cholesky QR is orthonormal within a few roundings. Below, P is made whole for a Householder QR.
 TALL = 4
 
 

@@ -96,7 +96,7 @@ def scale_by_quadratic_model(damping=1e-3) -> optax.GradientTransformationExtraA
     ``optax.scale_by_learning_rate(1.0)``. A first step, or a v parallel to p, has μ = 0.
 
     Args:
-      damping: λ ≥ 0, a number, array, tracer, or a schedule of the step count.
+      damping: λ ≥ 0, a number or a schedule.
 
     Returns:
       A transformation whose ``update(updates, state, params, *, objective, batch)`` takes an `optax_curv.Objective`,

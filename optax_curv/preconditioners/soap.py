@@ -249,7 +249,7 @@ def _by_width(function, pieces, *trees):
 
 
 def _with(pieces, bases, found):
-    """The bases as they will be kept, those that have been found in the place of the old ones."""
+    """The bases as they will be kept, found ones in the place of the old."""
     return [
         tuple(
             axis_factors.rounded(found[p, axis][0], piece.factor_dtype) if (p, axis) in found else q
@@ -322,7 +322,7 @@ def scale_by_adam_in_basis(
     scale is Adam's.
 
     Args:
-      layers: from `find_layers`, or made by hand.
+      layers: see `scale_by_kfac`.
       b1: decay of the momentum, in [0, 1]; a number or a schedule.
       b2: decay of the moments, in [0, 1]; a number or a schedule.
       eps: at least 0.
@@ -330,7 +330,7 @@ def scale_by_adam_in_basis(
       update_every: steps between averaging statistics in.
       basis_every: steps between eigendecompositions, after each of which the moments are carried into the new basis, as
         far as their diagonal says.
-      fallback: transformation for leaves that no layer covers; None refuses them.
+      fallback: see `scale_by_kfac`.
       factor_sharding: see `scale_by_kfac`.
 
     Returns:
