@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_curv.preconditioners import row_solvers
+from optax_curv.preconditioners.branch_fisher import cheaper, solve_rows
 
 BOUND = 1.2
 SOLVERS = ("woodbury", "cholesky")
@@ -21,7 +21,7 @@ SOLVERS = ("woodbury", "cholesky")
 
 @functools.partial(jax.jit, static_argnames="solver")
 def solve(rows, b, solver):
-    return row_solvers.solve_rows(rows, b, jnp.asarray(1e-3, b["w"].dtype), solver=solver, max_iters=0, tol=0.0)
+    return solve_rows(rows, b, jnp.asarray(1e-3, b["w"].dtype), solver=solver, max_iters=0, tol=0.0)
 
 
 def seconds(rows, b, solver):
@@ -58,7 +58,7 @@ def main():
     for count in options.sizes:
         for size in options.sizes:
             times = measure(count, size, options.rounds, options.dtype)
-            chosen = row_solvers.cheaper(count, size)
+            chosen = cheaper(count, size)
             loss = times[chosen] / min(times.values())
             worst = max(worst, loss)
             columns = "  ".join(f"{1e3 * times[solver]:13.3f}" for solver in SOLVERS)

@@ -1,8 +1,10 @@
 """Small chainable pieces, stateless but for the reference of `normalize_by_reference`.
 
-Zero updates stay zero, and every piece keeps the dtype of the incoming updates. A NaN passes through, as in Optax's own
-pieces: the methods before them in a chain answer it with a zero update, and `optax.apply_if_finite` catches the rest.
+Zero updates stay zero, and dtypes stay those of the incoming updates. A NaN passes through, as in Optax's own pieces:
+the methods before them answer it with a zero update, and `optax.apply_if_finite` catches the rest.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,31 +12,32 @@ import numpy as np
 import optax
 
 from optax_curv.preconditioners import contracts
+from optax_curv.preconditioners.distribution import with_sharding_types
 
 
 def clip_by_max_abs(max_abs) -> optax.GradientTransformationExtraArgs:
     """Scales each leaf so that its largest entry does not exceed a bound: u · min(1, max_abs / max|u|).
 
-    The direction of a leaf is kept, unlike in `optax.clip`; a leaf within the bound is returned bit for bit. The
-    original Kronecker PSGD calls this its "spectral" clip.
+    Unlike `optax.clip` it keeps the direction of a leaf; one within the bound is returned bit for bit. The original
+    Kronecker PSGD calls this its "spectral" clip.
 
     Args:
-      max_abs: the bound, a number above zero (Python number, array or tracer).
+      max_abs: the bound, a number (or array, tracer) above zero.
 
     Returns:
       A stateless transformation.
 
     Raises:
-      ValueError: if `max_abs` is a Python number that is not above zero.
+      ValueError: if `max_abs` is a Python number out of range.
 
     Examples:
       >>> import jax.numpy as jnp, optax_curv
-      >>> clip = optax_curv.clip_by_max_abs(1.0)
-      >>> updates, _ = clip.update(jnp.array([3.0, -4.0]), clip.init(None))
+      >>> tx = optax_curv.clip_by_max_abs(1.0)
+      >>> updates, _ = tx.update(jnp.array([3.0, -4.0]), tx.init(None))
       >>> print(updates)
       [ 0.75 -1.  ]
     """
-    contracts.require_number("clip_by_max_abs", "max_abs", max_abs, above=0)
+    contracts.require_numbers("clip_by_max_abs", max_abs=max_abs, above=0)
 
     def clipped(u):
         peak = _peak(u)
@@ -48,22 +51,22 @@ def normalize_by_rms(target) -> optax.GradientTransformationExtraArgs:
     """Gives each leaf a root mean square of `target`: u · target / rms(u).
 
     Args:
-      target: the root mean square of each leaf's update, a number (Python number, array or tracer), at least zero.
+      target: a number (or array, tracer), at least zero.
 
     Returns:
       A stateless transformation.
 
     Raises:
-      ValueError: if `target` is a negative Python number.
+      ValueError: if `target` is a Python number out of range.
 
     Examples:
       >>> import jax.numpy as jnp, optax_curv
-      >>> normalize = optax_curv.normalize_by_rms(0.2)
-      >>> updates, _ = normalize.update(jnp.array([3.0, -3.0]), normalize.init(None))
+      >>> tx = optax_curv.normalize_by_rms(0.2)
+      >>> updates, _ = tx.update(jnp.array([3.0, -3.0]), tx.init(None))
       >>> print(updates)
       [ 0.2 -0.2]
     """
-    contracts.require_number("normalize_by_rms", "target", target, at_least=0)
+    contracts.require_numbers("normalize_by_rms", target=target, at_least=0)
     return _stateless(
         lambda updates: jax.tree.map(lambda u: _scaled(u, target, _norm(u) / max(1, u.size) ** 0.5), updates)
     )
@@ -72,8 +75,8 @@ def normalize_by_rms(target) -> optax.GradientTransformationExtraArgs:
 def normalize_by_reference(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Gives each leaf the norm that another transformation's update has (grafting): u · ‖r‖ / ‖u‖.
 
-    r is the update of `tx` for the gradients where `update` is given them (`grad=`, Optax's own name for
-    it), else for the incoming updates themselves.
+    r is the update of `tx` for the gradients where `update` is given them (`grad=`, Optax's own name for it), else for
+    the incoming updates themselves.
 
     Args:
       tx: the reference; it is initialised and updated here, and receives the extra arguments.
@@ -83,14 +86,13 @@ def normalize_by_reference(tx: optax.GradientTransformation) -> optax.GradientTr
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_curv
-      >>> graft = optax_curv.normalize_by_reference(optax.scale(0.1))
-      >>> state = graft.init(jnp.zeros(2))
-      >>> updates, _ = graft.update(jnp.array([0.0, 2.0]), state, grad=jnp.array([3.0, 4.0]))
+      >>> tx = optax_curv.normalize_by_reference(optax.scale(0.1))
+      >>> updates, _ = tx.update(jnp.array([0.0, 2.0]), tx.init(jnp.zeros(2)), grad=jnp.array([3.0, 4.0]))
       >>> print(updates)
       [0.  0.5]
 
     References:
-      Agarwal et al., Disentangling adaptive gradient methods from learning rates, arXiv:2002.11803.
+      Agarwal et al. 2020, arXiv:2002.11803.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -104,28 +106,28 @@ def normalize_by_reference(tx: optax.GradientTransformation) -> optax.GradientTr
 def keep_params_in_box(bound) -> optax.GradientTransformationExtraArgs:
     """Adjusts updates so that params + updates lies in [-bound, bound]; place it last in a chain.
 
-    Holds for what `optax.apply_updates` stores: in a low-precision dtype the box is rounded inwards and so is an update
-    that would otherwise round across it. Updates that stay inside are returned bit for bit.
+    Holds for what `optax.apply_updates` stores: in a low-precision dtype the box, and an update that would round across
+    it, are rounded inwards. Updates that stay inside are returned bit for bit.
 
     Args:
-      bound: half-width of the box, a number (Python number, array or tracer), at least zero.
+      bound: half-width of the box, a number (or array, tracer), at least zero.
 
     Returns:
       A stateless transformation; `update` needs `params`.
 
     Raises:
-      ValueError: if `bound` is a negative Python number, if `params` is missing in `update`, or, in `init`, for a leaf
-        that is not real floating point.
+      ValueError: if `bound` is a Python number out of range, if `params` is missing in `update`, or, in `init`, for a
+        leaf that is not real floating point.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_curv
       >>> params = jnp.array([0.2, -0.2, 1.0])
-      >>> box = optax_curv.keep_params_in_box(0.25)
-      >>> updates, _ = box.update(jnp.array([0.5, 0.125, 0.0]), box.init(params), params)
+      >>> tx = optax_curv.keep_params_in_box(0.25)
+      >>> updates, _ = tx.update(jnp.array([0.5, 0.125, 0.0]), tx.init(params), params)
       >>> print(optax.apply_updates(params, updates))
       [ 0.25  -0.075  0.25 ]
     """
-    contracts.require_number("keep_params_in_box", "bound", bound, at_least=0)
+    contracts.require_numbers("keep_params_in_box", bound=bound, at_least=0)
 
     def init(params):
         contracts.require_float_leaves("keep_params_in_box", params)
@@ -157,8 +159,8 @@ def estimate_gradients(estimator) -> optax.GradientTransformationExtraArgs:
     """Replaces incoming updates by `estimator(params, **extra_args)`: for losses without `jax.grad`; place it first.
 
     Args:
-      estimator: function of the parameters and of all extra arguments of `update` (let it end in `**_` in a chain whose
-        other members take extra arguments of their own) that returns a tree like the parameters.
+      estimator: function of the parameters and of all extra arguments of `update` (end it in `**_` in a chain with
+        members that take others) that returns a tree like the parameters.
 
     Returns:
       A stateless transformation. `update` needs `params`; the incoming updates give only the dtypes, and a None leaf
@@ -168,14 +170,11 @@ def estimate_gradients(estimator) -> optax.GradientTransformationExtraArgs:
       ValueError: in `update`, if `params` is missing or the estimate's tree or shapes differ from theirs.
 
     Examples:
-      Central differences along one random direction.
-
       >>> import jax, jax.numpy as jnp, optax, optax_curv
-      >>> def estimator(params, *, key):
-      ...     v = jax.random.normal(key, params.shape)
-      ...     return (jnp.sum((params + 1e-2 * v) ** 2) - jnp.sum((params - 1e-2 * v) ** 2)) / 2e-2 * v
-      >>> tx = optax.chain(optax_curv.estimate_gradients(estimator), optax.sgd(0.1))
-      >>> params = jnp.ones(3)
+      >>> def estimator(params, *, key):  # central differences along one random direction
+      ...     v = 1e-2 * jax.random.normal(key, params.shape)
+      ...     return (jnp.sum((params + v) ** 2) - jnp.sum((params - v) ** 2)) / 2e-4 * v
+      >>> tx, params = optax.chain(optax_curv.estimate_gradients(estimator), optax.sgd(0.1)), jnp.ones(3)
       >>> updates, state = tx.update(None, tx.init(params), params, key=jax.random.key(0))
       >>> updates.shape
       (3,)
@@ -186,13 +185,58 @@ def estimate_gradients(estimator) -> optax.GradientTransformationExtraArgs:
         estimates = estimator(params, **extra_args)
         contracts.require_same_leaves("estimate_gradients", "the estimate", estimates, "params", params)
         like = params if updates is None else updates
-
-        def cast(u, estimate):
-            return None if u is None else jnp.asarray(estimate, u.dtype)
-
-        return jax.tree.map(cast, like, estimates, is_leaf=_is_none), state
+        estimates = jax.tree.map(
+            lambda u, x: None if u is None else jnp.asarray(x, u.dtype), like, estimates, is_leaf=_is_none
+        )
+        return estimates, state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def with_decay(tx, learning_rate, weight_decay, *after) -> optax.GradientTransformationExtraArgs:
+    """An alias's chain: θ ← θ - lr (d + weight_decay θ), then the rest."""
+    return optax.chain(tx, optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate), *after)
+
+
+def on_flat_vector(method: str, tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    """Lets `tx` see the tree, the probe and the Hessian-vector product as vectors [n], leaves in flattening order."""
+
+    def dtype_of(leaves):
+        return jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
+
+    def size_of(leaves):
+        return sum(leaf.size for leaf in leaves)
+
+    def ravel(tree):
+        leaves = jax.tree.leaves(tree)
+        flat = [jnp.ravel(leaf).astype(dtype_of(leaves)) for leaf in leaves]
+        return jnp.concatenate(flat) if size_of(leaves) else jnp.zeros(1)
+
+    def unravel(vector, like):
+        leaves, treedef = jax.tree.flatten(like)
+        ends = np.cumsum([leaf.size for leaf in leaves])
+        parts = [
+            vector[end - x.size : end].reshape(x.shape).astype(x.dtype) for end, x in zip(ends, leaves, strict=True)
+        ]
+        return treedef.unflatten(parts)
+
+    def init(params):
+        contracts.require_float_leaves(method, params)
+        leaves = jax.tree.leaves(params)
+        # A tree without numbers counts as one: the state's structure must not depend on how many there are.
+        vector: Any = jax.ShapeDtypeStruct((max(1, size_of(leaves)),), dtype_of(leaves))
+        return tx.init(vector)
+
+    def update(updates, state, params=None, *, probe=None, hvp=None, **extra_args):
+        del extra_args
+        for name, tree in (("params", params), ("probe", probe), ("hvp", hvp)):
+            if tree is not None:
+                contracts.require_same_leaves(method, name, tree, "the gradients", updates)
+        flat = {name: ravel(tree) for name, tree in (("probe", probe), ("hvp", hvp)) if tree is not None}
+        vector, state = tx.update(ravel(updates), state, **flat)
+        return unravel(vector, updates), state
+
+    return optax.GradientTransformationExtraArgs(init, with_sharding_types(update))
 
 
 def _stateless(function) -> optax.GradientTransformationExtraArgs:

@@ -1,5 +1,7 @@
-"""The contracts that every transformation keeps: numbers, keys, matching trees, and never a poisoned state."""
+"""The contracts of every transformation: numbers, keys, matching trees, and never a poisoned state."""
 
+import inspect
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,23 +18,22 @@ def value_at(value, count, dtype=jnp.float32) -> jax.Array:
 
 
 def static(number) -> Any:
-    """A default that decides the state's shapes, as a NumPy scalar.
-
-    `optax.inject_hyperparams` traces every Python number, defaults too, but leaves NumPy scalars as they are.
-    """
+    """A default that decides shapes, as a NumPy scalar: `optax.inject_hyperparams` traces every Python number."""
     return np.int32(number) if isinstance(number, int) else np.float32(number)
 
 
-def require_number(method: str, name: str, value, *, above=None, at_least=None, at_most=None):
-    """Refuses a Python number outside its range; arrays, tracers and schedules pass unseen."""
-    if not isinstance(value, int | float):
-        return
-    if above is not None and not value > above:
-        raise ValueError(f"{method}: expected {name} > {above}, got {name}={value!r}.")
-    if at_least is not None and not value >= at_least:
-        raise ValueError(f"{method}: expected {name} >= {at_least}, got {name}={value!r}.")
-    if at_most is not None and not value <= at_most:
-        raise ValueError(f"{method}: expected {name} <= {at_most}, got {name}={value!r}.")
+def require_numbers(method: str, *, above=None, at_least=None, at_most=None, **numbers):
+    """Refuses Python numbers outside a range; arrays, tracers and schedules pass unseen."""
+    limits = (above, ">", operator.gt), (at_least, ">=", operator.ge), (at_most, "<=", operator.le)
+    for name, value in numbers.items():
+        for limit, sign, holds in limits if isinstance(value, int | float) else ():
+            if limit is not None and not holds(value, limit):
+                raise ValueError(f"{method}: expected {name} {sign} {limit}, got {name}={value!r}.")
+
+
+def handed_on(function, given):
+    """`function` of those of the `given` arguments that it takes: a method of its alias's."""
+    return function(**{name: given[name] for name in inspect.signature(function).parameters})
 
 
 def is_python_number(x, value) -> bool:
@@ -67,18 +68,14 @@ def require_params(method: str, params):
 
 def require_same_leaves(method: str, what: str, tree, reference_name: str, reference):
     """Refuses a tree whose structure or leaf shapes differ from the reference's."""
-    given, expected = jax.tree.structure(tree), jax.tree.structure(reference)
-    if given != expected:
-        raise ValueError(
-            f"{method}: the tree of {what} differs from that of {reference_name}: got {given}, expected {expected}."
-        )
-    pairs = zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(reference), strict=True)
-    for (path, leaf), other in pairs:
+    got, expected = jax.tree.structure(tree), jax.tree.structure(reference)
+    if got != expected:
+        raise ValueError(f"{method}: the tree of {what} differs from that of {reference_name}: {got=}, {expected=}.")
+    for (path, leaf), other in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(reference), strict=True):
         if jnp.shape(leaf) != jnp.shape(other):
             raise ValueError(
-                f"{method}: {what} and {reference_name} differ in shape at "
-                f"{jax.tree_util.keystr(path) or 'the root'}: got {jnp.shape(leaf)}, expected "
-                f"{jnp.shape(other)}."
+                f"{method}: {what} and {reference_name} differ in shape at {jax.tree_util.keystr(path) or 'the root'}: "
+                f"got {jnp.shape(leaf)}, expected {jnp.shape(other)}."
             )
 
 
@@ -86,20 +83,20 @@ def require_float_leaves(method: str, params, *, complex_leaves: bool = False):
     """Refuses integer leaves, and complex ones unless `complex_leaves`, by name."""
     kind = jnp.inexact if complex_leaves else jnp.floating
     for path, leaf in jax.tree.leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), kind):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, kind):
             raise ValueError(
-                f"{method}: the leaf {jax.tree_util.keystr(path) or 'at the root'} has dtype "
-                f"{jnp.result_type(leaf)}, expected a floating-point leaf"
-                f"{' (real or complex)' if complex_leaves else ''}; "
-                "leave it out with optax.masked or optax.partition."
+                f"{method}: the leaf {jax.tree_util.keystr(path) or 'at the root'} has dtype {dtype}, expected a "
+                f"floating-point leaf{' (real or complex)' if complex_leaves else ''}; leave it out with optax.masked "
+                "or optax.partition."
             )
 
 
 def tuples_at_leaves(tree, like):
     """A tree that has tuples in the place of the leaves of `like`, out of one that `nnx.Optimizer` has kept.
 
-    It keeps each leaf's place as a variable, in which a tuple becomes the mapping of its positions. A tree that does
-    not fit `like` is returned as it is, for the caller to refuse.
+    In there a tuple has become the mapping of its positions. A tree that does not fit `like` is returned as it is, for
+    the caller to refuse.
     """
 
     def tuples(x):
@@ -134,7 +131,7 @@ def is_finite(*trees: Any) -> jax.Array:
 def is_squarable(*trees: Any) -> jax.Array:
     """Whether the square of every inexact entry is finite, in float32 at least: bool [].
 
-    What enters second moments must be: a larger number would be an outlier that no running average forgets.
+    No running average of second moments would forget a larger number.
     """
 
     def fits(x):
@@ -155,10 +152,7 @@ def _all(checks):
 
 
 def skip_unless(good, updates, new_state, state):
-    """The step where `good`; elsewhere a zero update and the old state, its `total_notfinite` one higher.
-
-    `state` is a NamedTuple with an int32 [] field `total_notfinite`.
-    """
+    """The step where `good`; elsewhere a zero update and the old state, its `total_notfinite` one higher."""
     updates = jax.tree.map(lambda u: jnp.where(good, u, jnp.zeros_like(u)), updates)
     kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), new_state, state)
     return updates, kept._replace(total_notfinite=state.total_notfinite + jnp.where(good, 0, 1))

@@ -16,8 +16,7 @@ def require_sharding(method: str, sharding):
     if not isinstance(sharding, NamedSharding) or not len(sharding.spec) or not sharding.spec[0]:
         raise ValueError(
             f"{method}: expected factor_sharding to be None or a jax.sharding.NamedSharding whose first entry names "
-            "the mesh axes over which factors are divided, such as NamedSharding(mesh, PartitionSpec(('data', "
-            f"'model'))), got {sharding!r}."
+            f"mesh axes, such as NamedSharding(mesh, PartitionSpec(('data', 'model'))), got {sharding!r}."
         )
 
 
@@ -29,8 +28,8 @@ def _parts(sharding: NamedSharding) -> int:
 def divided(function: Callable, sharding: NamedSharding | None) -> Callable:
     """A function of arrays with one common leading axis, computed by each device for its own part of that axis.
 
-    XLA divides neither factorisations nor loops over a batch by itself, so the parts are made by `jax.shard_map`. A
-    batch that the devices do not divide evenly is filled up with copies of its last entry.
+    XLA divides neither factorisations nor loops over a batch by itself. A batch that the devices do not divide evenly
+    is filled up with copies of its last entry.
     """
     if sharding is None:
         return function
@@ -76,8 +75,8 @@ def equally_varying(tree):
 def with_sharding_types(update: Callable) -> Callable:
     """`update` for leaves whose shardings are part of their types (meshes of `AxisType.Explicit`), too.
 
-    Such types would have to be given at every reshape and product. Here the compiler chooses them within the update, as
-    it does on other meshes; what comes out has the types of the gradients and of the old state.
+    Such types would have to be given at every reshape and product. Here the compiler chooses them within the update;
+    what comes out has the types of the gradients and of the old state.
     """
 
     @functools.wraps(update)
@@ -88,8 +87,8 @@ def with_sharding_types(update: Callable) -> Callable:
         arrays = {i: jnp.asarray(x) for i, x in enumerate(leaves) if hasattr(x, "dtype")}
 
         def of_arrays(arrays):
-            given = jax.tree.unflatten(treedef, [arrays.get(i, x) for i, x in enumerate(leaves)])
-            updates, state, params, extra_args = given
+            given = [arrays.get(i, x) for i, x in enumerate(leaves)]
+            updates, state, params, extra_args = jax.tree.unflatten(treedef, given)
             return update(updates, state, params, **extra_args)
 
         shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))

@@ -10,16 +10,15 @@ from optax_curv.capture.layers import Layers
 from optax_curv.capture.statistics import KroneckerFactors
 from optax_curv.linalg import lapack
 from optax_curv.preconditioners import contracts
-from optax_curv.preconditioners.kronecker_factors import is_silent
-from optax_curv.preconditioners.layerwise import HIGHEST, averaged, layerwise, map_grouped, zero_factors
+from optax_curv.preconditioners.layerwise import HIGHEST, averaged, is_silent, layerwise, map_grouped, zero_factors
 
 
 class Eigenbasis(NamedTuple):
     """Eigenvectors of a layer's factors in their columns; None where the factor is diagonal.
 
     Attributes:
-      input_basis: U_A, float [*stack, rows, rows], or None.
-      output_basis: U_G, float [*stack, out, out], or None.
+      input_basis: U_A, float [*stack, rows, rows].
+      output_basis: U_G, float [*stack, out, out].
     """
 
     input_basis: jax.Array | None
@@ -35,10 +34,10 @@ class ScaleByEKFACState(NamedTuple):
       basis: `Eigenbasis` by layer, identities before the first step.
       moments: running averages of E[(U_Aᵀ a gᵀ U_G)²] by layer, float [*stack, rows, out].
       fallback: state of the transformation for uncovered leaves.
-      total_notfinite: steps skipped for a gradient or statistic that was not finite, int32 [].
+      total_notfinite: steps skipped, int32 [].
     """
 
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: jax.Array  # type: ignore[override]
     factors: dict[str, KroneckerFactors]
     basis: dict[str, Eigenbasis]
     moments: dict[str, jax.Array]
@@ -96,23 +95,26 @@ def out_of_basis(basis, x):
     return rotate(u_g, rotate(u_a, x).mT).mT
 
 
-def _eigen(factors, stacks, sharding):
-    """Eigenvalues and eigenvectors by key, one batch for each width; a diagonal factor's are itself and None."""
-    full = {key: f for key, f in factors.items() if f.ndim == len(stacks[key]) + 2}
-    found = map_grouped(lapack.eigh, {key: stacks[key] for key in full}, full, sharding=sharding)
-    return {key: tuple(found[key]) if key in full else (f, None) for key, f in factors.items()}
+def zero_matrices(present) -> dict[str, jax.Array]:
+    """Zeros [*stack, rows, out] by layer."""
+    return {
+        name: jnp.zeros((*x.layer.stack, x.layer.rows_of_matrix, x.layer.out_dim), x.dtype)
+        for name, x in present.items()
+    }
 
 
 def layer_bases(present, factors, sharding):
-    """(factors' eigenvalues, `Eigenbasis`) by layer."""
+    """(factors' eigenvalues, `Eigenbasis`) by layer; a diagonal factor's are itself and None."""
     stacks = {(name, side): x.layer.stack for name, x in present.items() for side in (0, 1)}
-    eigen = _eigen({key: factors[key[0]][key[1]] for key in stacks}, stacks, sharding)
+    eigen = {key: (factors[key[0]][key[1]], None) for key in stacks}
+    full = {key: f for key, (f, _) in eigen.items() if f.ndim == len(stacks[key]) + 2}
+    eigen |= map_grouped(lapack.eigh, {key: stacks[key] for key in full}, full, sharding=sharding)
     values = {name: (eigen[name, 0][0], eigen[name, 1][0]) for name in present}
     return values, {name: Eigenbasis(eigen[name, 0][1], eigen[name, 1][1]) for name in present}
 
 
 def in_bases(function, present, bases, *columns, sharding):
-    """`function(u_A, u_G, …, *columns)` of every layer, with the two sides of each of the bases; see `map_grouped`."""
+    """`function(u_A, u_G, …, *columns)` of every layer, with the two sides of each of the bases."""
     stacks = {name: x.layer.stack for name, x in present.items()}
     sides = [{name: basis[name][side] for name in present} for basis in bases for side in (0, 1)]
     return map_grouped(function, stacks, *sides, *columns, sharding=sharding)
@@ -127,12 +129,12 @@ def _carried(new_a, new_g, old_a, old_g, moments):
 
 
 def carry_moments(present, moments, old, new, sharding):
-    """Moments of old bases in new ones, as far as a diagonal says: (R_A ∘ R_A) M (R_G ∘ R_G)ᵀ with R = U'ᵀ U."""
+    """Moments in new bases, as far as a diagonal says: (R_A ∘ R_A) M (R_G ∘ R_G)ᵀ with R = U'ᵀ U."""
     return in_bases(_carried, present, (new, old), moments, sharding=sharding)
 
 
 def _change_basis(present, factors, basis, moments, first, sharding):
-    """The factors' eigenbasis and the moments in it: in the first step those of the Kronecker product, s_A s_Gᵀ."""
+    """The factors' eigenbasis and the moments in it; in the first step s_A s_Gᵀ."""
     values, new_basis = layer_bases(present, factors, sharding)
     moved = carry_moments(present, moments, basis, new_basis, sharding)
 
@@ -144,7 +146,7 @@ def _change_basis(present, factors, basis, moments, first, sharding):
 
 
 def identity_basis(method: str, x) -> Eigenbasis:
-    """A layer's basis before any step; refuses a layer of which a leaf is masked, whose statistics do not fit."""
+    """A layer's basis before any step; refuses a layer of which a leaf is masked."""
     layer = x.layer
     if layer.rows_of_matrix != x.whole.rows_of_matrix:
         raise ValueError(f"{method}: layer {layer.name!r} is masked in part; mask all of {x.whole.paths} or none.")
@@ -179,26 +181,22 @@ def scale_by_ekfac(
 
         u = U_A [(U_Aᵀ ∇ U_G) / (M + λ)] U_Gᵀ.
 
-    K-FAC has S_A S_Gᵀ in the place of M; M is the diagonal that is nearest to the Fisher block in this basis. It is
-    measured by the loss's backward pass, in the basis of the state *before* the step:
+    K-FAC has S_A S_Gᵀ in the place of M, the diagonal nearest to the Fisher block in this basis. M is measured by the
+    backward pass, in the basis of the state *before* the step, and new at every step, so that old bases are safe:
 
         capture = optax_curv.value_grad_and_curvature(loss_fn, layers=layers, statistic="eigenbasis")
         value, grads, curvature = capture(params, batch, basis=optax_curv.eigenbasis(opt_state))
 
-    As the moments are new at every step, old bases are safe.
-
     Args:
-      layers: from `find_layers`, or made by hand.
+      layers: see `scale_by_kfac`.
       damping: λ ≥ 0, added to the moments; a number or a schedule.
       decay: weight of the old factors and moments, in [0, 1]; a number or a schedule.
       update_every: steps between averaging statistics in.
-      invert_every: steps between eigendecompositions; the first step always has one. Then the moments are carried into
-        the new basis, as far as their diagonal says. Under `jax.vmap` over a hyper-parameter `lax.cond` computes both
-        branches, so longer periods save nothing there.
-      kl_clip: None, or c: all directions are scaled by min(1, sqrt(c / Σ ⟨u, ∇⟩)), without the learning rate.
-      fallback: transformation for leaves that no layer covers; None refuses them.
-      factor_sharding: None, or a `jax.sharding.NamedSharding` over whose first mesh axes the work on factors and
-        directions is divided, see `scale_by_kfac`.
+      invert_every: steps between eigendecompositions, after each of which the moments are carried into the new basis,
+        as far as their diagonal says. Under `jax.vmap` over a hyper-parameter longer periods save nothing.
+      kl_clip: see `scale_by_kfac`.
+      fallback: see `scale_by_kfac`.
+      factor_sharding: see `scale_by_kfac`.
 
     Returns:
       A transformation whose `update` needs `curvature=`, a dict from layer name to `EigenbasisMoments`. With a
@@ -219,26 +217,17 @@ def scale_by_ekfac(
       [0.25, 1.0]
 
     References:
-      George et al., Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis, 2018, §3 and
-      Algorithm 1. They compute the moments anew after a change of basis; we carry them over, and start from the
-      Kronecker product.
+      George et al. 2018, arXiv:1806.03884, §3 and Algorithm 1. Deviation: moments start from the Kronecker product, and
+      survive a change of basis.
     """
     method = "scale_by_ekfac"
-    for name, value, limits in (
-        ("damping", damping, {"at_least": 0}),
-        ("decay", decay, {"at_least": 0, "at_most": 1}),
-        ("update_every", update_every, {"at_least": 1}),
-        ("invert_every", invert_every, {"at_least": 1}),
-    ):
-        contracts.require_number(method, name, value, **limits)
+    contracts.require_numbers(method, damping=damping, at_least=0)
+    contracts.require_numbers(method, decay=decay, at_least=0, at_most=1)
+    contracts.require_numbers(method, update_every=update_every, invert_every=invert_every, at_least=1)
 
     def init_rule(present):
         basis = {name: identity_basis(method, x) for name, x in present.items()}
-        moments = {
-            name: jnp.zeros((*x.layer.stack, x.layer.rows_of_matrix, x.layer.out_dim), x.dtype)
-            for name, x in present.items()
-        }
-        return {"factors": zero_factors(present), "basis": basis, "moments": moments}
+        return {"factors": zero_factors(present), "basis": basis, "moments": zero_matrices(present)}
 
     def measured(x, value):
         """The moments of one layer's statistic."""
@@ -302,14 +291,14 @@ def ekfac(
 
     Args:
       learning_rate: a number or a schedule.
-      layers: see `scale_by_ekfac`, as for `damping` to `factor_sharding`.
-      damping: λ ≥ 0.
-      decay: weight of the old factors and moments.
-      update_every: steps between averaging statistics in.
-      invert_every: steps between eigendecompositions.
-      kl_clip: None, or the bound of Σ ⟨u, ∇⟩.
-      fallback: transformation for uncovered leaves.
-      factor_sharding: how the work is divided over devices.
+      layers: see `scale_by_ekfac`, as for all up to `factor_sharding`.
+      damping: see there.
+      decay: see there.
+      update_every: see there.
+      invert_every: see there.
+      kl_clip: see there.
+      fallback: see there.
+      factor_sharding: see there.
       momentum: decay of the heavy ball.
       weight_decay: added to the direction, times the parameters, before the momentum.
 
@@ -329,16 +318,7 @@ def ekfac(
       See `scale_by_ekfac`.
     """
     return optax.chain(
-        scale_by_ekfac(
-            layers,
-            damping,
-            decay=decay,
-            update_every=update_every,
-            invert_every=invert_every,
-            kl_clip=kl_clip,
-            fallback=fallback,
-            factor_sharding=factor_sharding,
-        ),
+        contracts.handed_on(scale_by_ekfac, locals()),
         optax.add_decayed_weights(weight_decay),
         optax.trace(momentum),
         optax.scale_by_learning_rate(learning_rate),

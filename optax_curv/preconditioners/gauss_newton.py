@@ -11,12 +11,12 @@ from optax_curv import linalg
 from optax_curv.capture.layers import Layers, layer_leaves, layer_matrix
 from optax_curv.capture.statistics import KroneckerFactors
 from optax_curv.preconditioners import contracts
-from optax_curv.preconditioners.damping import mean_diagonal
+from optax_curv.preconditioners.chain_pieces import with_decay
 from optax_curv.preconditioners.distribution import with_sharding_types
-from optax_curv.preconditioners.kfac_blocks import Blocks
-from optax_curv.preconditioners.kfac_blocks import precondition as preconditioned
-from optax_curv.preconditioners.layer_stacks import LayerStacks
+from optax_curv.preconditioners.kronecker_factors import Blocks, mean_diagonal
+from optax_curv.preconditioners.kronecker_factors import precondition as preconditioned
 from optax_curv.preconditioners.layerwise import (
+    LayerStacks,
     averaged_stacks,
     leaves_by_path,
     match_layers,
@@ -31,15 +31,14 @@ class ScaleByGaussNewtonState(NamedTuple):
 
     Attributes:
       count: steps taken, int32 [].
-      start: where the next solve starts, `warm_start` times the last solution; a tree like the parameters, float32 at
-        least.
+      start: where the next solve starts, `warm_start` times the last solution; like the parameters, float32 at least.
       iterations: iterations of the last step, int32 [].
       returned: number of the iterate that the last step returned, int32 [].
       factors: running averages, a mapping from layer to `KroneckerFactors`; empty without `layers`.
-      total_notfinite: steps skipped for a NaN or an infinity, int32 [].
+      total_notfinite: steps skipped, int32 [].
     """
 
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: jax.Array  # type: ignore[override]
     start: Any
     iterations: jax.Array
     returned: jax.Array
@@ -60,14 +59,13 @@ def scale_by_gauss_newton(
 ) -> optax.GradientTransformationExtraArgs:
     r"""The direction d = (F + λI)⁻¹ g of a curvature that is known only by its products v ↦ F v.
 
-    For models too large for rows or factors: it holds a few vectors of the parameters' size and solves by conjugate
-    gradients for the minimum of the damped quadratic model
+    For models too large for rows or factors: it holds a few vectors of the parameters' size and minimises
 
     .. math::
-      \varphi(d) = \tfrac12 \langle d, (F + \lambda I) d \rangle - \langle g, d \rangle,
+      \varphi(d) = \tfrac12 \langle d, (F + \lambda I) d \rangle - \langle g, d \rangle
 
-    from `warm_start` times the last solution, until an iteration i > k gains less than ε = `tol` of the model's value,
-    averaged over the last k = max(10, i / 10): (φ_i - φ_{i-k}) / φ_i < k ε. F must be positive semi-definite.
+    by conjugate gradients from `warm_start` times the last solution, until an iteration i > k gains less than ε = `tol`
+    of φ, averaged over the last k = max(10, i / 10): (φ_i - φ_{i-k}) / φ_i < k ε. F must be positive semi-definite.
 
     `update` takes the extra arguments
 
@@ -77,28 +75,24 @@ def scale_by_gauss_newton(
     * `diagonal`: a tree like the gradients, not negative, that approximates the diagonal of F (such as the mean of
       squared gradients): the solve is preconditioned by (diagonal + λ) to the power `diagonal_power`;
     * `curvature`: with `layers` only, their statistics (`value_grad_and_curvature`): the solve is preconditioned by
-      K-FAC, whose factors the state averages. Leaves which no layer covers are divided by the mean eigenvalue;
+      K-FAC, whose factors the state averages, and by the mean eigenvalue where no layer covers a leaf;
     * `value_fn`: params ↦ loss, as Optax's line searches take it, for `backtrack` without an objective.
 
-    Iteration i of the solve needs one product with F, two vector products and three vector sums; the warm start one
-    product more.
-
     Args:
-      damping: λ, at least 0; a number or a schedule of the step count.
+      damping: λ, at least 0; a number or a schedule.
       max_iters: most iterations.
       tol: ε, at least 0; with 0 only `max_iters` ends the solve.
       warm_start: what of the last solution the next solve starts from, in [0, 1].
-      backtrack: evaluate the loss L(θ - d_i) at the iterates i = 1, 2, 3, 4, 6, 8, 11, … (each 1.3 times the one
-        before) and the last one, and return the best of them instead of the last. It costs one more vector, and a
-        forward pass for each of these.
+      backtrack: return the best of the iterates i = 1, 2, 3, 4, 6, 8, 11, … (each 1.3 times the one before) and the
+        last one, by the loss L(θ - d_i). It costs one more vector, and these forward passes.
       diagonal_power: of the diagonal preconditioner; 1 is Jacobi's, 3/4 Martens'.
       layers: from `find_layers`; None: no K-FAC factors.
       decay: weight of the old factors in their running averages, in [0, 1]; a number or a schedule.
 
     Returns:
-      A transformation with state `ScaleByGaussNewtonState`. Arithmetic is float32 at least. A NaN or infinity in
-      gradients, statistics or the result, or a gradient whose square is one, gives a zero update, leaves the state as
-      it was and adds one to `total_notfinite`.
+      A transformation with state `ScaleByGaussNewtonState`. Arithmetic is float32 at least. With a NaN or infinity in
+      gradients (or their squares), statistics or the result the update is zero and the state keeps its last value but
+      for `total_notfinite`.
 
     Raises:
       ValueError: numbers out of range; in `init` a leaf that is not real; in `update` a curvature that is missing or
@@ -116,18 +110,13 @@ def scale_by_gauss_newton(
       [3. 4.]
 
     References:
-      Martens, `Deep Learning via Hessian-Free Optimization
-      <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`_, 2010: §4.4 for the stopping rule, §4.5 for
-      the warm start, §4.6 for backtracking (there the search goes back from the last iterate and ends at the first
-      that is worse; here all are compared), §4.7 for the diagonal. Martens & Sutskever, `Training Deep and Recurrent
-      Networks with Hessian-Free Optimization <https://doi.org/10.1007/978-3-642-35289-8_27>`_, 2012, for the decay of
-      the warm start.
+      Martens, Deep Learning via Hessian-Free Optimization, ICML 2010: §4.4 for the stopping rule, §4.5 for the warm
+      start, §4.6 for backtracking (there back from the last iterate to the first that is worse; here all are compared),
+      §4.7 for the diagonal. Martens and Sutskever 2012, doi:10.1007/978-3-642-35289-8_27, for the warm start's decay.
     """
     method = "scale_by_gauss_newton"
-    for name, value in (("damping", damping), ("max_iters", max_iters), ("tol", tol)):
-        contracts.require_number(method, name, value, at_least=0)
-    contracts.require_number(method, "warm_start", warm_start, at_least=0, at_most=1)
-    contracts.require_number(method, "decay", decay, at_least=0, at_most=1)
+    contracts.require_numbers(method, damping=damping, max_iters=max_iters, tol=tol, at_least=0)
+    contracts.require_numbers(method, warm_start=warm_start, decay=decay, at_least=0, at_most=1)
     if layers is not None and not isinstance(layers, Layers):
         raise ValueError(f"{method}: expected layers from optax_curv.find_layers, got a {type(layers).__name__}.")
 
@@ -176,14 +165,14 @@ def scale_by_gauss_newton(
         good = sound & contracts.is_finite(new_updates) & (jnp.isfinite(info.residual_norm) | (info.iterations > 1))
         kept = jnp.where(good, warm_start, 1)
         start = jax.tree.map(lambda d: jnp.asarray(kept, d.dtype) * d, direction)
-        counted = state._replace(
+        old = state._replace(start=None)
+        new = old._replace(
             count=optax.safe_increment(state.count),
-            start=None,
             iterations=info.iterations,
             returned=info.returned,
             factors=factors,
         )
-        new_updates, new_state = contracts.skip_unless(good, new_updates, counted, state._replace(start=None))
+        new_updates, new_state = contracts.skip_unless(good, new_updates, new, old)
         return new_updates, new_state._replace(start=start)
 
     return optax.GradientTransformationExtraArgs(init, with_sharding_types(update))
@@ -283,14 +272,13 @@ def gauss_newton(
     With a learning rate: a chain of `scale_by_gauss_newton`, `optax.add_decayed_weights` and
     `optax.scale_by_learning_rate`.
 
-    With `learning_rate=None`: `adapt_damping` around `scale_by_gauss_newton` and a step of length one, its damping
-    changed at every step by the factor 2/3 or 3/2. `update` then needs `objective=`, `batch=` and `value=` (the loss
-    already computed on the batch).
+    With `learning_rate=None`: `adapt_damping` around `scale_by_gauss_newton` and a step of length one, the damping
+    changed at every step by the factor 2/3 or 3/2. `update` then needs `objective=`, `batch=` and `value=` (the loss).
 
     Args:
       learning_rate: a number or a schedule; None: adaptive damping.
       damping: λ; None: 1e-3, and 1 as the first one of the adaptive damping.
-      max_iters: this and the next up to `decay`: see `scale_by_gauss_newton`.
+      max_iters: see `scale_by_gauss_newton`, as for all up to `decay`.
       tol: see there.
       warm_start: see there.
       backtrack: see there.
@@ -322,24 +310,16 @@ def gauss_newton(
     References:
       Martens 2010, §4.1 for the adaptive damping; else see `scale_by_gauss_newton`.
     """
-    options = {
-        "max_iters": max_iters,
-        "tol": tol,
-        "warm_start": warm_start,
-        "backtrack": backtrack,
-        "diagonal_power": diagonal_power,
-        "layers": layers,
-        "decay": decay,
-    }
+    given = locals()
+
+    def direction(damping):
+        return contracts.handed_on(scale_by_gauss_newton, given | {"damping": damping})
+
     if learning_rate is not None:
-        return optax.chain(
-            scale_by_gauss_newton(1e-3 if damping is None else damping, **options),
-            optax.add_decayed_weights(weight_decay),
-            optax.scale_by_learning_rate(learning_rate),
-        )
+        return with_decay(direction(1e-3 if damping is None else damping), learning_rate, weight_decay)
     refuse_weight_decay("gauss_newton", weight_decay)
 
     def damped(lam):
-        return optax.chain(scale_by_gauss_newton(lam, **options), optax.scale_by_learning_rate(1.0))
+        return optax.chain(direction(lam), optax.scale_by_learning_rate(1.0))
 
     return adapt_damping(damped, 1.0 if damping is None else damping, adapt_every=1, factor=2 / 3)

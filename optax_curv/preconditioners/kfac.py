@@ -10,11 +10,15 @@ import optax
 from optax_curv.capture.layers import Layers
 from optax_curv.capture.statistics import FactorRows, KroneckerFactors
 from optax_curv.preconditioners import contracts, symmetric_pairs
-from optax_curv.preconditioners.damping import RULES
-from optax_curv.preconditioners.diagnostics import LayerDiagnostics
-from optax_curv.preconditioners.kfac_blocks import Blocks, KroneckerInverse, held_to_rows, precondition
-from optax_curv.preconditioners.layer_stacks import LayerStacks
-from optax_curv.preconditioners.layerwise import averaged_stacks, layerwise, zero_stacks
+from optax_curv.preconditioners.kronecker_factors import (
+    RULES,
+    Blocks,
+    KroneckerInverse,
+    LayerDiagnostics,
+    held_to_rows,
+    precondition,
+)
+from optax_curv.preconditioners.layerwise import LayerStacks, averaged_stacks, layerwise, zero_stacks
 from optax_curv.preconditioners.quadratic_model import adapt_damping, refuse_weight_decay, scale_by_quadratic_model
 
 INVERSES = ("cholesky", "eigh", "cg")
@@ -29,16 +33,16 @@ class ScaleByKFACState(NamedTuple):
 
     Attributes:
       count: steps taken, int32 [].
-      stacks: the running averages as stacks of equal shapes, or pairs of them and their inverses where a
-        later step needs these: not under inverse="cg", nor where invert_every is the Python number 1.
+      stacks: the running averages as stacks of equal shapes, or pairs of them and their inverses where a later step
+        needs these: not under inverse="cg", nor where invert_every is the Python number 1.
       moved: whether the factors have changed since they were inverted, bool [].
       stale: whether the next step inverts out of turn, bool [].
       diagnostics: `LayerDiagnostics` of the layers in the order of `factors`; zeros under inverse="cg".
       fallback: state of the transformation for uncovered leaves.
-      total_notfinite: steps skipped for a gradient or statistic that was not finite, int32 [].
+      total_notfinite: steps skipped, int32 [].
     """
 
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: jax.Array  # type: ignore[override]
     stacks: LayerStacks
     moved: jax.Array
     stale: jax.Array
@@ -59,7 +63,7 @@ class ScaleByKFACState(NamedTuple):
 
 
 class _Pairs(NamedTuple):
-    """The two sides of a stack of layers, each a pair of factor and inverse, and how often averaged.
+    """Factor and inverse of each side of a stack of layers, and how often averaged.
 
     Full ones are `symmetric_pairs`; diagonal ones are [layers, 2, 1, d], whose rank tells them from those.
     """
@@ -125,35 +129,32 @@ def scale_by_kfac(
 
         u = (A + d_A I)⁻¹ ∇ (G + d_G I)⁻¹.
 
-    `update(grads, state, params, curvature=curvature)` takes the statistics of the same step. Between inversions the
-    directions are checked against the *current* factors: a direction longer than the minimiser of its layer's own
-    quadratic model along it is cut to that minimiser, and where the two differ by more than a factor of two the next
-    step inverts out of turn. So long periods are safe, also early on, when the factors move fast.
+    `update(grads, state, params, curvature=curvature)` takes the statistics of the same step. Between inversions a
+    direction that is longer than the minimiser of its layer's *current* quadratic model along it is cut to that, and
+    where the two differ by more than a factor of two the next step inverts out of turn. So long periods are safe.
 
     With ``statistic="rows"`` the layers' rows come in the place of factors, which are made of them only in the steps
-    that average them in. Then every direction is held to what the step's own rows say of it, ⟨u, F u⟩ = N Σ_r
-    (a_rᵀ U ḡ_r)² over some 64 of them, which costs far less than the factors and keeps a period of 20 safe. The rows
-    must be those of the whole batch: within `jax.shard_map` and over micro-batches give factors, which can be averaged.
+    that average them in. Every direction is held to what some 64 of the step's own rows say of it,
+    ⟨u, F u⟩ = N Σ_r (a_rᵀ U ḡ_r)², which costs far less and keeps a period of 20 safe. The rows must be those of the
+    whole batch: within `jax.shard_map` and over micro-batches give factors, which can be averaged.
 
     Args:
       layers: from `find_layers`, or made by hand.
       damping: λ ≥ 0 of each block; a number or a schedule. A layer whose statistics have all been zero stays still.
-      decay: weight of the old factors in the running averages, in [0, 1]; a number or a schedule. Factors that are
-        still zero are replaced.
-      damping_rule: "pi" (d_A = π√λ, d_G = √λ/π with π² = (tr A/d_A)/(tr G/d_G)) or "trace"
-        (max(λ · tr(F)/dim, 1e-10) for each factor F). An element-wise scale or shift takes all of λ at G.
-      inverse: "cholesky", "eigh" (slower, for factors that are far from definite), or "cg" (no inverses: conjugate
-        gradients at every step; for layers too wide to factorise).
+      decay: weight of the old factors in the averages, in [0, 1]; a number or a schedule. Zero factors are replaced.
+      damping_rule: "pi" (d_A = π√λ, d_G = √λ/π with π² = (tr A/d_A)/(tr G/d_G)) or "trace" (max(λ · tr(F)/dim, 1e-10)
+        for each factor F). An element-wise scale or shift takes all of λ at G.
+      inverse: "cholesky", "eigh" (slower, for factors that are far from definite), or "cg" (conjugate gradients at
+        every step, for layers too wide to factorise).
       update_every: steps between averaging statistics in; None: 1, or `invert_every` where the statistics are rows.
       invert_every: steps between inversions; the first step always inverts. The Python number 1, the default, keeps no
-        inverses in the state, which halves it. Under `jax.vmap` over a hyper-parameter `lax.cond` computes both
-        branches, so longer periods save nothing there. Without effect under "cg".
-      kl_clip: None, or c: all directions are scaled by min(1, sqrt(c / Σ ⟨u, ∇⟩)), the sum over all layers and
-        without the learning rate.
+        inverses in the state, which halves it. Under `jax.vmap` over a hyper-parameter longer periods save nothing.
+        Without effect under "cg".
+      kl_clip: None, or c: all directions are scaled by min(1, sqrt(c / Σ ⟨u, ∇⟩)), the sum over all layers.
       fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`; None refuses them.
       factor_sharding: None, or a `jax.sharding.NamedSharding` whose first entry names mesh axes, such as
-        ``NamedSharding(mesh, PartitionSpec(("data", "model")))``. Factors of equal widths are then inverted and applied
-        on their devices in turn, and kept divided along the first axis that the number of devices divides.
+        ``NamedSharding(mesh, PartitionSpec(("data", "model")))``. Their devices invert and apply factors of equal
+        widths in turn, and keep them divided along the first axis that their number divides.
 
     Returns:
       A transformation whose `update` needs `curvature=`, a dict from layer name to an object with input_factor and
@@ -161,34 +162,30 @@ def scale_by_kfac(
 
     Raises:
       ValueError: for an unknown choice or a number out of range; in `init` and `update` for layers of another model,
-        uncovered leaves without `fallback`, and a curvature that is missing or does not match the layers.
+        uncovered leaves without `fallback`, and a curvature that is missing or does not fit.
 
     Examples:
       >>> import jax.numpy as jnp, optax_curv
       >>> layer = optax_curv.Layer("dense", "dense", "['w']", None, in_dim=2, out_dim=1)
       >>> tx = optax_curv.scale_by_kfac(optax_curv.Layers([layer]), damping=0.0)
-      >>> params = {"w": jnp.zeros((2, 1))}
-      >>> state = tx.init(params)
+      >>> params = {"w": jnp.ones((2, 1))}
       >>> statistic = optax_curv.KroneckerFactors(jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(1), jnp.int32(1))
-      >>> updates, state = tx.update({"w": jnp.ones((2, 1))}, state, params, curvature={"dense": statistic})
+      >>> updates, state = tx.update(params, tx.init(params), params, curvature={"dense": statistic})
       >>> updates["w"].ravel().tolist()
       [0.25, 1.0]
 
     References:
-      Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, 2015: eq. (1), §5,
-      §6.3. Grosse and Martens, A Kronecker-factored Approximate Fisher Matrix for Convolution Layers, 2016. The KL clip
-      is Ba et al., Distributed Second-Order Optimization using Kronecker-Factored Approximations, 2017, §5, without
-      the learning rate. The check of stale inverses is ours.
+      Martens and Grosse 2015, arXiv:1503.05671, eq. (1), §5, §6.3. Grosse and Martens 2016, arXiv:1602.01407, for
+      convolutions. The KL clip is that of Ba, Grosse and Martens, ICLR 2017, §5, without the learning rate. The check
+      of stale inverses is ours.
     """
     method = "scale_by_kfac"
     contracts.require_choice(method, "damping_rule", damping_rule, RULES)
     contracts.require_choice(method, "inverse", inverse, INVERSES)
     if damping_rule == "pi":  # the floor of "trace" acts on the product, so that any number is meaningful
-        contracts.require_number(method, "damping", damping, at_least=0)
-    contracts.require_number(method, "decay", decay, at_least=0, at_most=1)
-    if update_every is not None:
-        contracts.require_number(method, "update_every", update_every, at_least=1)
-    contracts.require_number(method, "invert_every", invert_every, at_least=1)
+        contracts.require_numbers(method, damping=damping, at_least=0)
+    contracts.require_numbers(method, decay=decay, at_least=0, at_most=1)
+    contracts.require_numbers(method, update_every=update_every, invert_every=invert_every, at_least=1)
     always = isinstance(invert_every, int) and invert_every == 1  # then no step needs the inverses of an earlier one
 
     def init_rule(present):
@@ -277,7 +274,7 @@ def kfac(
     With a learning rate: a chain of `scale_by_kfac`, `optax.add_decayed_weights`, `optax.trace` and
     `optax.scale_by_learning_rate`.
 
-    With `learning_rate=None`, the adaptive mode: `adapt_damping` around a chain of `scale_by_kfac` and
+    With `learning_rate=None`, the adaptive mode: `adapt_damping` around `scale_by_kfac` and
     `scale_by_quadratic_model`. Step size and momentum minimise the objective's quadratic model at every step, and its
     damping λ follows how well it foretells the change of the objective. K-FAC is damped by 0.03 λ: its (A + π√λ I) ⊗
     (G + √λ/π I) exceeds A ⊗ G + λI by terms in √λ, and the model sets the length of the step whatever the direction.
@@ -286,16 +283,16 @@ def kfac(
 
     Args:
       learning_rate: a number or a schedule; None for the adaptive mode.
-      layers: see `scale_by_kfac`, as for `damping` to `factor_sharding`.
-      damping: λ ≥ 0; None: 1e-3, and 0.1 as the first one of the adaptive mode.
-      decay: weight of the old factors.
-      damping_rule: "pi" or "trace".
-      inverse: "cholesky", "eigh" or "cg".
-      update_every: steps between averaging statistics in; None: 1, or `invert_every` where the statistics are rows.
-      invert_every: steps between inversions; None: 20, and 10 in the adaptive mode.
-      kl_clip: None, or the bound of Σ ⟨u, ∇⟩.
-      fallback: transformation for uncovered leaves.
-      factor_sharding: how the work is divided over devices.
+      layers: see `scale_by_kfac`, as for all up to `factor_sharding`.
+      damping: see there; None: 1e-3, and 0.1 as the first one of the adaptive mode.
+      decay: see there.
+      damping_rule: see there.
+      inverse: see there.
+      update_every: see there.
+      invert_every: see there; None: 20, and 10 in the adaptive mode.
+      kl_clip: see there.
+      fallback: see there.
+      factor_sharding: see there.
       momentum: decay of the heavy ball; without effect in the adaptive mode.
       weight_decay: added to the direction, times the parameters, before the momentum.
 
@@ -306,33 +303,28 @@ def kfac(
       ValueError: as `scale_by_kfac`; and for a weight decay in the adaptive mode, whose model would not know of it.
 
     Examples:
-      >>> import jax.numpy as jnp, optax, optax_curv
+      >>> import jax.numpy as jnp, optax_curv
       >>> layer = optax_curv.Layer("dense", "dense", "['w']", None, in_dim=2, out_dim=1)
       >>> tx = optax_curv.kfac(0.1, optax_curv.Layers([layer]), damping=0.0)
       >>> params = {"w": jnp.ones((2, 1))}
-      >>> statistic = optax_curv.KroneckerFactors(2 * jnp.eye(2), jnp.eye(1), jnp.int32(1))
-      >>> grads = {"w": 2 * params["w"]}
-      >>> updates, state = tx.update(grads, tx.init(params), params, curvature={"dense": statistic})
-      >>> print(optax.apply_updates(params, updates)["w"].ravel())
-      [0.9 0.9]
+      >>> statistic = optax_curv.KroneckerFactors(jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(1), jnp.int32(1))
+      >>> updates, state = tx.update(params, tx.init(params), params, curvature={"dense": statistic})
+      >>> print(updates["w"].ravel())
+      [-0.025 -0.1 ]
 
     References:
       Martens and Grosse 2015, §6.4, §6.5 and §7 for the adaptive mode, whose §6.6 searches for K-FAC's own damping
       where here it is a part of λ; else see `scale_by_kfac`.
     """
-    options = {
-        "decay": decay,
-        "damping_rule": damping_rule,
-        "inverse": inverse,
-        "update_every": update_every,
-        "invert_every": invert_every if invert_every is not None else 10 if learning_rate is None else 20,
-        "kl_clip": kl_clip,
-        "fallback": fallback,
-        "factor_sharding": factor_sharding,
-    }
-    if learning_rate is not None:
+    given, adaptive = locals(), learning_rate is None
+    period = invert_every if invert_every is not None else 10 if adaptive else 20
+
+    def direction(damping):
+        return contracts.handed_on(scale_by_kfac, given | {"damping": damping, "invert_every": period})
+
+    if not adaptive:
         return optax.chain(
-            scale_by_kfac(layers, 1e-3 if damping is None else damping, **options),
+            direction(1e-3 if damping is None else damping),
             optax.add_decayed_weights(weight_decay),
             optax.trace(momentum),
             optax.scale_by_learning_rate(learning_rate),
@@ -340,7 +332,51 @@ def kfac(
     refuse_weight_decay("kfac", weight_decay)
 
     def damped(lam):
-        direction = scale_by_kfac(layers, ADAPTIVE_SHARE * lam, **options)
-        return optax.chain(direction, scale_by_quadratic_model(lam), optax.scale_by_learning_rate(1.0))
+        pieces = direction(ADAPTIVE_SHARE * lam), scale_by_quadratic_model(lam)
+        return optax.chain(*pieces, optax.scale_by_learning_rate(1.0))
 
     return adapt_damping(damped, 0.1 if damping is None else damping)
+
+
+def layer_diagnostics(opt_state) -> str:
+    """A table of the K-FAC layers in an optimizer's state: damping, condition, trace and model ratios.
+
+    `LayerDiagnostics`, the `diagnostics` of that state, defines the figures. A damping above the one asked for, or a
+    condition near the inverse of the machine epsilon, tells of a factor that is hardly definite; a model ratio far from
+    1 of stale inverses.
+
+    Args:
+      opt_state: the state of `scale_by_kfac`, alone or anywhere within the state of a chain, outside `jax.jit`.
+
+    Returns:
+      The table, one line a layer; print it.
+
+    Raises:
+      ValueError: if the state holds no such diagnostics.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_curv
+      >>> layer = optax_curv.Layer("dense", "dense", "['w']", None, in_dim=2, out_dim=1)
+      >>> tx = optax_curv.kfac(0.1, optax_curv.Layers([layer]), damping=1.0)
+      >>> params = {"w": jnp.ones((2, 1))}
+      >>> statistic = optax_curv.KroneckerFactors(jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(1), jnp.int32(1))
+      >>> updates, state = tx.update(params, tx.init(params), params, curvature={"dense": statistic})
+      >>> print(optax_curv.layer_diagnostics(state))
+      layer  input_damping  output_damping  input_condition  output_condition  trace_ratio  model_ratio
+      dense  1.58           0.632           2.16             1                 2.5          1
+    """
+
+    def is_kfac(x):
+        return isinstance(getattr(x, "diagnostics", None), LayerDiagnostics)
+
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_kfac) if is_kfac(x)]
+    if not found:
+        raise ValueError(
+            "layer_diagnostics: expected the state of scale_by_kfac, found no diagnostics of layers in it."
+        )
+    rows = [("layer", *LayerDiagnostics._fields)]
+    for state in found:
+        for name, *figures in sorted(zip(state.factors, *state.diagnostics, strict=True), key=lambda row: row[0]):
+            rows.append((name, *(f"{float(figure):.3g}" for figure in figures)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

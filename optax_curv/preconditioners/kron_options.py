@@ -1,4 +1,4 @@
-"""The options of Kronecker PSGD, what is refused, and the layout they give a tree."""
+"""The options of Kronecker PSGD, what it refuses, and the layout of a tree."""
 
 import math
 from typing import Any, NamedTuple
@@ -47,24 +47,30 @@ class Options(NamedTuple):
 
 def check_options(options: Options):
     """Refuses what cannot be, by name."""
-    require_choice, require_number = contracts.require_choice, contracts.require_number
-    require_choice(METHOD, "geometry", options.geometry, kron_geometries.GEOMETRIES)
-    require_choice(METHOD, "criterion", options.criterion, ("whitening", "newton"))
-    require_choice(METHOD, "whiten", options.whiten, ("gradient", "momentum"))
-    for name in ("precond_lr", "init_scale", "max_dense_dim", "block_size"):
-        require_number(METHOD, name, getattr(options, name), above=0)
-    for name in ("b1", "update_probability", "lipschitz_decay"):
-        require_number(METHOD, name, getattr(options, name), at_least=0, at_most=1)
-    for name in ("damping", "max_skew", "eps"):
-        require_number(METHOD, name, getattr(options, name), at_least=0)
+    contracts.require_choice(METHOD, "geometry", options.geometry, kron_geometries.GEOMETRIES)
+    check_fit(METHOD, options)
+    contracts.require_numbers(METHOD, max_dense_dim=options.max_dense_dim, block_size=options.block_size, above=0)
+    contracts.require_numbers(METHOD, max_skew=options.max_skew, eps=options.eps, at_least=0)
     require_sharding(METHOD, options.factor_sharding)
     for name in ("block_size", "stacked"):
         structural(METHOD, name, getattr(options, name))
-    if options.criterion == "newton" and (options.geometry == "right_triangular" or options.whiten == "momentum"):
+    if options.criterion == "newton" and options.geometry == "right_triangular":
         raise ValueError(
-            f"{METHOD}: criterion='newton' fits P to Hessian-vector products, which geometry={options.geometry!r} with "
-            f"whiten={options.whiten!r} does not; use another geometry and whiten='gradient'."
+            f"{METHOD}: criterion='newton' fits P to Hessian-vector products, which geometry='right_triangular' does "
+            "not; use another geometry."
         )
+
+
+def check_fit(method: str, options):
+    """Refuses what neither Kronecker nor low-rank PSGD can fit."""
+    contracts.require_choice(method, "criterion", options.criterion, ("whitening", "newton"))
+    contracts.require_choice(method, "whiten", options.whiten, ("gradient", "momentum"))
+    contracts.require_numbers(method, precond_lr=options.precond_lr, init_scale=options.init_scale, above=0)
+    for name in ("b1", "update_probability", "lipschitz_decay"):
+        contracts.require_numbers(method, **{name: getattr(options, name)}, at_least=0, at_most=1)
+    contracts.require_numbers(method, damping=options.damping, at_least=0)
+    if options.criterion == "newton" and options.whiten == "momentum":
+        raise ValueError(f"{method}: criterion='newton' fits P to Hessian-vector products; use whiten='gradient'.")
 
 
 def _pieces(options, tree):
@@ -100,8 +106,8 @@ def layout_of_state(options: Options, grads, state) -> kron_layout.Layout:
         factors = treedef.flatten_up_to(state.factors)
     except ValueError as error:
         raise ValueError(
-            f"{METHOD}: the gradients' tree differs from that of the state's factors, which init made from the "
-            f"parameters: got {treedef}; {error}"
+            f"{METHOD}: the gradients' tree differs from that of the state's factors, made by init: got {treedef}; "
+            f"{error}"
         ) from None
 
     def with_kinds(path, pieces, factors):

@@ -1,8 +1,9 @@
 """What layer-wise methods share: finding the layers' leaves, reading their statistics, one call for equal shapes."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,8 +15,10 @@ from optax_curv.capture.statistics import FactorRows, KroneckerFactors, factors_
 from optax_curv.preconditioners import contracts
 from optax_curv.preconditioners.axis_factors import running_weight
 from optax_curv.preconditioners.distribution import as_kept, divided, require_sharding, with_sharding_types
-from optax_curv.preconditioners.kronecker_factors import HIGHEST, average_factors, is_silent
-from optax_curv.preconditioners.layer_stacks import LayerStacks, layout_of
+
+HIGHEST = jax.lax.Precision.HIGHEST
+# A stack is a tuple of (layer's name, shape of its own leading axes).
+Layout = tuple[tuple[tuple[str, tuple[int, ...]], ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,7 @@ class PresentLayer:
         return slice(first, self.whole.in_dim + (self.layer.bias is not None))
 
     def statistic(self, method: str, value) -> tuple[jax.Array, jax.Array]:
-        """Input and output factor of one layer's statistic, in the shapes of `layer.factor_shapes`."""
+        """Input and output factor of the layer's statistic, in the shapes of `layer.factor_shapes`."""
         whole, stack = self.whole, self.whole.stack
         if isinstance(value, FactorRows):
             self._require_rows(method, value)
@@ -49,21 +52,18 @@ class PresentLayer:
                 f"{method}: the statistic of layer {whole.name!r} is a {type(value).__name__}, expected one with "
                 "input_factor and output_factor as optax_curv.value_grad_and_curvature makes."
             )
-        factors = []
-        for what, factor, width in (
-            ("input_factor", value.input_factor, whole.rows_of_matrix),
-            ("output_factor", value.output_factor, whole.out_dim),
-        ):
-            if jnp.shape(factor) not in ((*stack, width, width), (*stack, width)):
+        widths = {"input_factor": whole.rows_of_matrix, "output_factor": whole.out_dim}
+        for what, width in widths.items():
+            shape, full, diagonal = jnp.shape(getattr(value, what)), (*stack, width, width), (*stack, width)
+            if shape not in (full, diagonal):
                 raise ValueError(
-                    f"{method}: the {what} of layer {whole.name!r} has shape {jnp.shape(factor)}, expected "
-                    f"{(*stack, width, width)} or its diagonal {(*stack, width)}."
+                    f"{method}: the {what} of layer {whole.name!r} has shape {shape}, expected {full} or its diagonal "
+                    f"{diagonal}."
                 )
-            factors.append(jnp.asarray(factor, self.dtype))
+        a, g = (jnp.asarray(getattr(value, what), self.dtype) for what in widths)
         rows = self.own_rows
-        full = factors[0].ndim == len(stack) + 2
-        factors[0] = factors[0][..., rows, rows] if full else factors[0][..., rows]
-        return tuple(map(_in_shape, factors, self.layer.factor_shapes))
+        a = a[..., rows, rows] if a.ndim == len(stack) + 2 else a[..., rows]
+        return tuple(map(_in_shape, (a, g), self.layer.factor_shapes))
 
     def _require_rows(self, method, value):
         for what, rows, width in (
@@ -91,8 +91,7 @@ def _is_gap(leaf):
 
 def leaves_by_path(tree) -> dict:
     """Leaves by key path as `jax.tree_util.keystr` writes it; None and optax.MaskedNode count as leaves."""
-    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_gap)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in flat}
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=_is_gap)}
 
 
 def match_layers(method: str, layers: Layers, tree, uncovered_allowed: bool) -> dict[str, PresentLayer]:
@@ -150,6 +149,94 @@ def read_curvature(method: str, layers: Layers, curvature) -> Mapping:
     return curvature
 
 
+def layout_of(present: Mapping) -> Layout:
+    """The stacks that hold the present layers, one for each kind of layer."""
+    kinds: dict = {}
+    for name in sorted(present):
+        layer = present[name].layer
+        shapes = tuple(shape[len(layer.stack) :] for shape in layer.factor_shapes)
+        kind = (shapes, layer.rows_of_matrix, present[name].dtype, layer.kind in ("scale", "shift"))
+        kinds.setdefault(kind, []).append((name, layer.stack))
+    return tuple(map(tuple, kinds.values()))
+
+
+class LayerStacks(Mapping):
+    """Pytrees of arrays by layer, kept as stacks of equal shapes.
+
+    As a mapping it cuts a layer's own arrays [*stack, ...] out of its stack. Compiled programs keep to `groups`: XLA
+    compiles one kernel for each such cut.
+
+    Attributes:
+      layout: what lies where.
+      groups: one pytree a stack, its arrays [layers, ...].
+    """
+
+    def __init__(self, layout: Layout, groups):
+        self.layout, self.groups = layout, tuple(groups)
+
+    @classmethod
+    def of(cls, layout: Layout, values: Mapping[str, Any]) -> "LayerStacks":
+        """Stacks of the layers' pytrees of arrays [*stack, ...]."""
+
+        def group(entries):
+            rows = [
+                jax.tree.map(lambda x, stack=stack: x.reshape(math.prod(stack), *x.shape[len(stack) :]), values[name])
+                for name, stack in entries
+            ]
+            return rows[0] if len(rows) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
+
+        return cls(layout, map(group, layout))
+
+    def map(self, function: Callable, *others: "LayerStacks") -> "LayerStacks":
+        """`function` of each stack's pytrees."""
+        return LayerStacks(self.layout, map(function, self.groups, *(other.groups for other in others)))
+
+    def __getitem__(self, name: str):
+        for entries, group in zip(self.layout, self.groups, strict=True):
+            ends = itertools.accumulate(math.prod(stack) for _, stack in entries)
+            for (own, stack), end in zip(entries, ends, strict=True):
+                if own == name:
+                    part = slice(end - math.prod(stack), end)
+                    return jax.tree.map(lambda x: x[part].reshape(*stack, *x.shape[1:]), group)  # noqa: B023
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for entries in self.layout for name, _ in entries)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.layout))
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, LayerStacks) and (self.layout, self.groups) == (other.layout, other.groups)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+jax.tree_util.register_pytree_with_keys(
+    LayerStacks,
+    lambda stacks: ([(jax.tree_util.SequenceKey(i), group) for i, group in enumerate(stacks.groups)], stacks.layout),
+    LayerStacks,
+)
+
+
+def is_silent(statistic, batch: int = 0) -> jax.Array:
+    """Whether a statistic is zero, or too small for arithmetic: bool of its first `batch` axes."""
+    axes = tuple(range(batch, statistic.ndim))
+    return jnp.max(jnp.abs(statistic), axis=axes, initial=0) < jnp.finfo(statistic.dtype).tiny
+
+
+def average_factors(factors: KroneckerFactors, new_input, new_output, decay) -> KroneckerFactors:
+    """Averages decay · old + (1 - decay) · new, or takes the new factors where the old ones are zero."""
+    # They are while nothing reaches a layer: averaged in, zeros would make its first factors too small, steps too long.
+
+    def average(old, new):
+        return jnp.where(is_silent(old), new, decay * old + (1 - decay) * new).astype(old.dtype)
+
+    return KroneckerFactors(
+        average(factors.input_factor, new_input), average(factors.output_factor, new_output), factors.count + 1
+    )
+
+
 def zero_factors(present) -> dict[str, KroneckerFactors]:
     """Factors of the layers before any step."""
 
@@ -164,8 +251,7 @@ def averaged_stacks(method, present, factors: LayerStacks, count, curvature, dec
     """The factors with this step's statistics averaged in, and whether those are sound; if not, or not good, as before.
 
     The weight of the newest of k is (1 - decay) / (1 - decayᵏ), so that the first batch stays no heavier than the
-    others. A layer whose factors are still zero starts with what comes; where a statistic is zero nothing was seen of
-    the layer, and its factors stay as they are.
+    others. Factors that are still zero start with what comes; a statistic that is zero leaves them as they are.
     """
     given = {name: x.statistic(method, curvature[name]) for name, x in present.items()}
     given = LayerStacks.of(factors.layout, given)
@@ -212,8 +298,8 @@ def averaged(method, present, state, curvature, decay, update_every) -> dict[str
 def map_grouped(function: Callable, stacks: Mapping[Any, tuple], *columns: Mapping[Any, Any], sharding=None) -> dict:
     """Maps a function over every key's arrays [*stack, ...], with one call for all keys of equal trailing shapes.
 
-    `function` sees one leading axis: the slices of every layer of the group, one after the other. A column may hold
-    None. With `sharding` the devices divide that axis among them.
+    `function` sees one leading axis, the slices of every layer of the group, which the devices of `sharding` divide
+    among them. A column may hold None.
     """
     function = divided(function, sharding)
     groups: dict = {}
@@ -237,28 +323,22 @@ def map_grouped(function: Callable, stacks: Mapping[Any, tuple], *columns: Mappi
     return {key: results[key] for key in stacks}
 
 
-def kron_product(left: jax.Array, x: jax.Array, right: jax.Array) -> jax.Array:
-    """L X R for a batch of matrices [B, m, n], each factor full [B, d, d] or diagonal [B, d], symmetric."""
-    x = jnp.matmul(left, x, precision=HIGHEST) if left.ndim == 3 else left[..., None] * x
-    return jnp.matmul(x, right, precision=HIGHEST) if right.ndim == 3 else x * right[..., None, :]
-
-
 def layerwise(method, layers, state_type, init_rule, update_rule, *, kl_clip, fallback, factor_sharding):
     """The transformation of a rule that acts on layers seen as matrices.
 
     Args:
       method: name for error messages.
-      layers: `Layers`.
+      layers: see `scale_by_kfac`, as for the last three.
       state_type: NamedTuple with the fields count, fallback, total_notfinite and the rule's.
       init_rule: dict of `PresentLayer` -> the rule's fields.
       update_rule: (present, state, matrices, curvature, good) -> (directions by layer, new fields of the state, those
-        fields that it has kept itself where the step is not good, good); `good`, bool [], says whether gradients are
-        finite, and what comes back whether statistics are, too.
-      kl_clip: None or c: the directions are scaled by min(1, sqrt(c / Σ ⟨direction, gradient⟩)).
-      fallback: transformation for the leaves that no layer covers, or None.
-      factor_sharding: how the state keeps the rule's fields, see `distribution`.
+        which it has kept itself where the step is not good, good); the first `good`, bool [], says whether gradients
+        are finite, the last whether statistics are, too.
+      kl_clip: see there.
+      fallback: see there.
+      factor_sharding: see there.
     """
-    contracts.require_number(method, "kl_clip", kl_clip, above=0)
+    contracts.require_numbers(method, kl_clip=kl_clip, above=0)
     require_sharding(method, factor_sharding)
     if not isinstance(layers, Layers):
         raise ValueError(f"{method}: expected layers from optax_curv.find_layers, got a {type(layers).__name__}.")

@@ -1,5 +1,6 @@
-"""Linear maps P from a D-dimensional state space into parameter space: drawn in chunks, orthonormal, or given."""
+"""Linear maps P from a D-dimensional state space into parameter space: drawn, orthonormal, or given."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,12 +13,10 @@ from optax_curv import linalg
 
 PROJECTIONS = ("gaussian", "fixed", "orthonormal")
 
-# Entries of P that exist at once while it is drawn: 16 MiB of float32, a few times that with the generator's own
-# temporaries. Large enough that a chunk costs much more than the loop around it.
+# Entries of P that exist at once while it is drawn: 16 MiB of float32, so that a chunk costs much more than its loop.
 CHUNK_ENTRIES = 2**22
-
-# From this many rows a column on, a Gaussian matrix has condition number about (1 + 1/2) / (1 - 1/2) = 3 at most, so
-# one Cholesky QR is orthonormal within a few roundings. Below it P is small and is made whole for a Householder QR.
+# From this many rows a column on, a Gaussian matrix has a condition number of about (1 + 1/2) / (1 - 1/2) = 3 at most,
+# and one Cholesky QR is orthonormal within a few roundings. Below, P is made whole for a Householder QR.
 TALL = 4
 
 
@@ -36,16 +35,10 @@ class Projection(NamedTuple):
 
 
 def gaussian(key, like, dimension: int, dtype) -> Projection:
-    """P with entries N(0, 1/D), never whole: every pass draws the same chunks of rows again from `key`.
-
-    Args:
-      key: a typed PRNG key.
-      like: a tree of the parameters' shapes.
-      dimension: D, at least 1.
-      dtype: of the entries and the products.
-    """
-    shapes, treedef = [jnp.shape(leaf) for leaf in jax.tree.leaves(like)], jax.tree.structure(like)
-    sizes = [int(np.prod(shape)) for shape in shapes]
+    """P with entries N(0, 1/D), never whole: every pass draws the same chunks of rows again from the typed `key`."""
+    leaves, treedef = jax.tree.flatten(like)
+    shapes = list(map(jnp.shape, leaves))
+    sizes = list(map(math.prod, shapes))
 
     def groups():
         """For leaves of one size, which share a loop: their places, and what names each chunk."""
@@ -125,11 +118,7 @@ def dense(matrix, like) -> Projection:
 
 
 def explicit(method: str, projection, like, dimension: int, dtype) -> Projection:
-    """The map a caller gave: [n, D] over `jax.tree.leaves` order, or a tree of [*leaf.shape, D].
-
-    Raises:
-      ValueError: if its shapes do not fit the parameters and D.
-    """
+    """The map a caller gave: [n, D] over `jax.tree.leaves` order, or a tree of [*leaf.shape, D]."""
     size = sum(leaf.size for leaf in jax.tree.leaves(like))
     expected = jax.tree.map(lambda leaf: (*leaf.shape, dimension), like)
     got = jax.tree.map(jnp.shape, projection)
@@ -143,7 +132,7 @@ def explicit(method: str, projection, like, dimension: int, dtype) -> Projection
 
 
 def _orthonormal(pull, push, dimension, dtype) -> Projection:
-    """A map already known to have orthonormal columns, its own factor Q."""
+    """A map with orthonormal columns, its own factor Q."""
     columns = Projection(pull, push, lambda: (columns, jnp.eye(dimension, dtype=dtype)))
     return columns
 

@@ -21,10 +21,10 @@ class ScaleByQuadraticModelState(NamedTuple):
       count: steps taken, int32 [].
       previous: the previous update, a tree like the parameters.
       coefficients: step size and momentum of the last step, float32 [2].
-      total_notfinite: steps skipped because something was not finite, int32 [].
+      total_notfinite: steps skipped, int32 [].
     """
 
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: jax.Array  # type: ignore[override]
     previous: optax.Updates
     coefficients: jax.Array
     total_notfinite: jax.Array
@@ -38,10 +38,10 @@ class AdaptDampingState(NamedTuple):
       damping: the damping of the next step, float32 [].
       reduction_ratio: actual over predicted change of the objective when damping was last judged, float32 []; 1 before.
       inner: state of the damped transformation.
-      total_notfinite: steps skipped because something was not finite, int32 [].
+      total_notfinite: steps skipped, int32 [].
     """
 
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: jax.Array  # type: ignore[override]
     damping: jax.Array
     reduction_ratio: jax.Array
     inner: optax.OptState
@@ -78,7 +78,7 @@ def _minimizer(slopes, curvature):
 
     (first, mixed), (_, second) = curvature
     along = quotient(mixed, first, 0)
-    # What is left of the second direction once the first is taken out; where that is only rounding, it is left out.
+    # What the second direction adds to the first; where that is only rounding, it is left out.
     rest = second - along * mixed
     momentum = quotient(slopes[1] - along * slopes[0], rest, 100 * jnp.finfo(rest.dtype).eps * second)
     return jnp.stack([quotient(slopes[0], first, 0) - along * momentum, momentum])
@@ -91,17 +91,17 @@ def scale_by_quadratic_model(damping=1e-3) -> optax.GradientTransformationExtraA
 
       L(θ − α p − μ v) ≈ L − ⟨∇L, α p + μ v⟩ + ½ ⟨α p + μ v, (C + λ I)(α p + μ v)⟩,
 
-    where C is the Gauss-Newton matrix of the batch (plus the regularizer's Hessian) and λ the damping. It costs the
-    forward pass and two Jacobian products a step; slopes come from the same products. It replaces learning rate and
-    momentum: follow it with ``optax.scale_by_learning_rate(1.0)``. A first step, or a v parallel to p, has μ = 0.
+    with C the Gauss-Newton matrix of the batch (plus the regularizer's Hessian) and λ the damping, at the cost of a
+    forward pass and two Jacobian products. It replaces learning rate and momentum: follow it with
+    ``optax.scale_by_learning_rate(1.0)``. A first step, or a v parallel to p, has μ = 0.
 
     Args:
-      damping: λ ≥ 0, a number, array, tracer, or a schedule of the step count.
+      damping: λ ≥ 0, a number or a schedule.
 
     Returns:
-      A transformation whose ``update(updates, state, params, *, objective, batch)`` takes an `optax_curv.Objective` and
-      ``batch=(inputs, targets)``, and a mask or weights as ``weights=`` if there are any. If updates, slopes or
-      curvature are not finite the update is zero and the state kept.
+      A transformation whose ``update(updates, state, params, *, objective, batch)`` takes an `optax_curv.Objective`,
+      ``batch=(inputs, targets)``, and a mask or weights as ``weights=``. If updates, slopes or curvature are not finite
+      the update is zero and the state kept.
 
     Raises:
       ValueError: for a negative damping, missing parameters, and an `objective` or `batch` that is missing or none.
@@ -109,21 +109,19 @@ def scale_by_quadratic_model(damping=1e-3) -> optax.GradientTransformationExtraA
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_curv
       >>> objective = optax_curv.Objective(lambda w, x: x * w, "normal")
-      >>> inputs, targets = jnp.array([[2.0]]), jnp.array([[6.0]])
+      >>> batch, w = (jnp.array([[2.0]]), jnp.array([[6.0]])), jnp.float32(1.0)
       >>> tx = optax.chain(optax_curv.scale_by_quadratic_model(damping=0.0), optax.scale_by_learning_rate(1.0))
-      >>> w = jnp.float32(1.0)
-      >>> grads = jax.grad(objective)(w, inputs, targets)
-      >>> updates, _ = tx.update(grads, tx.init(w), w, objective=objective, batch=(inputs, targets))
+      >>> grads = jax.grad(objective)(w, *batch)
+      >>> updates, _ = tx.update(grads, tx.init(w), w, objective=objective, batch=batch)
       >>> float(w + updates)  # the minimum, whatever the length of the direction
       3.0
 
     References:
-      Martens and Grosse, `Optimizing Neural Networks with Kronecker-factored Approximate Curvature
-      <https://arxiv.org/abs/1503.05671>`_, 2015, §6.4 and §7. There slopes take the gradient; here they take the
-      Jacobian products at hand, so that the incoming direction is all that has to be passed on.
+      Martens and Grosse 2015, arXiv:1503.05671, §6.4 and §7. There slopes take the gradient; here the Jacobian products
+      at hand, so that nothing but the direction has to be passed on.
     """
     method = "scale_by_quadratic_model"
-    contracts.require_number(method, "damping", damping, at_least=0)
+    contracts.require_numbers(method, damping=damping, at_least=0)
 
     def init(params):
         contracts.require_float_leaves(method, params)
@@ -144,11 +142,10 @@ def scale_by_quadratic_model(damping=1e-3) -> optax.GradientTransformationExtraA
         lengths = jnp.stack([jnp.stack([optax.tree.vdot(a, b) for b in directions]) for a in directions])
         step, momentum = _minimizer(slopes, curvature + lam * lengths)
         new_updates = jax.tree.map(lambda u, v: (step * u + momentum * v).astype(u.dtype), updates, state.previous)
-        new_state = ScaleByQuadraticModelState(
-            state.count + 1,
-            jax.tree.map(lambda u, v: u.astype(v.dtype), new_updates, state.previous),
-            jnp.stack([step, momentum]).astype(jnp.float32),
-            state.total_notfinite,
+        new_state = state._replace(
+            count=state.count + 1,
+            previous=jax.tree.map(lambda u, v: u.astype(v.dtype), new_updates, state.previous),
+            coefficients=jnp.stack([step, momentum]).astype(jnp.float32),
         )
         good = contracts.is_finite(updates, slopes, curvature, new_updates)
         return contracts.skip_unless(good, new_updates, new_state, state)
@@ -184,13 +181,13 @@ def adapt_damping(
       ρ = (L(θ + δ) − L(θ)) / (⟨∇L, δ⟩ + ½ ⟨δ, (C + λ I) δ⟩),
       λ ← λ · factorᵏ where ρ > 3/4,  λ ← λ / factorᵏ where ρ < 1/4,
 
-    on the step's own batch, C being the Gauss-Newton matrix (plus the regularizer's Hessian). A loss that is no longer
-    finite, or a denominator that is positive, counts as ρ = 0. On these steps it costs two forward passes and one
-    Jacobian product more; under `jax.vmap` every step does.
+    on the step's own batch, C being the Gauss-Newton matrix (plus the regularizer's Hessian). A loss that is not
+    finite, or a positive denominator, counts as ρ = 0. These steps (under `jax.vmap` all) cost two forward passes and
+    one Jacobian product more.
 
     Args:
-      damped: a function of the damping that returns a transformation, as `optax.inject_hyperparams` takes one; the
-        damping it is given is an array. Its updates are the ones to be added to the parameters.
+      damped: a function of the damping, an array, that returns a transformation, as `optax.inject_hyperparams` takes
+        one, whose updates are the ones to be added to the parameters.
       damping: λ of the first step, a number, array or tracer > 0. 1.0 is safely large for a loss of order one.
       adapt_every: k, steps between changes; 5 in the paper.
       factor: the change of a single step, in (0, 1); 19/20 in the paper.
@@ -199,9 +196,8 @@ def adapt_damping(
 
     Returns:
       A transformation whose ``update(updates, state, params, *, objective, batch, value)`` takes an `Objective`,
-      ``batch=(inputs, targets)`` (and ``weights=`` if there are any) and ``value``, the loss already computed on it;
-      they are handed on to the damped transformation too. If updates or value are not finite, the update is zero and
-      the state kept.
+      ``batch=(inputs, targets)`` (and ``weights=`` if there are any) and ``value``, the loss already computed on it,
+      and hands them on. If updates or value are not finite, the update is zero and the state kept.
 
     Raises:
       ValueError: for numbers out of range, missing parameters, and an `objective`, `batch` or `value` that is missing.
@@ -221,15 +217,13 @@ def adapt_damping(
       0.774
 
     References:
-      Martens and Grosse, `Optimizing Neural Networks with Kronecker-factored Approximate Curvature
-      <https://arxiv.org/abs/1503.05671>`_, 2015, §6.5.
+      Martens and Grosse 2015, arXiv:1503.05671, §6.5.
     """
     method = "adapt_damping"
-    contracts.require_number(method, "damping", damping, above=0)
-    contracts.require_number(method, "adapt_every", adapt_every, at_least=1)
-    contracts.require_number(method, "factor", factor, above=0, at_most=1)
-    contracts.require_number(method, "min_damping", min_damping, at_least=0)
-    contracts.require_number(method, "max_damping", max_damping, above=0)
+    contracts.require_numbers(method, damping=damping, max_damping=max_damping, above=0)
+    contracts.require_numbers(method, adapt_every=adapt_every, at_least=1)
+    contracts.require_numbers(method, factor=factor, above=0, at_most=1)
+    contracts.require_numbers(method, min_damping=min_damping, at_least=0)
 
     def init(params):
         lam = jnp.array(damping, jnp.float32)

@@ -1,6 +1,11 @@
-"""Shampoo: momentum multiplied on every axis of a leaf by a root of the gradients' second moment along it."""
+"""Shampoo: momentum multiplied on every axis of a leaf by a root of the gradients' second moment along it.
+
+And the alias of a method for matrices, which leaves everything else to Adam: Shampoo's and SOAP's.
+"""
 
 import functools
+import operator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -9,9 +14,9 @@ import optax
 
 from optax_curv.linalg import kron_matvec
 from optax_curv.linalg.roots import factor_roots
-from optax_curv.preconditioners import axis_factors, contracts, symmetric_pairs
+from optax_curv.preconditioners import axis_factors, contracts, kron_layout, symmetric_pairs
+from optax_curv.preconditioners.chain_pieces import normalize_by_rms
 from optax_curv.preconditioners.distribution import with_sharding_types
-from optax_curv.preconditioners.matrices_and_adam import with_adam
 
 METHOD = "scale_by_shampoo"
 
@@ -23,51 +28,21 @@ class ScaleByShampooState(NamedTuple):
       count: steps taken, int32 [].
       refreshed: the step of the last scheduled refresh of the roots, int32 [].
       momentum: like the parameters, float32 at least.
-      factors: like the parameters, each leaf replaced by the tuple of its axes' arrays: diagonal factors [*stack, d],
-        or [*stack, d, d + 1] with a factor's lower triangle and, one column on, the upper triangle of the root that
-        multiplies the momentum. Both are Hermitian. A leaf cut by `block_size` has the tuple of its blocks' tuples.
+      factors: like the parameters, each leaf replaced by the tuple of its axes' arrays (or of its blocks' tuples):
+        diagonal factors [*stack, d], or [*stack, d, d + 1], the lower triangle of a factor and beside it the upper one
+        of its root; both are Hermitian.
       bases: with `root="qr"` like factors: orthonormal columns, or ones where the factor is diagonal; else ().
       energies: tr(F R) of all dense factors, and what it was when R was taken, [2, n].
-      total_notfinite: steps skipped for a NaN or infinity, int32 [].
+      total_notfinite: steps skipped, int32 [].
     """
 
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: jax.Array  # type: ignore[override]
     refreshed: jax.Array
     momentum: Any
     factors: Any
     bases: Any
     energies: jax.Array
     total_notfinite: jax.Array
-
-
-class Options(NamedTuple):
-    """The arguments of `scale_by_shampoo`, which documents them."""
-
-    decay: Any
-    b1: Any
-    nesterov: bool
-    exponent: Any
-    damping: Any
-    update_every: Any
-    root_every: Any
-    root: str
-    refresh_growth: Any
-    kl: bool
-    max_dim: int
-    block_size: int | None
-    stacked: Any
-    factor_dtype: Any
-
-    def layout_of(self, tree):
-        """The pieces of a tree of leaves."""
-        return axis_factors.layout_of(
-            METHOD,
-            tree,
-            max_dim=self.max_dim,
-            block_size=self.block_size,
-            stacked=self.stacked,
-            dtype=self.factor_dtype,
-        )
 
 
 def scale_by_shampoo(
@@ -93,12 +68,10 @@ def scale_by_shampoo(
 
         Fᵢ ← decay · Fᵢ + (1 - decay) · G₍ᵢ₎G₍ᵢ₎ᴴ,    Rᵢ = (Fᵢ + δ λ_max(Fᵢ) I)⁻ᵉ,    u = ⊗Rᵢ · m,
 
-    for a matrix u = L⁻ᵉ m R⁻ᵉ with L the average of G Gᵀ and R that of Gᵀ G. Here m is (Nesterov) momentum; it and the
-    averages are free of the bias of their start, so that the first step has G itself. With e = 1/2, L ⊗ R is up to its
-    scale the best Kronecker product for the gradients' covariance (Morwani et al.), and the direction is
-    (L ⊗ R)^(-1/2) vec(m). The exponent 1/4 of the first Shampoo flattens a spectrum half as much; it learns slower than
-    Muon where 1/2 is faster. Because the scale of u is that of neither a gradient nor a whitened one, let
-    `normalize_by_rms` follow, as `shampoo` does.
+    for a matrix u = L⁻ᵉ m R⁻ᵉ with L the average of G Gᵀ and R that of Gᵀ G. The (Nesterov) momentum m and the averages
+    are free of the bias of their start. With e = 1/2, L ⊗ R is up to its scale the best Kronecker product for the
+    gradients' covariance; the 1/4 of the first Shampoo learns slower. As u has an arbitrary scale, let
+    `normalize_by_rms` follow.
 
     Args:
       decay: of the factors, in [0, 1]; 1 averages all steps alike. A number or a schedule.
@@ -107,30 +80,26 @@ def scale_by_shampoo(
       exponent: e > 0.
       damping: δ ≥ 0, relative to each factor's largest eigenvalue.
       update_every: steps between averaging gradients into the factors.
-      root_every: most steps between two computations of the roots, a number or a schedule. Early in training they
-        are denser, 1 + count / 4 steps apart.
-      root: "eigh" or "newton", see `linalg.inverse_root`; "newton", matrix products only, needs 1/e to be whole. "qr"
-        keeps a basis of each factor, as SOAP does, that one step of orthogonal iteration, Q ← QR(F Q), brings nearer to
-        the eigenvectors at every refresh; R = Q (diag(Qᴴ F Q) + δ λ_max)⁻ᵉ Qᴴ.
-      refresh_growth: the roots R are computed anew, out of schedule, when tr(F R) of a factor has grown by more than
-        this since R was taken: gradients that grow, that turn to where there were none, a leaf's first ones. Above 1;
-        `float("inf")`: for a leaf's first gradients only. Within one schedule tr(F R) easily doubles; to follow that
-        costs more than it brings.
+      root_every: most steps between two computations of the roots, a number or a schedule; early on 1 + count / 4.
+      root: "eigh" or "newton" (matrix products only, for whole 1/e), see `linalg.inverse_root`; or "qr", which turns a
+        basis of each factor by one orthogonal iteration a refresh, Q ← QR(F Q), R = Q (diag(Qᴴ F Q) + δ λ_max)⁻ᵉ Qᴴ.
+      refresh_growth: above 1; the roots R are computed out of schedule when tr(F R) of a factor has grown by more than
+        this since R was taken (`float("inf")`: with a leaf's first gradients only). It easily doubles in between; to
+        follow that costs more than it brings.
       kl: whether each factor is estimated from the gradient multiplied by the other factors' roots,
-        Fᵢ = E[G₍ᵢ₎ (⊗ⱼ≠ᵢ Fⱼ)⁻¹ G₍ᵢ₎ᴴ] dᵢ/N, which minimises the Kullback-Leibler divergence of N(0, ⊗F) from the
-        gradients' own covariance. It needs exponent 1/2.
+        Fᵢ = E[G₍ᵢ₎ (⊗ⱼ≠ᵢ Fⱼ)⁻¹ G₍ᵢ₎ᴴ] dᵢ/N, which brings N(0, ⊗F) nearest to the gradients in the Kullback-Leibler
+        divergence. It needs exponent 1/2.
       max_dim: longer axes have diagonal factors, as have axes of length 1.
       block_size: longer axes are cut into the fewest blocks of nearly equal length, each with factors of its own.
       stacked: how many leading axes of a leaf count layers, each with factors of its own: an int or bool for all
-        leaves, a tree of them that is a prefix of the parameters', or a function of the parameters that returns one.
-      factor_dtype: in which dense factors and their roots are kept for leaves up to float32. "bfloat16" halves the
-        memory; the arithmetic stays float32. Leaves of float64 keep float64.
+        leaves, a prefix of the parameters' tree with them, or a function of the parameters that returns one.
+      factor_dtype: of dense factors and roots of leaves up to float32; "bfloat16" halves the memory, not the precision
+        of the arithmetic.
 
     Returns:
       A `GradientTransformationExtraArgs` with `update(grads, state, params=None, *, sound=None)`. With a NaN or an
-      infinity (or where `sound`, a bool [], is given and False) the update is zero and the state keeps its last value
-      but for `total_notfinite`. Under `jax.vmap` over hyper-parameters `lax.cond` computes both branches, and a longer
-      `root_every` saves nothing.
+      infinity (or where `sound`, a bool [], is False) the update is zero and the state keeps its last value but for
+      `total_notfinite`. Under `jax.vmap` over hyper-parameters a longer `root_every` saves nothing.
 
     Raises:
       ValueError: for an unknown choice, a number out of range, a leaf that is not of floating point; in `update` for
@@ -148,60 +117,34 @@ def scale_by_shampoo(
       [-0.004 -0.004 -0.004]
 
     References:
-      Gupta, Koren and Singer, *Shampoo: preconditioned stochastic tensor optimization*, 2018, arXiv:1802.09568.
-      Morwani et al., *A new perspective on Shampoo's preconditioner*, 2024, arXiv:2406.17748: exponent 1/2.
-      Lin et al., *Understanding and improving Shampoo and SOAP via Kullback-Leibler minimization*, 2025,
-      arXiv:2509.03378: `kl`. Deviations: averages in place of sums, damping relative to the largest eigenvalue.
+      Gupta, Koren and Singer 2018, arXiv:1802.09568. Morwani et al. 2024, arXiv:2406.17748: exponent 1/2. Lin et al.
+      2025, arXiv:2509.03378: `kl`. Deviations: averages in place of sums, damping relative to the largest eigenvalue.
     """
-    options = Options(
-        decay=decay,
-        b1=b1,
-        nesterov=nesterov,
-        exponent=exponent,
-        damping=damping,
-        update_every=update_every,
-        root_every=root_every,
-        root=root,
-        refresh_growth=refresh_growth,
-        kl=kl,
-        max_dim=max_dim,
-        block_size=block_size,
-        stacked=stacked,
-        factor_dtype=factor_dtype,
-    )
-    _check(options)
+    options = SimpleNamespace(**locals())
+    contracts.require_choice(METHOD, "root", root, ("eigh", "newton", "qr"))
+    contracts.require_numbers(METHOD, decay=decay, b1=b1, at_least=0, at_most=1)
+    contracts.require_numbers(METHOD, exponent=exponent, above=0)
+    contracts.require_numbers(METHOD, damping=damping, at_least=0)
+    contracts.require_numbers(METHOD, refresh_growth=refresh_growth, above=1)
+    contracts.require_numbers(METHOD, update_every=update_every, root_every=root_every, at_least=1)
+    contracts.require_numbers(METHOD, max_dim=max_dim, block_size=block_size, at_least=1)
+    if kl and not contracts.is_python_number(exponent, 0.5):
+        raise ValueError(f"{METHOD}: kl=True whitens by the roots and needs exponent=0.5, got {exponent}.")
+    if root == "newton" and not (isinstance(exponent, int | float) and (1 / exponent).is_integer()):
+        raise ValueError(
+            f'{METHOD}: root="newton" needs an exponent whose inverse is whole, got {exponent=}; use root="eigh".'
+        )
     update = with_sharding_types(functools.partial(_update, options))
     return optax.GradientTransformationExtraArgs(functools.partial(_init, options), update)
 
 
-def _check(options: Options):
-    require = functools.partial(contracts.require_number, METHOD)
-    contracts.require_choice(METHOD, "root", options.root, ("eigh", "newton", "qr"))
-    require("decay", options.decay, at_least=0, at_most=1)
-    require("b1", options.b1, at_least=0, at_most=1)
-    require("exponent", options.exponent, above=0)
-    require("damping", options.damping, at_least=0)
-    require("refresh_growth", options.refresh_growth, above=1)
-    for name in ("update_every", "root_every", "max_dim", "block_size"):
-        require(name, getattr(options, name), at_least=1)
-    if options.kl and not contracts.is_python_number(options.exponent, 0.5):
-        raise ValueError(f"{METHOD}: kl=True whitens by the roots and needs exponent=0.5, got {options.exponent}.")
-    if options.root == "newton" and not (
-        isinstance(options.exponent, int | float) and (1 / options.exponent).is_integer()
-    ):
-        raise ValueError(
-            f'{METHOD}: root="newton" needs an exponent whose inverse is whole, got exponent={options.exponent}; '
-            'use root="eigh".'
-        )
-
-
-def _init(options: Options, params) -> Any:
+def _init(options, params) -> Any:
     contracts.require_float_leaves(METHOD, params, complex_leaves=True)
-    layout = options.layout_of(params)
+    layout = layout_of(METHOD, options, params)
 
     def zeros(piece):
-        shapes = ((*f.shape[:-1], f.shape[-1] + (not d)) for f, d in zip(piece.factors, piece.diagonal, strict=True))
-        return tuple(jnp.zeros(shape, f.dtype) for shape, f in zip(shapes, piece.factors, strict=True))
+        pairs = zip(piece.factors, piece.diagonal, strict=True)
+        return tuple(jnp.zeros((*f.shape[:-1], f.shape[-1] + (not d)), f.dtype) for f, d in pairs)
 
     return ScaleByShampooState(
         count=jnp.zeros([], jnp.int32),
@@ -214,12 +157,12 @@ def _init(options: Options, params) -> Any:
     )
 
 
-def _update(options: Options, updates, state, params=None, *, sound=None, **extra_args):
+def _update(options, updates, state, params=None, *, sound=None, **extra_args):
     del extra_args
     tracks = options.root == "qr"
-    state, layout, good, total_notfinite = axis_factors.opened(
-        METHOD, options.layout_of, ("factors", "bases") if tracks else ("factors",), updates, state, params, sound
-    )
+    likes = ("factors", "bases") if tracks else ("factors",)
+    layout_by = functools.partial(layout_of, METHOD, options)
+    state, layout, good, total_notfinite = axis_factors.opened(METHOD, layout_by, likes, updates, state, params, sound)
     momentum, direction = axis_factors.momentum_and_direction(
         options.b1, options.nesterov, state.count, state.momentum, updates, good
     )
@@ -227,14 +170,14 @@ def _update(options: Options, updates, state, params=None, *, sound=None, **extr
     # Leaf by leaf: what is done alike to leaves of one shape is compiled once.
     pieces, tensors, kept = layout.pieces, layout.blocks(updates), layout.by_piece(state.factors)
     roots = [
-        tuple(
-            x if diagonal else symmetric_pairs.second(x) for x, diagonal in zip(of_piece, piece.diagonal, strict=True)
-        )
-        for piece, of_piece in zip(pieces, kept, strict=True)
+        tuple(x if diagonal else symmetric_pairs.second(x) for x, diagonal in zip(of_piece, p.diagonal, strict=True))
+        for p, of_piece in zip(pieces, kept, strict=True)
     ]
     squares = [axis_factors.square_norms(x, len(p.stack)) for p, x in zip(pieces, tensors, strict=True)]
-    moments = [_moments(options, *of_piece) for of_piece in zip(pieces, tensors, kept, roots, strict=True)]
-    weight = _weight(options, state.count, good)
+    moments = list(map(functools.partial(_moments, options), pieces, tensors, kept, roots))
+    decay = contracts.value_at(options.decay, state.count, jnp.result_type(float))
+    averages = good & (state.count % options.update_every == 0)
+    weight = jnp.where(averages, axis_factors.running_weight(decay, state.count // options.update_every), 0)
     period = contracts.value_at(options.root_every, state.count).astype(jnp.int32)
     due = good & axis_factors.is_due(state.count, state.refreshed, period)
     take_roots = functools.partial(
@@ -244,7 +187,7 @@ def _update(options: Options, updates, state, params=None, *, sound=None, **extr
     roots, bases, energies = axis_factors.refresh(
         pieces, kept, moments, weight, roots, bases, state.energies, squares, due, options.refresh_growth, take_roots
     )
-    kept = [_renewed(weight, *of_piece) for of_piece in zip(pieces, kept, moments, roots, strict=True)]
+    kept = list(map(functools.partial(_renewed, weight), pieces, kept, moments, roots))
     new = ScaleByShampooState(
         count=jnp.where(good, optax.safe_increment(state.count), state.count),
         refreshed=jnp.where(due, state.count, state.refreshed),
@@ -254,17 +197,10 @@ def _update(options: Options, updates, state, params=None, *, sound=None, **extr
         energies=energies,
         total_notfinite=total_notfinite,
     )
-    roots = [_with_diagonal_roots(options, *of_piece) for of_piece in zip(pieces, kept, roots, strict=True)]
+    roots = map(functools.partial(_with_diagonal_roots, options), pieces, kept, roots)
     directions = map(kron_matvec, roots, layout.blocks(direction))
     directions = layout.leaves_of_blocks(directions, layout.without_pieces(direction), updates)
     return jax.tree.map(lambda u: jnp.where(good & jnp.isfinite(u), u, jnp.zeros_like(u)), directions), new
-
-
-def _weight(options: Options, count, good):
-    """Weight of this step's moments; 0 where they are not averaged in."""
-    decay = contracts.value_at(options.decay, count, jnp.result_type(float))
-    weight = axis_factors.running_weight(decay, count // options.update_every)
-    return jnp.where(good & (count % options.update_every == 0), weight, 0)
 
 
 def _renewed(weight, piece, kept, moments, roots):
@@ -275,7 +211,7 @@ def _renewed(weight, piece, kept, moments, roots):
     )
 
 
-def _moments(options: Options, piece, x, kept, roots):
+def _moments(options, piece, x, kept, roots):
     """A piece's second moments of this step."""
     stack = len(piece.stack)
     if not options.kl:
@@ -285,11 +221,11 @@ def _moments(options: Options, piece, x, kept, roots):
     return tuple(axis_factors.whitened_moment(x, roots, axis, d, stack) for axis, d in enumerate(piece.diagonal))
 
 
-def _with_diagonal_roots(options: Options, piece, kept, roots):
+def _with_diagonal_roots(options, piece, kept, roots):
     """Roots of diagonal factors are cheap, and new at every step."""
     return tuple(
-        axis_factors.power(f, options.exponent, options.damping) if diagonal else r
-        for f, r, diagonal in zip(kept, roots, piece.diagonal, strict=True)
+        axis_factors.power(x, options.exponent, options.damping) if diagonal else r
+        for x, r, diagonal in zip(kept, roots, piece.diagonal, strict=True)
     )
 
 
@@ -318,11 +254,10 @@ def shampoo(
     stacked=None,
     factor_dtype="float32",
 ) -> optax.GradientTransformationExtraArgs:
-    """Shampoo for matrices with updates of a given size, Adam for the rest, decoupled weight decay, a learning rate.
+    """Shampoo for matrices, Adam for the rest, decoupled weight decay and a learning rate.
 
     Matrices receive `scale_by_shampoo`, which documents the other arguments, and `normalize_by_rms(rms)`; what is not
-    a matrix, or `adam_for` selects, `optax.scale_by_adam`. One learning rate serves both: Adam's updates, too, have a
-    root mean square of 0.2 to 1. Then come `optax.add_decayed_weights` and `optax.scale_by_learning_rate`.
+    a matrix, or `adam_for` selects, `optax.scale_by_adam`, whose updates, too, have a root mean square of 0.2 to 1.
 
     Args:
       learning_rate: a number or a schedule.
@@ -331,9 +266,9 @@ def shampoo(
       weight_decay: decoupled, as in AdamW. Other than the Python number 0, update needs params.
       weight_decay_mask: as in `optax.add_decayed_weights`.
       rms: root mean square of each matrix's update before decay and learning rate, a number; None leaves it as it is.
-      adam_for: which matrices Adam takes, embeddings and the output layer above all. A function of a leaf's path and
-        the leaf, or a tree of its values that is a prefix of the parameters': True or "adam" for Adam; False for the
-        rule, that matrices go to Shampoo and all else to Adam; "shampoo" for Shampoo whatever the rank.
+      adam_for: which matrices Adam takes, embeddings and the output layer above all: a function of a leaf's path and
+        the leaf, or a prefix of the parameters' tree, with values True or "adam"; False for the rule, matrices by the
+        method and all else by Adam; or "shampoo", whatever the rank.
       adam_b1: Adam's b1.
       adam_b2: Adam's b2.
       adam_eps: Adam's eps.
@@ -354,10 +289,10 @@ def shampoo(
       A `GradientTransformationExtraArgs`. With a NaN or infinity in any gradient no leaf moves.
 
     Raises:
-      ValueError: as `scale_by_shampoo`; for a label that is none of the above, and for labels that miss a leaf.
+      ValueError: as `scale_by_shampoo`; for labels of another kind, and for labels that miss a leaf.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax, optax_curv
+      >>> import jax, jax.numpy as jnp, optax_curv
       >>> params = {"embedding": jnp.ones((9, 4)), "dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
       >>> tx = optax_curv.shampoo(0.02, adam_for=lambda path, leaf: "embedding" in jax.tree_util.keystr(path))
       >>> state = tx.init(params)
@@ -366,33 +301,90 @@ def shampoo(
       [-0.004 -0.004 -0.004] [-0.02 -0.02 -0.02]
 
     References:
-      See `scale_by_shampoo`; Agarwal et al., *Disentangling adaptive gradient methods from learning rates*, 2020,
-      arXiv:2002.11803: the direction of one method with the size of another.
+      See `scale_by_shampoo`; Agarwal et al. 2020, arXiv:2002.11803: one method's direction, another one's size.
     """
-    matrices = scale_by_shampoo(
-        decay,
-        b1=b1,
-        nesterov=nesterov,
-        exponent=exponent,
-        damping=damping,
-        update_every=update_every,
-        root_every=root_every,
-        root=root,
-        refresh_growth=refresh_growth,
-        kl=kl,
-        max_dim=max_dim,
-        block_size=block_size,
-        stacked=stacked,
-        factor_dtype=factor_dtype,
+    return with_adam(scale_by_shampoo, locals())
+
+
+class MatricesAndAdamState(NamedTuple):
+    """The method's state and Adam's, each for its own leaves, and the steps skipped for a NaN or infinity, int32 []."""
+
+    matrices: Any
+    others: Any
+    total_notfinite: jax.Array
+
+
+def with_adam(scale_by, given) -> optax.GradientTransformationExtraArgs:
+    """The alias, of the arguments `given` by name, of a method for matrices; nothing moves on a NaN anywhere."""
+    method, tx = scale_by.__name__.removeprefix("scale_by_"), contracts.handed_on(scale_by, given)
+    if given["rms"] is not None:
+        contracts.require_numbers(method, rms=given["rms"], above=0)
+        tx = optax.chain(tx, normalize_by_rms(given["rms"]))
+    is_ours = functools.partial(_is_ours, method, given["adam_for"], given["stacked"])
+    matrices, adam = (
+        optax.masked(tx, is_ours),
+        optax.scale_by_adam(given["adam_b1"], given["adam_b2"], given["adam_eps"]),
     )
-    return with_adam(
-        "shampoo",
-        matrices,
-        learning_rate,
-        rms=rms,
-        adam_for=adam_for,
-        stacked=stacked,
-        adam=optax.scale_by_adam(adam_b1, adam_b2, adam_eps),
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
+    adam = optax.masked(adam, lambda tree: jax.tree.map(operator.not_, is_ours(tree)))
+
+    def init(params):
+        contracts.require_float_leaves(method, params, complex_leaves=True)
+        return MatricesAndAdamState(matrices.init(params), adam.init(params), jnp.zeros([], jnp.int32))
+
+    def update(updates, state, params=None, **extra_args):
+        good, total_notfinite = axis_factors.soundness(updates, None, state.total_notfinite)
+        new, of_matrices = matrices.update(updates, state.matrices, params, sound=good, **extra_args)
+        new, of_others = adam.update(new, state.others, params)
+        new = jax.tree.map(lambda u, g: jnp.where(good, u, 0).astype(g.dtype), new, updates)
+        of_others = jax.tree.map(lambda new, old: jnp.where(good, new, old), of_others, state.others)
+        return new, MatricesAndAdamState(of_matrices, of_others, total_notfinite)
+
+    decay, mask = given["weight_decay"], given["weight_decay_mask"]
+    return optax.chain(
+        optax.GradientTransformationExtraArgs(init, update),
+        optax.identity() if contracts.is_python_number(decay, 0) else optax.add_decayed_weights(decay, mask),
+        optax.scale_by_learning_rate(given["learning_rate"]),
     )
+
+
+def layout_of(method: str, options, tree):
+    """The pieces of a tree of leaves, by the method's options."""
+    sizes = {"max_dim": options.max_dim, "block_size": options.block_size}
+    return axis_factors.layout_of(method, tree, **sizes, stacked=options.stacked, dtype=options.factor_dtype)
+
+
+def _is_ours(method: str, adam_for, stacked, tree):
+    """Whether the method takes each leaf of a tree, and not Adam; the aliases document `adam_for`."""
+    paths = jax.tree.leaves_with_path(tree)
+    if adam_for is None:
+        chosen = [False] * len(paths)
+    elif callable(adam_for):
+        chosen = [adam_for(path, leaf) for path, leaf in paths]
+    else:
+        chosen = _by_prefix(method, adam_for, tree)
+
+    def ours(path, leaf, choice, stack):
+        if isinstance(choice, str) and choice in ("adam", method):
+            return choice == method
+        if isinstance(choice, str) or choice not in (True, False):
+            raise ValueError(
+                f"{method}: adam_for gives {choice!r} for the leaf {jax.tree_util.keystr(path) or 'at the root'}; "
+                f"expected True or 'adam', False, or {method!r}."
+            )
+        return not choice and len(leaf.shape) - stack == 2
+
+    rows = zip(paths, chosen, kron_layout.stack_ndims(method, stacked, tree), strict=True)
+    found = [ours(*path_and_leaf, choice, stack) for path_and_leaf, choice, stack in rows]
+    return jax.tree.unflatten(jax.tree.structure(tree), found)
+
+
+def _by_prefix(method, adam_for, tree):
+    try:
+        return jax.tree.leaves(jax.tree.broadcast(adam_for, tree, is_leaf=lambda x: x is None))
+    except ValueError as error:
+        given = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(adam_for)]
+        wanted = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(tree)]
+        missed = [path for path in wanted if not any(path.startswith(p) for p in given)]
+        raise ValueError(
+            f"{method}: adam_for must label every leaf; it misses {missed or 'none'} with labels at {given}: {error}"
+        ) from None

@@ -1,17 +1,21 @@
-"""SOAP: Adam in the eigenbasis of Shampoo's factors."""
+"""SOAP: Adam in the eigenbasis of Shampoo's factors, or of K-FAC's."""
 
 import functools
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from optax_curv.capture.layers import Layers
+from optax_curv.capture.statistics import KroneckerFactors
 from optax_curv.linalg import kron_matvec, lapack
 from optax_curv.linalg.roots import orthogonal_iteration
-from optax_curv.preconditioners import axis_factors, contracts
+from optax_curv.preconditioners import axis_factors, contracts, ekfac
 from optax_curv.preconditioners.distribution import with_sharding_types
-from optax_curv.preconditioners.matrices_and_adam import with_adam
+from optax_curv.preconditioners.layerwise import averaged, layerwise, zero_factors
+from optax_curv.preconditioners.shampoo import layout_of, with_adam
 
 METHOD = "scale_by_soap"
 
@@ -24,42 +28,17 @@ class ScaleBySoapState(NamedTuple):
       momentum: like the parameters, float32 at least.
       moments: like the parameters, each leaf replaced by its blocks' average squares in the basis, [*stack, ...].
       factors: like the parameters, each leaf replaced by the tuple of its axis factors, [*stack, d, d] or diagonal
-        [*stack, d]; a leaf cut by `block_size` by the tuple of its blocks' tuples.
+        [*stack, d] (or of its blocks' tuples).
       bases: like factors: orthonormal columns, or ones where the factor is diagonal.
-      total_notfinite: steps skipped for a NaN or infinity, int32 [].
+      total_notfinite: steps skipped, int32 [].
     """
 
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: jax.Array  # type: ignore[override]
     momentum: Any
     moments: Any
     factors: Any
     bases: Any
     total_notfinite: jax.Array
-
-
-class Options(NamedTuple):
-    """The arguments of `scale_by_soap`, which documents them."""
-
-    b1: Any
-    b2: Any
-    eps: Any
-    decay: Any
-    basis_every: Any
-    max_dim: int
-    block_size: int | None
-    stacked: Any
-    factor_dtype: Any
-
-    def layout_of(self, tree):
-        """The pieces of a tree of leaves."""
-        return axis_factors.layout_of(
-            METHOD,
-            tree,
-            max_dim=self.max_dim,
-            block_size=self.block_size,
-            stacked=self.stacked,
-            dtype=self.factor_dtype,
-        )
 
 
 def scale_by_soap(
@@ -81,8 +60,7 @@ def scale_by_soap(
         M ← b1 M + (1 - b1) G,    V ← b2 V + (1 - b2) |G'|²,    u = ⊗Qᵢ · [(⊗Qᵢᴴ · M) / (√V + eps)],
 
     M and V free of the bias of their start. Then Fᵢ ← decay · Fᵢ + (1 - decay) · G₍ᵢ₎G₍ᵢ₎ᴴ, and every `basis_every`
-    steps one step of orthogonal iteration, Qᵢ ← QR(Fᵢ Qᵢ), after the columns (and V with them) have been sorted by
-    qᴴ Fᵢ q.
+    steps Qᵢ ← QR(Fᵢ Qᵢ), after the columns (and V with them) have been sorted by qᴴ Fᵢ q.
 
     Args:
       b1: decay of the momentum, in [0, 1]; a number or a schedule.
@@ -91,15 +69,14 @@ def scale_by_soap(
       decay: of the factors; None: b2, as published.
       basis_every: steps between refreshes of the basis.
       max_dim: longer axes keep their own basis, as axes of length 1 do.
-      block_size: longer axes are cut into the fewest blocks of nearly equal length, each with factors of its own.
-      stacked: how many leading axes of a leaf count layers, each with factors of its own: an int or bool for all
-        leaves, a tree of them that is a prefix of the parameters', or a function of the parameters that returns one.
-      factor_dtype: in which dense factors and bases are kept for leaves up to float32; the arithmetic stays float32.
+      block_size: see `scale_by_shampoo`.
+      stacked: see `scale_by_shampoo`.
+      factor_dtype: see `scale_by_shampoo`; bases have it, too.
 
     Returns:
       A `GradientTransformationExtraArgs` with `update(grads, state, params=None, *, sound=None)`. With a NaN or an
-      infinity (or where `sound`, a bool [], is given and False) the update is zero and the state keeps its last value
-      but for `total_notfinite`.
+      infinity (or where `sound`, a bool [], is False) the update is zero and the state keeps its last value but for
+      `total_notfinite`.
 
     Raises:
       ValueError: for a number out of range or a leaf that is not of floating point; in `update` for trees or shapes
@@ -117,25 +94,14 @@ def scale_by_soap(
       {'b': (3,), 'w': (4, 3)}
 
     References:
-      Vyas et al., *SOAP: improving and stabilizing Shampoo using Adam*, 2024, arXiv:2409.11321, Algorithms 3 and 4.
-      Deviation: their first step only sets the basis; here it is also taken, in the basis of its own factors.
+      Vyas et al. 2024, arXiv:2409.11321, Algorithms 3 and 4. Deviation: their first step only sets the basis; here it
+      is also taken, in the basis of its own factors.
     """
-    options = Options(
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        decay=b2 if decay is None else decay,
-        basis_every=basis_every,
-        max_dim=max_dim,
-        block_size=block_size,
-        stacked=stacked,
-        factor_dtype=factor_dtype,
-    )
-    for name in ("b1", "b2", "decay"):
-        contracts.require_number(METHOD, name, getattr(options, name), at_least=0, at_most=1)
-    contracts.require_number(METHOD, "eps", eps, at_least=0)
-    for name in ("basis_every", "max_dim", "block_size"):
-        contracts.require_number(METHOD, name, getattr(options, name), at_least=1)
+    decay = b2 if decay is None else decay
+    options = SimpleNamespace(**locals())
+    contracts.require_numbers(METHOD, b1=b1, b2=b2, decay=decay, at_least=0, at_most=1)
+    contracts.require_numbers(METHOD, eps=eps, at_least=0)
+    contracts.require_numbers(METHOD, basis_every=basis_every, max_dim=max_dim, block_size=block_size, at_least=1)
     update = with_sharding_types(functools.partial(_update, options))
     return optax.GradientTransformationExtraArgs(functools.partial(_init, options), update)
 
@@ -163,8 +129,7 @@ def soap(
     """SOAP for matrices, Adam for the rest, decoupled weight decay and a learning rate.
 
     Matrices receive `scale_by_soap`, which documents the other arguments, and, where `rms` is given,
-    `normalize_by_rms(rms)`; what is not a matrix, or `adam_for` selects, `optax.scale_by_adam`. Then come
-    `optax.add_decayed_weights` and `optax.scale_by_learning_rate`.
+    `normalize_by_rms(rms)`; what is not a matrix, or `adam_for` selects, `optax.scale_by_adam`.
 
     Args:
       learning_rate: a number or a schedule.
@@ -173,9 +138,7 @@ def soap(
       weight_decay: decoupled, as in AdamW. Other than the Python number 0, update needs params.
       weight_decay_mask: as in `optax.add_decayed_weights`.
       rms: root mean square of each matrix's update before decay and learning rate; None leaves SOAP's own.
-      adam_for: which matrices Adam takes: a function of a leaf's path and the leaf, or a tree of its values that is a
-        prefix of the parameters': True or "adam" for Adam; False for the rule, that matrices go to SOAP and all else
-        to Adam; "soap" for SOAP whatever the rank.
+      adam_for: which matrices Adam takes, as in `shampoo`, with "soap" for SOAP whatever the rank.
       adam_b1: Adam's b1.
       adam_b2: Adam's b2.
       adam_eps: Adam's eps.
@@ -191,7 +154,7 @@ def soap(
       A `GradientTransformationExtraArgs`. With a NaN or infinity in any gradient no leaf moves.
 
     Raises:
-      ValueError: as `scale_by_soap`; for a label that is none of the above, and for labels that miss a leaf.
+      ValueError: as `scale_by_soap`; for labels of another kind, and for labels that miss a leaf.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_curv
@@ -204,34 +167,12 @@ def soap(
     References:
       See `scale_by_soap`.
     """
-    matrices = scale_by_soap(
-        b1,
-        b2,
-        eps=eps,
-        decay=decay,
-        basis_every=basis_every,
-        max_dim=max_dim,
-        block_size=block_size,
-        stacked=stacked,
-        factor_dtype=factor_dtype,
-    )
-    return with_adam(
-        "soap",
-        matrices,
-        learning_rate,
-        rms=rms,
-        adam_for=adam_for,
-        stacked=stacked,
-        adam=optax.scale_by_adam(adam_b1, adam_b2, adam_eps),
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
-    )
+    return with_adam(scale_by_soap, locals())
 
 
-def _init(options: Options, params) -> Any:
+def _init(options, params) -> Any:
     contracts.require_float_leaves(METHOD, params, complex_leaves=True)
-    layout = options.layout_of(params)
-
+    layout = layout_of(METHOD, options, params)
     return ScaleBySoapState(
         count=jnp.zeros([], jnp.int32),
         momentum=contracts.wide_zeros(params),
@@ -242,12 +183,10 @@ def _init(options: Options, params) -> Any:
     )
 
 
-def _update(options: Options, updates, state, params=None, *, sound=None, **extra_args):
+def _update(options, updates, state, params=None, *, sound=None, **extra_args):
     del extra_args
-    likes = ("factors", "bases", "moments")
-    state, layout, good, total_notfinite = axis_factors.opened(
-        METHOD, options.layout_of, likes, updates, state, params, sound
-    )
+    likes, layout_by = ("factors", "bases", "moments"), functools.partial(layout_of, METHOD, options)
+    state, layout, good, total_notfinite = axis_factors.opened(METHOD, layout_by, likes, updates, state, params, sound)
     momentum, direction = axis_factors.momentum_and_direction(
         options.b1, False, state.count, state.momentum, updates, good
     )
@@ -256,18 +195,15 @@ def _update(options: Options, updates, state, params=None, *, sound=None, **extr
     pieces, tensors, directions = layout.pieces, layout.blocks(updates), layout.blocks(direction)
     factors, bases, moments = (layout.by_piece(tree) for tree in (state.factors, state.bases, state.moments))
     weight = _weight(options.decay, state.count, good)
-    factors = [_averaged(weight, *of_piece) for of_piece in zip(pieces, tensors, factors, strict=True)]
+    factors = list(map(functools.partial(_averaged, weight), pieces, tensors, factors))
     first = good & (state.count == 0)
     bases = jax.lax.cond(first, lambda: _eigenvectors(pieces, factors, bases), lambda: bases)
     weight = _weight(options.b2, state.count, good)
-    steps = [
-        _adam(options.eps, weight, *of_piece)
-        for of_piece in zip(pieces, tensors, directions, bases, moments, strict=True)
-    ]
-    directions = [kron_matvec(q, u) for q, (u, _) in zip(bases, steps, strict=True)]
+    adam = functools.partial(_adam, options.eps, weight)
+    steps = list(map(adam, pieces, tensors, directions, bases, moments))
+    directions, moments = ([step[i] for step in steps] for i in (0, 1))
+    directions = map(kron_matvec, bases, directions)
     directions = layout.leaves_of_blocks(directions, layout.without_pieces(direction), updates)
-
-    moments = [v for _, v in steps]
     due = good & (state.count > 0) & (state.count % options.basis_every == 0)
     bases, moments = jax.lax.cond(due, lambda: _iterated(pieces, factors, bases, moments), lambda: (bases, moments))
     new = ScaleBySoapState(
@@ -313,7 +249,7 @@ def _by_width(function, pieces, *trees):
 
 
 def _with(pieces, bases, found):
-    """The bases as they will be kept, those that have been found in the place of the old ones."""
+    """The bases as they will be kept, found ones in the place of the old."""
     return [
         tuple(
             axis_factors.rounded(found[p, axis][0], piece.factor_dtype) if (p, axis) in found else q
@@ -339,3 +275,126 @@ def _iterated(pieces, factors, bases, moments):
                 v = jnp.take_along_axis(v, order.reshape(shape), axis=len(piece.stack) + axis)
         new_moments.append(v)
     return _with(pieces, bases, found), new_moments
+
+
+class ScaleByAdamInBasisState(NamedTuple):
+    """State of `scale_by_adam_in_basis`.
+
+    Attributes:
+      count: steps taken, int32 [].
+      factors: running averages, `KroneckerFactors` by layer.
+      basis: `Eigenbasis` by layer, identities before the first step.
+      momentum: average gradient by layer as a matrix, float [*stack, rows, out].
+      moments: average square of the gradient in the basis by layer, float [*stack, rows, out].
+      fallback: state of the transformation for uncovered leaves.
+      total_notfinite: steps skipped, int32 [].
+    """
+
+    count: jax.Array  # type: ignore[override]
+    factors: dict[str, KroneckerFactors]
+    basis: dict[str, ekfac.Eigenbasis]
+    momentum: dict[str, jax.Array]
+    moments: dict[str, jax.Array]
+    fallback: optax.OptState
+    total_notfinite: jax.Array
+
+
+def scale_by_adam_in_basis(
+    layers: Layers,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    *,
+    eps=1e-8,
+    decay=0.95,
+    update_every=1,
+    basis_every=10,
+    fallback=None,
+    factor_sharding=None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam in the eigenbasis of K-FAC's factors: SOAP with captured factors in the place of the gradients' own.
+
+    With A = U_A S_A U_Aᵀ and G = U_G S_G U_Gᵀ the averages of the captured factors, each layer's gradient ∇ is seen as
+    ∇' = U_Aᵀ ∇ U_G, where Adam's rule acts element by element:
+
+        m ← b1 m + (1 - b1) ∇,    v ← b2 v + (1 - b2) ∇'²,    u = U_A [(U_Aᵀ m U_G) / (√v + eps)] U_Gᵀ,
+
+    m and v free of the bias of their start. EKFAC's moments are *per example*, these of the batch gradient, whence the
+    scale is Adam's.
+
+    Args:
+      layers: see `scale_by_kfac`.
+      b1: decay of the momentum, in [0, 1]; a number or a schedule.
+      b2: decay of the moments, in [0, 1]; a number or a schedule.
+      eps: at least 0.
+      decay: weight of the old factors, in [0, 1]; a number or a schedule.
+      update_every: steps between averaging statistics in.
+      basis_every: steps between eigendecompositions, after each of which the moments are carried into the new basis, as
+        far as their diagonal says.
+      fallback: see `scale_by_kfac`.
+      factor_sharding: see `scale_by_kfac`.
+
+    Returns:
+      A transformation whose `update` needs `curvature=`, a dict from layer name to `KroneckerFactors`. With a
+      gradient or statistic that is not finite it returns zeros and keeps its state.
+
+    Raises:
+      ValueError: as `scale_by_kfac`, and for a layer whose leaves are masked in part.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_curv
+      >>> layer = optax_curv.Layer("dense", "dense", "['w']", None, in_dim=2, out_dim=1)
+      >>> tx = optax_curv.scale_by_adam_in_basis(optax_curv.Layers([layer]))
+      >>> params = {"w": jnp.zeros((2, 1))}
+      >>> statistic = optax_curv.KroneckerFactors(jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(1), jnp.int32(1))
+      >>> grads = {"w": jnp.array([[5.0], [-0.1]])}
+      >>> updates, _ = tx.update(grads, tx.init(params), params, curvature={"dense": statistic})
+      >>> updates["w"].ravel().round(3).tolist()
+      [1.0, -1.0]
+
+    References:
+      Vyas et al. 2024, arXiv:2409.11321, Algorithm 3. George et al. 2018, arXiv:1806.03884.
+    """
+    method = "scale_by_adam_in_basis"
+    contracts.require_numbers(method, b1=b1, b2=b2, decay=decay, at_least=0, at_most=1)
+    contracts.require_numbers(method, eps=eps, at_least=0)
+    contracts.require_numbers(method, update_every=update_every, basis_every=basis_every, at_least=1)
+
+    def init_rule(present):
+        return {
+            "factors": zero_factors(present),
+            "basis": {name: ekfac.identity_basis(method, x) for name, x in present.items()},
+            "momentum": ekfac.zero_matrices(present),
+            "moments": ekfac.zero_matrices(present),
+        }
+
+    def new_basis(present, factors, state):
+        _, basis = ekfac.layer_bases(present, factors, factor_sharding)
+        return basis, ekfac.carry_moments(present, state.moments, state.basis, basis, factor_sharding)
+
+    def squares(u_a, u_g, matrix):
+        return jnp.square(ekfac.into_basis((u_a, u_g), matrix))
+
+    def update_rule(present, state, matrices, curvature, good):
+        factors = averaged(method, present, state, curvature, decay, update_every)
+        basis, moments = jax.lax.cond(
+            state.count % basis_every == 0,
+            lambda: new_basis(present, factors, state),
+            lambda: (state.basis, state.moments),
+        )
+        new = ekfac.in_bases(squares, present, (basis,), matrices, sharding=factor_sharding)
+        momentum, scale = {}, {}
+        for name, x in present.items():
+            first, second = (
+                axis_factors.running_weight(contracts.value_at(b, state.count, x.dtype), state.count) for b in (b1, b2)
+            )
+            momentum[name] = state.momentum[name] + first * (matrices[name] - state.momentum[name])
+            moments[name] = moments[name] + second * (new[name] - moments[name])
+            scale[name] = jnp.sqrt(moments[name]) + eps
+        directions = ekfac.in_bases(
+            ekfac.divided_in_basis, present, (basis,), scale, momentum, sharding=factor_sharding
+        )
+        fields = {"factors": factors, "basis": basis, "momentum": momentum, "moments": moments}
+        return directions, fields, {}, good & contracts.is_squarable(curvature)
+
+    options = {"kl_clip": None, "fallback": fallback, "factor_sharding": factor_sharding}
+    return layerwise(method, layers, ScaleByAdamInBasisState, init_rule, update_rule, **options)

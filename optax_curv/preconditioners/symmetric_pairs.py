@@ -1,6 +1,6 @@
 """Two Hermitian matrices in little more than the place of one, as a factor and its inverse or root are kept.
 
-Of a pair [*stack, d, d + 1] the first matrix has the lower triangle and its diagonal, the second what is above it.
+Of a pair [*stack, d, d + 1] the first has the lower triangle and its diagonal, the second what is above it.
 """
 
 import jax
@@ -34,10 +34,10 @@ def second(pair) -> jax.Array:
 
 
 def with_first(pair, matrix) -> jax.Array:
-    """The pairs with another first matrix, of which the lower triangle is read."""
+    """The pairs with another first matrix, whose lower triangle is read."""
     return jnp.where(_belongs_to_first(matrix.shape[-1]), _wide(matrix, 0), pair)
 
 
 def with_second(pair, matrix) -> jax.Array:
-    """The pairs with another second matrix, of which the upper triangle is read."""
+    """The pairs with another second matrix, whose upper triangle is read."""
     return jnp.where(_belongs_to_first(matrix.shape[-1]), pair, _wide(matrix, 1))

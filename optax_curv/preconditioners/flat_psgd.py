@@ -1,6 +1,7 @@
-"""PSGD with a diagonal plus low-rank factor for a whole tree: Q = (I + U Vᵀ) diag(d)."""
+"""PSGD with one preconditioner for a small whole tree: dense, or Q = (I + U Vᵀ) diag(d) of low rank."""
 
 import functools
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -8,17 +9,119 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.preconditioners import contracts, kron_geometries
+from optax_curv.preconditioners.chain_pieces import on_flat_vector, with_decay
 from optax_curv.preconditioners.contracts import is_python_number, static, structural
-from optax_curv.preconditioners.dense_psgd import on_flat_vector
-from optax_curv.preconditioners.kron_options import require_probe
+from optax_curv.preconditioners.kron_options import check_fit, require_probe
+from optax_curv.preconditioners.kron_psgd import scale_by_kron_psgd
 from optax_curv.preconditioners.kron_steps import BALANCE_PROBABILITY, averaged, bias_correction
 
-METHOD = "scale_by_lra_psgd"
+LRA = "scale_by_lra_psgd"
 HIGHEST = jax.lax.Precision.HIGHEST
 # Factors common to d and the columns of I + U Vᵀ would drift apart until float32 no longer holds their product: columns
 # of a squared norm beyond these are drawn back. 1 % of μ outweighs the drift where the bounds remember 100 steps.
 LARGEST, PULL = 1e2, 1e-2
 START_NORM = 0.1  # ‖U Vᵀ‖_F at the start, as in psgd_torch: near the diagonal, but not where the gradient of U is zero
+
+
+def scale_by_dense_psgd(
+    precond_lr=0.1,
+    *,
+    geometry="q0.5eq1.5",
+    criterion="whitening",
+    b1=static(0.0),
+    whiten="gradient",
+    update_probability=static(1.0),
+    init_scale=None,
+    damping=1e-9,
+    lipschitz_decay=0.9,
+    precond_dtype="float32",
+    key=0,
+) -> optax.GradientTransformationExtraArgs:
+    """Preconditions a small whole tree by one matrix P = QᵀQ of its n parameters, learned as in Kronecker PSGD.
+
+    Memory n², time n³ a step. Nothing about P is assumed, so for "newton" with exact products it reaches |H|⁻¹, of an
+    indefinite H too.
+
+    Args:
+      precond_lr: see `scale_by_kron_psgd`, as for all that follow.
+      geometry: any but "right_triangular".
+      criterion: see there.
+      b1: see there.
+      whiten: see there.
+      update_probability: see there.
+      init_scale: see there.
+      damping: see there.
+      lipschitz_decay: see there.
+      precond_dtype: see there.
+      key: see there.
+
+    Returns:
+      A `GradientTransformationExtraArgs` with `update(grads, state, params=None, *, probe=None, hvp=None)`. Its state
+      is a `ScaleByKronPsgdState` whose `factors` are the tuple of one matrix [n, n].
+
+    Raises:
+      ValueError: as `scale_by_kron_psgd`; for geometry="right_triangular", which knows matrices only.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_curv
+      >>> state = optax_curv.scale_by_dense_psgd().init({"w": jnp.ones((2, 3)), "b": jnp.ones(3)})
+      >>> [q.shape for q in state.factors]
+      [(9, 9)]
+
+    References:
+      Li 2024, arXiv:2402.11858.
+    """
+    given = locals()
+    if geometry == "right_triangular":
+        raise ValueError("scale_by_dense_psgd: geometry='right_triangular' knows matrices only; use another geometry.")
+    kron = scale_by_kron_psgd(**given, max_dense_dim=2**31, max_skew=float("inf"))
+    return on_flat_vector("scale_by_dense_psgd", kron)
+
+
+def dense_psgd(
+    learning_rate: optax.ScalarOrSchedule,
+    b1=0.9,
+    *,
+    weight_decay=0.0,
+    precond_lr=0.1,
+    geometry="q0.5eq1.5",
+    criterion="whitening",
+    whiten="gradient",
+    update_probability=static(1.0),
+    init_scale=None,
+    damping=1e-9,
+    lipschitz_decay=0.9,
+    precond_dtype="float32",
+    key=0,
+) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_dense_psgd`, decoupled weight decay and a learning rate.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1: decay of the momentum.
+      weight_decay: decoupled from the preconditioner; update needs params.
+      precond_lr: see `scale_by_kron_psgd`, as for all that follow.
+      geometry: any but "right_triangular".
+      criterion: see there.
+      whiten: see there.
+      update_probability: see there.
+      init_scale: see there.
+      damping: see there.
+      lipschitz_decay: see there.
+      precond_dtype: see there.
+      key: see there.
+
+    Returns:
+      The chain, a `GradientTransformationExtraArgs`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax_curv
+      >>> tx, params = optax_curv.dense_psgd(0.1), jnp.ones(3)
+      >>> updates, state = jax.jit(tx.update)(jnp.full(3, 1e-5), tx.init(params), params)
+      >>> print(updates.round(1))
+      [-0.1 -0.1 -0.1]
+    """
+    return with_decay(contracts.handed_on(scale_by_dense_psgd, locals()), learning_rate, weight_decay)
 
 
 class ScaleByLRAPsgdState(NamedTuple):
@@ -32,10 +135,10 @@ class ScaleByLRAPsgdState(NamedTuple):
       v: V [n, r].
       lipschitz: running bounds of the steps of d, U and V, [3].
       momentum: [n]; None where b1 is the Python number 0.
-      total_notfinite: steps skipped for a NaN or infinity, int32 [].
+      total_notfinite: steps skipped, int32 [].
     """
 
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: jax.Array  # type: ignore[override]
     key: jax.Array
     diagonal: jax.Array
     u: jax.Array
@@ -85,25 +188,25 @@ def _projected(span, a, b):
 
 
 def _move(diagonal, u, v, lipschitz, h, w, rate, decay):
-    """One step down the gradient of ‖Q h‖² + ‖Q⁻ᵀ w‖², along Q ← Q (I - diag), then (I - E) Q for U and for V."""
+    """One step down the gradient of ‖Q h‖² + ‖Q⁻ᵀ w‖²: Q ← Q (I - diag), then (I - E) Q for U and for V."""
     # With a = Q h, b = Q⁻ᵀ w the gradient is h ∘ P h - w ∘ P⁻¹ w for d, and for E it is a aᵀ - b bᵀ, projected on what
     # keeps the form: E = W Vᵀ moves U alone, E = U Wᵀ moves V alone.
-    a = _low_rank(u, v, diagonal * h)
-    b = _low_rank_inverse(v, u, w / diagonal)
+
+    def images(diagonal, u, v):
+        return _low_rank(u, v, diagonal * h), _low_rank_inverse(v, u, w / diagonal)
+
+    a, b = images(diagonal, u, v)
     curved, whitened = h * diagonal * _low_rank(v, u, a), w * _low_rank_inverse(u, v, b) / diagonal
     bound_d, step = _bounded_step(lipschitz[0], jnp.max(jnp.abs(curved) + jnp.abs(whitened)), rate, decay)
-    gain = 1 - step * (curved - whitened)
+    diagonal = diagonal * (1 - step * (curved - whitened))
     if u.shape[1] == 0:
-        return diagonal * gain, u, v, jnp.stack([bound_d, *lipschitz[1:]])
+        return diagonal, u, v, jnp.stack([bound_d, *lipschitz[1:]])
 
-    diagonal = diagonal * gain
-    a, b = _low_rank(u, v, diagonal * h), _low_rank_inverse(v, u, w / diagonal)
-    change, size = _projected(v, a, b)
+    change, size = _projected(v, *images(diagonal, u, v))
     bound_u, step = _bounded_step(lipschitz[1], size, rate, decay)
     u = u - step * (change + _times(change, _times(v.T, u)))
 
-    a, b = _low_rank(u, v, diagonal * h), _low_rank_inverse(v, u, w / diagonal)
-    change, size = _projected(u, a, b)
+    change, size = _projected(u, *images(diagonal, u, v))
     bound_v, step = _bounded_step(lipschitz[2], size, rate, decay)
     v = v - step * (change + _times(v, _times(u.T, change)))
     squares = 1 + 2 * jnp.sum(u * v, axis=1) + jnp.sum(_times(v, _times(u.T, u)) * v, axis=1)
@@ -120,40 +223,9 @@ def _balanced(u, v):
     return u * gain, v / gain
 
 
-class _Options(NamedTuple):
-    """The arguments of `scale_by_lra_psgd`, which documents them."""
-
-    precond_lr: Any
-    rank: Any
-    criterion: str
-    b1: Any
-    whiten: str
-    update_probability: Any
-    init_scale: Any
-    damping: Any
-    lipschitz_decay: Any
-    key: Any
-
-
-def _check_options(options):
-    for name, value, choices in (
-        ("criterion", options.criterion, ("whitening", "newton")),
-        ("whiten", options.whiten, ("gradient", "momentum")),
-    ):
-        contracts.require_choice(METHOD, name, value, choices)
-    if options.criterion == "newton" and options.whiten == "momentum":
-        raise ValueError(f"{METHOD}: criterion='newton' fits P to Hessian-vector products; use whiten='gradient'.")
-    for name in ("precond_lr", "init_scale"):
-        contracts.require_number(METHOD, name, getattr(options, name), above=0)
-    for name in ("b1", "update_probability", "lipschitz_decay"):
-        contracts.require_number(METHOD, name, getattr(options, name), at_least=0, at_most=1)
-    for name in ("rank", "damping"):
-        contracts.require_number(METHOD, name, getattr(options, name), at_least=0)
-
-
 def _init(options, params) -> Any:
     key, start = jax.random.split(jax.random.wrap_key_data(contracts.raw_key(options.key)))
-    shape = (params.size, int(structural(METHOD, "rank", options.rank)))
+    shape = (params.size, int(structural(LRA, "rank", options.rank)))
     u, v = jax.random.normal(start, (2, *shape), params.dtype)
     norm = jnp.maximum(jnp.linalg.norm(u) * jnp.linalg.norm(v), jnp.finfo(params.dtype).tiny)
     return ScaleByLRAPsgdState(
@@ -172,12 +244,12 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
     del params, extra_args
     if updates.shape != state.diagonal.shape:
         raise ValueError(
-            f"{METHOD}: got {updates.size} gradients in all, the state has {state.diagonal.size}; init the state "
+            f"{LRA}: got {updates.size} gradients in all, the state has {state.diagonal.size}; init the state "
             "with parameters of the gradients' shapes."
         )
     if updates.size == 0:
         return updates, state
-    require_probe(METHOD, options.criterion, probe, hvp)
+    require_probe(LRA, options.criterion, probe, hvp)
     momentum = averaged(options.b1, updates, state)
     direction = updates if momentum is None else (momentum / bias_correction(options.b1, state)).astype(momentum.dtype)
     whitened = updates if options.whiten == "gradient" else direction
@@ -206,7 +278,7 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
     old = (diagonal, state.u, state.v, state.lipschitz)
     diagonal, u, v, lipschitz = jax.lax.cond(moves, moved, lambda *kept: kept, *old)
     updates = precondition(diagonal, u, v, direction)
-    new_state = ScaleByLRAPsgdState(
+    new_state = state._replace(
         count=jnp.asarray(optax.safe_increment(state.count)),
         key=jax.random.key_data(keys[0]),
         diagonal=diagonal,
@@ -214,7 +286,6 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
         v=v,
         lipschitz=lipschitz,
         momentum=momentum,
-        total_notfinite=state.total_notfinite,
     )
     good = contracts.is_squarable(direction, probe, hvp) & contracts.is_finite(updates, diagonal, lipschitz)
     return contracts.skip_unless(good, updates, new_state, state)
@@ -235,16 +306,16 @@ def scale_by_lra_psgd(
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions the whole tree by P = QᵀQ, Q = (I + U Vᵀ) diag(d), learned as in Kronecker PSGD.
 
-    Memory (2 r + 1) n and as much time a step, for n parameters; rank 0 is a diagonal. Fitted to
-    E[‖Q h‖² + ‖Q⁻ᵀ v‖²], whose minimum is P = (E[h hᵀ])^(-1/2) with v ~ N(0, I): whitening for h = g, and |H|⁻¹ for
-    Hessian-vector products h = Hv.
+    Memory (2 r + 1) n and as much time a step, for n parameters; rank 0 is a diagonal. Q minimises
+    E[‖Q h‖² + ‖Q⁻ᵀ v‖²], v ~ N(0, I), so that P = (E[h hᵀ])^(-1/2): whitening for h = g, and |H|⁻¹ for Hessian-vector
+    products h = Hv.
 
     Args:
-      precond_lr: μ > 0, a number or a schedule of the step count.
+      precond_lr: μ > 0, a number or a schedule.
       rank: columns r of U and V, at least 0.
-      criterion: "whitening", or "newton", which needs `probe` and `hvp` (`hessian_probe`) at every update.
+      criterion: see `scale_by_kron_psgd`.
       b1: decay of the bias-corrected momentum that is preconditioned; 0 for none.
-      whiten: "gradient" or "momentum": which of them P whitens.
+      whiten: see `scale_by_kron_psgd`.
       update_probability: probability of moving Q at a step, a number or a schedule.
       init_scale: d at the start; None: (mean|g|⁴ + damping⁴)^(-1/8) of the first gradient that is not zero.
       damping: standard deviation of the noise on h, which bounds P.
@@ -265,27 +336,14 @@ def scale_by_lra_psgd(
       ((9,), (9, 4))
 
     References:
-      Pooladzandi and Li, *Curvature-informed SGD via general purpose Lie-group preconditioners*, 2024,
-      arXiv:2402.04553, sec. 4. Deviations: running bounds, a scale that waits for a gradient that is not zero, and
-      columns of I + U Vᵀ that stay within a factor of ten of length one, lest d and it drift apart.
+      Pooladzandi and Li 2024, arXiv:2402.04553, sec. 4. Deviations: running bounds, a scale that waits for a gradient
+      that is not zero, and columns of I + U Vᵀ whose lengths stay within a factor of ten of one.
     """
-    options = _Options(
-        precond_lr=precond_lr,
-        rank=rank,
-        criterion=criterion,
-        b1=b1,
-        whiten=whiten,
-        update_probability=update_probability,
-        init_scale=init_scale,
-        damping=damping,
-        lipschitz_decay=lipschitz_decay,
-        key=key,
-    )
-    _check_options(options)
-    inner = optax.GradientTransformationExtraArgs(
-        functools.partial(_init, options), functools.partial(_update, options)
-    )
-    return on_flat_vector(METHOD, inner)
+    options = SimpleNamespace(**locals())
+    check_fit(LRA, options)
+    contracts.require_numbers(LRA, rank=rank, at_least=0)
+    rule = functools.partial(_init, options), functools.partial(_update, options)
+    return on_flat_vector(LRA, optax.GradientTransformationExtraArgs(*rule))
 
 
 def lra_psgd(
@@ -324,25 +382,9 @@ def lra_psgd(
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_curv
-      >>> tx = optax_curv.lra_psgd(0.1, rank=1)
-      >>> params = jnp.ones(3)
+      >>> tx, params = optax_curv.lra_psgd(0.1, rank=1), jnp.ones(3)
       >>> updates, state = jax.jit(tx.update)(jnp.ones(3), tx.init(params), params)
       >>> bool(jnp.all(updates < 0))
       True
     """
-    return optax.chain(
-        scale_by_lra_psgd(
-            precond_lr,
-            rank=rank,
-            criterion=criterion,
-            b1=b1,
-            whiten=whiten,
-            update_probability=update_probability,
-            init_scale=init_scale,
-            damping=damping,
-            lipschitz_decay=lipschitz_decay,
-            key=key,
-        ),
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    return with_decay(contracts.handed_on(scale_by_lra_psgd, locals()), learning_rate, weight_decay)
