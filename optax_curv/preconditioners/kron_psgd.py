@@ -9,7 +9,7 @@ import optax
 
 from optax_curv.linalg import kron_matvec
 from optax_curv.preconditioners import contracts, kron_geometries, kron_steps
-from optax_curv.preconditioners.chain_pieces import clip_by_max_abs
+from optax_curv.preconditioners.chain_pieces import clip_leaves
 from optax_curv.preconditioners.contracts import static
 from optax_curv.preconditioners.distribution import as_kept, equally_varying, with_sharding_types
 from optax_curv.preconditioners.kron_layout import LIKE_FACTORS
@@ -148,25 +148,7 @@ def scale_by_kron_psgd(
       Pooladzandi and Li, *Curvature-informed SGD via general purpose Lie-group preconditioners*, 2024,
       arXiv:2402.04553. Deviation: the scale waits for a gradient that is not zero.
     """
-    options = Options(
-        precond_lr=precond_lr,
-        geometry=geometry,
-        criterion=criterion,
-        b1=b1,
-        whiten=whiten,
-        update_probability=update_probability,
-        init_scale=init_scale,
-        damping=damping,
-        lipschitz_decay=lipschitz_decay,
-        max_dense_dim=max_dense_dim,
-        max_skew=max_skew,
-        precond_dtype=precond_dtype,
-        stacked=stacked,
-        block_size=block_size,
-        factor_sharding=factor_sharding,
-        eps=eps,
-        key=key,
-    )
+    options = Options(**locals())
     check_options(options)
     update = with_sharding_types(functools.partial(_update, options))
     return optax.GradientTransformationExtraArgs(functools.partial(_init, options), update)
@@ -199,7 +181,7 @@ def kron_psgd(
 ) -> optax.GradientTransformationExtraArgs:
     """Kronecker PSGD with momentum, clipped updates, decoupled weight decay and a learning rate.
 
-    The chain of `scale_by_kron_psgd`, which documents the other arguments, `clip_by_max_abs`,
+    The chain of `scale_by_kron_psgd`, which documents the other arguments, the clips of `clip_by_max_abs` and
     `optax.clip_by_block_rms`, `optax.add_decayed_weights` and `optax.scale_by_learning_rate`. A whitened gradient has a
     root mean square near one; the clips act where P has not yet followed a gradient that grew.
 
@@ -231,6 +213,9 @@ def kron_psgd(
     Returns:
       The chain, a `GradientTransformationExtraArgs`.
 
+    Raises:
+      ValueError: as `scale_by_kron_psgd`; for a bound that is not above zero.
+
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_curv
       >>> tx = optax_curv.kron_psgd(0.05, weight_decay=1e-4)
@@ -243,30 +228,11 @@ def kron_psgd(
     References:
       Li, *Stochastic Hessian fittings with Lie groups*, 2024, arXiv:2402.11858.
     """
-    kron = scale_by_kron_psgd(
-        precond_lr,
-        geometry=geometry,
-        criterion=criterion,
-        b1=b1,
-        whiten=whiten,
-        update_probability=update_probability,
-        init_scale=init_scale,
-        damping=damping,
-        lipschitz_decay=lipschitz_decay,
-        max_dense_dim=max_dense_dim,
-        max_skew=max_skew,
-        precond_dtype=precond_dtype,
-        stacked=stacked,
-        block_size=block_size,
-        factor_sharding=factor_sharding,
-        eps=eps,
-        key=key,
-    )
-    decays = not is_python_number(weight_decay, 0)
+    given, decays = locals(), not is_python_number(weight_decay, 0)
+    contracts.require_numbers("kron_psgd", max_abs=max_abs, max_rms=max_rms, above=0)
     return optax.chain(
-        kron,
-        optax.identity() if max_abs is None else clip_by_max_abs(max_abs),
-        optax.identity() if max_rms is None else optax.clip_by_block_rms(max_rms),
+        contracts.handed_on(scale_by_kron_psgd, given),
+        clip_leaves(max_abs, max_rms),
         optax.add_decayed_weights(weight_decay, weight_decay_mask) if decays else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
     )
