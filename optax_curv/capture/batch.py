@@ -1,30 +1,21 @@
 """Where the examples of the batch lie in every array of a loss.
 
-The leading axis of the inputs is followed through the equations, because statistics of single examples (a scale's
-gradient, "reduce" sharing) must know which rows belong to one example. A rule for each primitive that moves axes; any
-other keeps an axis that keeps its place and size, and else remembers only that the array depends on the examples.
+Statistics of single examples (a scale's gradient, "reduce" sharing) must know which rows belong to one example. So the
+leading axis of the inputs is followed through the equations, by a rule for each primitive that moves axes. Any other
+keeps an axis that keeps its place and size; else all that is known is that the array depends on the examples.
 """
 
 import math
 
+from optax_curv.capture.jaxpr import shape_of
 from optax_curv.capture.marks import Batch
 
 LOST, UNKNOWN = Batch(None), Batch(None, 0)
 
 
-def propagate(eqn, batches: list[Batch | None], shapes: list[tuple[int, ...]], batch: int) -> list[Batch | None]:
-    """Where the examples lie in each result of an equation.
-
-    Args:
-      eqn: the equation.
-      batches: where they lie in its operands.
-      shapes: the operands' shapes.
-      batch: number of examples.
-
-    Returns:
-      One entry for each result; None for a result that is the same for, or summed over, all examples.
-    """
-    outs = [tuple(getattr(v.aval, "shape", ())) for v in eqn.outvars]
+def propagate(eqn, batches: list[Batch | None], batch: int) -> list[Batch | None]:
+    """Where `batch` examples lie in each result of an equation; None: the same for, or summed over, all examples."""
+    shapes, outs = ([shape_of(v) for v in variables] for variables in (eqn.invars, eqn.outvars))
     given = [(b, s) for b, s in zip(batches, shapes, strict=True) if b is not None]
     if not given:
         return [None] * len(outs)
@@ -39,8 +30,7 @@ def propagate(eqn, batches: list[Batch | None], shapes: list[tuple[int, ...]], b
 
 
 def _same_place(given, out):
-    """The axis of the first operand whose axis keeps its place and size; else one that only later axes lie behind."""
-    # The latter is for linear algebra, whose matrices lie on the last axes.
+    """The axis of the first operand whose axis keeps its place and size; else, for linear algebra, its leading axes."""
     placed = [(b, shape) for b, shape in given if b.axis is not None]
     for b, shape in placed:
         if len(out) == len(shape) and out[b.axis] == shape[b.axis]:
@@ -51,12 +41,12 @@ def _same_place(given, out):
     return LOST
 
 
-def _reduce(axes, b):
-    if b.axis is None:
-        return LOST
-    if b.axis in axes:
-        return None
+def _without(axes, b):
     return Batch(b.axis - sum(axis < b.axis for axis in axes), b.inner)
+
+
+def _reduce(axes, b):
+    return LOST if b.axis is None else None if b.axis in axes else _without(axes, b)
 
 
 def _reshape(params, batches, shapes, out, batch):
@@ -89,7 +79,7 @@ def _squeeze(params, batches, shapes, out, batch):
     b = batches[0]
     if b is None or b.axis is None or b.axis in params["dimensions"]:
         return b and LOST
-    return Batch(b.axis - sum(axis < b.axis for axis in params["dimensions"]), b.inner)
+    return _without(params["dimensions"], b)
 
 
 def _stack(params, batches, shapes, out, batch):
@@ -99,7 +89,7 @@ def _stack(params, batches, shapes, out, batch):
 
 def _unstack(params, batches, shapes, out, batch):
     b = batches[0]
-    return LOST if b.axis == params["axis"] else Batch(b.axis - (b.axis > params["axis"]), b.inner)
+    return LOST if b.axis == params["axis"] else _without((params["axis"],), b)
 
 
 def _whole_batches(b, axis, sizes, batch):
@@ -113,7 +103,7 @@ def _concatenate(params, batches, shapes, out, batch):
     beside = next((b for b in known if b.axis is not None and b.axis != axis), None)
     if beside is not None or len(known) > 1 or None in batches:
         return beside or LOST
-    return _whole_batches(next(iter(known)), axis, [shape[axis] for shape in shapes], batch)
+    return _whole_batches(batches[0], axis, [shape[axis] for shape in shapes], batch)
 
 
 def _split(params, batches, shapes, out, batch):
@@ -121,26 +111,24 @@ def _split(params, batches, shapes, out, batch):
 
 
 def _slice(params, batches, shapes, out, batch):
-    b, bounds = batches[0], zip(params["start_indices"], params["limit_indices"], strict=True)
-    if b.axis is None or out[b.axis] == shapes[0][b.axis]:
+    b, axis = batches[0], batches[0].axis
+    if axis is None or out[axis] == shapes[0][axis]:
         return b
-    if params["strides"] is not None and params["strides"][b.axis] != 1:
+    if params["strides"] is not None and params["strides"][axis] != 1:
         return LOST
-    return _whole_batches(b, b.axis, list(bounds)[b.axis], batch)
+    return _whole_batches(b, axis, (params["start_indices"][axis], params["limit_indices"][axis]), batch)
 
 
 def _dot_general(params, batches, shapes, out, batch):
     contracting, together = params["dimension_numbers"]
-    first, found = 0, None
-    for side, (b, shape) in enumerate(zip(batches, shapes, strict=True)):
-        free = [axis for axis in range(len(shape)) if axis not in (*contracting[side], *together[side])]
+    before, found = [], None
+    for b, shape, summed, own in zip(batches, shapes, contracting, together, strict=True):
+        axes = [*own, *before, *(axis for axis in range(len(shape)) if axis not in (*summed, *own))]
+        if b is not None and b.axis in axes:
+            return Batch(axes.index(b.axis), b.inner)
         if b is not None and b.axis is None:
-            found = found or LOST
-        elif b is not None and b.axis in together[side]:
-            return Batch(tuple(together[side]).index(b.axis), b.inner)
-        elif b is not None and b.axis in free:
-            return Batch(len(together[side]) + first + free.index(b.axis), b.inner)
-        first += len(free)
+            found = LOST
+        before = [-1] * (len(axes) - len(own))
     return found
 
 
@@ -154,13 +142,11 @@ def _convolution(params, batches, shapes, out, batch):
 def _gather(params, batches, shapes, out, batch):
     numbers = params["dimension_numbers"]
     rows = [axis for axis in range(len(out)) if axis not in numbers.offset_dims]
-    b = batches[1]
-    if b is not None:
-        return Batch(rows[b.axis], b.inner) if b.axis is not None and b.axis < len(rows) else LOST
-    b = batches[0]
-    kept = [
-        k for k in range(len(shapes[0])) if k not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-    ]
+    b, ids = batches
+    if ids is not None:
+        return Batch(rows[ids.axis], ids.inner) if ids.axis is not None and ids.axis < len(rows) else LOST
+    gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    kept = [axis for axis in range(len(shapes[0])) if axis not in gone]
     if b.axis in kept and params["slice_sizes"][b.axis] == shapes[0][b.axis]:
         return Batch(numbers.offset_dims[kept.index(b.axis)], b.inner)
     return LOST

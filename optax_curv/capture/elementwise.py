@@ -3,10 +3,10 @@
 import math
 
 from optax_curv.capture import layouts
-from optax_curv.capture.jaxpr import Literal
+from optax_curv.capture.jaxpr import Literal, shape_of
 from optax_curv.capture.layouts import View
 from optax_curv.capture.marks import Found, Mark
-from optax_curv.capture.views import is_plain, shape_of
+from optax_curv.capture.views import is_plain
 
 
 def multiply(walk, eqn, marks):

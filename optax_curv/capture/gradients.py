@@ -90,7 +90,7 @@ class Probing:
                 self.zeros[key] = statistics.probe(statistic, sharing, use, dtype, lengths)
             loop = use.example_loop if statistics.is_linear(use.layer, sharing) else None
             loops = tuple(own or keeps_rows or depth == loop for depth, own in enumerate(use.loops))
-            self._taps[number] = Tap(use.found, key, self._tap(use), loops, use.batch)
+            self._taps[number] = Tap(use, key, self._tap(use), loops)
         arrays = map(jnp.asarray, (*traced.leaves, *traced.arrays, *traced.node.jaxpr.consts))
         self.zeros = varying_like(self.zeros, list(arrays))
 

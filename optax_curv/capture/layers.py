@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import jax
 import jax.numpy as jnp
 
-KINDS = ("dense", "conv", "embedding", "scale", "shift")
+ELEMENTWISE = ("scale", "shift")
+KINDS = ("dense", "conv", "embedding", *ELEMENTWISE)
 # Beyond these widths the output factor is kept as its diagonal: a full one costs more than it brings. 512 keeps every
 # usual normalisation scale full; 8192 is where one float32 factor takes 256 MiB.
 MAX_FULL_ELEMENTWISE = 512
@@ -72,7 +73,7 @@ class Layer:
         """Shapes of the input and of the output factor, ``stack`` first; a diagonal factor lacks the last axis."""
         rows, out = self.rows_of_matrix, self.out_dim
         full_input = self.kind != "embedding" and rows <= MAX_FULL
-        full_output = out <= (MAX_FULL_ELEMENTWISE if self.kind in ("scale", "shift") else MAX_FULL)
+        full_output = out <= (MAX_FULL_ELEMENTWISE if self.kind in ELEMENTWISE else MAX_FULL)
         return (
             (*self.stack, rows, rows) if full_input else (*self.stack, rows),
             (*self.stack, out, out) if full_output else (*self.stack, out),

@@ -3,9 +3,10 @@
 from typing import Any
 
 from optax_curv.capture import layouts
+from optax_curv.capture.jaxpr import shape_of
 from optax_curv.capture.layouts import size_of
 from optax_curv.capture.marks import Found, Mark
-from optax_curv.capture.views import is_plain, shape_of
+from optax_curv.capture.views import is_plain
 
 
 def _kernel_side(marks):

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_curv.capture import layouts
-from optax_curv.capture.jaxpr import KEEP_ENTRIES, Literal, run
+from optax_curv.capture.jaxpr import KEEP_ENTRIES, Literal, run, shape_of
 from optax_curv.capture.marks import REPEATED, Batch, Examples, Mark, Seed
-from optax_curv.capture.views import moved, shape_of
+from optax_curv.capture.views import moved
 
 ENTRYWISE = {"mul", "add", "sub", "add_any", "select_n"}
 LINEAR = ENTRYWISE | KEEP_ENTRIES | {"dot_general", "conv_general_dilated", "gather", "neg", "div", "reduce_sum"}

@@ -1,18 +1,13 @@
 """Operations that only rearrange: another view of the same leaf, or of the same layer's output.
 
-A rule takes the walk, the equation and the marks of its operands, and returns the marks of its results (without
-`batch`, which is followed elsewhere), or None where it has nothing to say: then the leaves are used in another way.
+A rule takes the walk, the equation and its operands' marks. It returns those of the results (without `batch`, which is
+followed elsewhere), or None where the leaves are used in another way.
 """
 
 from optax_curv.capture import layouts
-from optax_curv.capture.jaxpr import SAME_PLACES
+from optax_curv.capture.jaxpr import SAME_PLACES, shape_of
 from optax_curv.capture.layouts import View
 from optax_curv.capture.marks import Mark
-
-
-def shape_of(variable) -> tuple[int, ...]:
-    """Shape of a variable or literal."""
-    return tuple(getattr(variable.aval, "shape", ()))
 
 
 def is_plain(view: View) -> bool:
@@ -32,8 +27,7 @@ def moved(eqn, view: View) -> View | None:
     if name == "transpose":
         return layouts.transpose(view, params["permutation"])
     if name == "squeeze":
-        kept = [axis for axis in range(len(view.axes)) if axis not in params["dimensions"]]
-        return layouts.transpose(view, kept)
+        return _without(view, params["dimensions"])
     if name in ("broadcast_in_dim", "expand_dims"):
         return layouts.broadcast(view, params["shape"], params["broadcast_dimensions"])
     if name == "tile":
@@ -54,18 +48,18 @@ def layout(walk, eqn, marks):
         return [mark._replace(output=None, batch=None) for mark in marks] if len(marks) == len(eqn.outvars) else None
     mark = marks[0]
     output = mark.output and walk.once(eqn.invars[0]) and moved(eqn, mark.output)
-    output = output if output and not output.slots else None
-    leaves = [moved(eqn, view) for view in mark.leaves]
-    if len(leaves) > 1:
-        leaves = _moved_parts(eqn, mark)
-        return leaves and [Mark(leaves=leaves[0], joined=leaves[1], output=output)]
-    return None if None in leaves else [Mark(leaves=tuple(v for v in leaves if v), output=output)]
+    if len(mark.leaves) > 1:
+        after = _moved_parts(eqn, mark)
+    else:
+        leaves = tuple(moved(eqn, view) for view in mark.leaves)
+        after = None if None in leaves else Mark(leaves=leaves)
+    return after and [after._replace(output=output if output and not output.slots else None)]
 
 
 def _moved_parts(eqn, mark):
     """A concatenation of leaves after a layout operation that keeps the joined axis whole."""
     if eqn.primitive.name in SAME_PLACES:
-        return mark.leaves, mark.joined
+        return Mark(leaves=mark.leaves, joined=mark.joined)
     whole = layouts.whole(0, shape_of(eqn.invars[0]))
     after = moved(eqn, whole)
     joined = whole.axes[mark.joined]
@@ -75,27 +69,44 @@ def _moved_parts(eqn, mark):
     for view in mark.leaves:
         inner = list(after.shape)
         inner[axis] = view.shape[mark.joined]
-        if eqn.primitive.name == "transpose":
-            parts.append(layouts.transpose(view, eqn.params["permutation"]))
-        elif eqn.primitive.name == "broadcast_in_dim":
+        if eqn.primitive.name == "broadcast_in_dim":
             parts.append(layouts.broadcast(view, inner, eqn.params["broadcast_dimensions"]))
         else:
-            parts.append(layouts.reshape(view, inner))
-    return None if None in parts else (tuple(parts), axis)
+            parts.append(moved(eqn, view) if eqn.primitive.name == "transpose" else layouts.reshape(view, inner))
+    return None if None in parts else Mark(leaves=tuple(parts), joined=axis)
 
 
 def split(walk, eqn, marks):
-    """Equal pieces of one leaf along an axis."""
-    if len(marks[0].leaves) != 1:
+    """Pieces of one leaf along an axis."""
+    return _pieces(marks[0], eqn.params["axis"], map(int, eqn.params["sizes"]))
+
+
+def _pieces(mark, axis, sizes):
+    if len(mark.leaves) != 1:
         return None
-    axis, start, results = eqn.params["axis"], 0, []
-    for size in eqn.params["sizes"]:
-        piece = layouts.cut(marks[0].leaves[0], axis, start, int(size))
+    start, results = 0, []
+    for size in sizes:
+        piece = layouts.cut(mark.leaves[0], axis, start, size)
         if piece is None:
             return None
         results.append(Mark(leaves=(piece,)))
-        start += int(size)
+        start += size
     return results
+
+
+def unstack(walk, eqn, marks):
+    """The slices of one leaf along an axis."""
+    axis = eqn.params["axis"]
+    pieces = _pieces(marks[0], axis, [1] * len(eqn.outvars))
+    return pieces and [Mark(leaves=(_without(mark.leaves[0], [axis]),)) for mark in pieces]
+
+
+def _without(view: View, axes) -> View:
+    return layouts.transpose(view, [axis for axis in range(len(view.axes)) if axis not in axes])
+
+
+def _with_axis(view: View, axis: int) -> View:
+    return view._replace(axes=(*view.axes[:axis], (), *view.axes[axis:]))
 
 
 def dynamic_slice(walk, eqn, marks):
@@ -109,29 +120,12 @@ def dynamic_slice(walk, eqn, marks):
         return None
     view = layouts.transpose(marks[0].leaves[0], [axis, *(k for k in range(len(shape)) if k != axis)])
     view = layouts.enter_loop(view, depth)
-    return view and [Mark(leaves=(view._replace(axes=(*view.axes[:axis], (), *view.axes[axis:])),))]
-
-
-def unstack(walk, eqn, marks):
-    """The slices of one leaf along an axis."""
-    axis, results = eqn.params["axis"], []
-    if len(marks[0].leaves) != 1:
-        return None
-    for index in range(len(eqn.outvars)):
-        piece = layouts.cut(marks[0].leaves[0], axis, index, 1)
-        if piece is None:
-            return None
-        kept = [k for k in range(len(piece.axes)) if k != axis]
-        results.append(Mark(leaves=(layouts.transpose(piece, kept),)))
-    return results
+    return view and [Mark(leaves=(_with_axis(view, axis),))]
 
 
 def stack(walk, eqn, marks):
     """Several whole leaves one behind the other, along a new axis."""
     if not all(len(mark.leaves) == 1 and is_plain(mark.leaves[0]) for mark in marks):
         return None
-    axis, views = eqn.params["axis"], []
-    for mark in marks:
-        (view,) = mark.leaves
-        views.append(view._replace(axes=(*view.axes[:axis], (), *view.axes[axis:])))
-    return [Mark(leaves=tuple(views), joined=axis)]
+    axis = eqn.params["axis"]
+    return [Mark(leaves=tuple(_with_axis(mark.leaves[0], axis) for mark in marks), joined=axis)]
