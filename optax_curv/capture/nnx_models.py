@@ -1,4 +1,4 @@
-"""Flax nnx modules as the first argument of a loss, as `nnx.value_and_grad` takes them. Flax is imported only then."""
+"""Flax nnx modules as the first argument of a loss, as `nnx.value_and_grad` takes them."""
 
 import sys
 from collections.abc import Callable
@@ -6,30 +6,25 @@ from typing import Any, NamedTuple
 
 
 class Model(NamedTuple):
-    """A module taken apart.
+    """A module taken apart."""
 
-    Attributes:
-      params: its parameters as pure arrays.
-      grads_like: its parameters as an `nnx.State`, the structure of its gradients.
-      wrap: makes `function(model, ...) -> result` a function of `params`, `-> (result, other state after the call)`.
-      update: writes that other state (batch statistics, random counters) back into the module.
-    """
-
-    params: Any
-    grads_like: Any
-    wrap: Callable
-    update: Callable
+    params: Any  # pure arrays
+    grads_like: Any  # an `nnx.State`, the structure of its gradients
+    wrap: (
+        Callable  # makes a function of the module, -> result, one of `params`, -> (result, other state after the call)
+    )
+    update: Callable  # writes that other state (batch statistics, random counters) back into the module
 
 
 def as_pure(tree):
-    """A tree with the arrays of its `nnx.Variable`s in their places; Flax renamed its function in 0.12.7."""
+    """A tree with the arrays of its `nnx.Variable`s in their places."""
     nnx = sys.modules["flax.nnx"]
-    return nnx.as_pure(tree) if hasattr(nnx, "as_pure") else nnx.pure(tree)
+    return nnx.as_pure(tree) if hasattr(nnx, "as_pure") else nnx.pure(tree)  # before Flax 0.12.7
 
 
 def take_apart(params) -> Model | None:
     """The module's parts, or None if `params` is no nnx module."""
-    nnx = sys.modules.get("flax.nnx")
+    nnx = sys.modules.get("flax.nnx")  # which is not imported for others
     if nnx is None or not isinstance(params, nnx.Module):
         return None
     graph, state, rest = nnx.split(params, nnx.Param, ...)

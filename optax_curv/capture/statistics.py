@@ -178,13 +178,14 @@ def keeps_rows(statistic: str, layer) -> bool:
     return statistic == "raw" or (statistic == "rows" and not is_linear(layer, "expand"))
 
 
-def probe(statistic: str, sharing: str, use, dtype, loops: tuple[int, ...] = ()) -> dict[str, jax.Array]:
-    """The zeros that collect a statistic: of a whole layer, or for rows of one use inside scans of these lengths."""
+def probe(statistic: str, sharing: str, use, dtype) -> dict[str, jax.Array]:
+    """The zeros that collect a statistic: of a whole layer, or for rows of one use inside its scans."""
     layer = use.layer
     rows, out = layer.rows_of_matrix, layer.out_dim
     if keeps_rows(statistic, layer):
         examples, positions = use.outputs.shape[-3:-1]
         stacked, elementwise = sum(use.loops), layer.kind in ELEMENTWISE
+        loops = (length for length, _ in use.found.loops)
         lead = (*loops, *layer.stack[stacked : stacked + len(use.slots)], *use.outputs.shape[:-3])
         lead = (*lead, examples * (1 if elementwise else positions))
         ids = use.found.kind == "embedding" or elementwise
@@ -257,7 +258,7 @@ def finish(statistic: str, sharing: str, use, sums: dict, basis):
     return EigenbasisMoments(*factors, scaled["moments"]) if statistic == "eigenbasis" else factors
 
 
-def finish_rows(uses, samples: list[dict]) -> FactorRows:
+def finish_rows(uses, samples) -> FactorRows:
     """All rows of a layer with the weights that make them its factors."""
     raw = finish_raw(uses, samples)
     return FactorRows(*raw, jnp.array([1 / uses[0].rows, uses[0].batch], raw.output_grads.dtype))
@@ -269,7 +270,7 @@ def factors_of_rows(rows: FactorRows, layer) -> tuple[jax.Array, jax.Array]:
     return rows.weights[0] * sums["input"], rows.weights[1] * sums["output"]
 
 
-def finish_raw(uses, samples: list[dict]) -> RawSamples:
+def finish_raw(uses, samples) -> RawSamples:
     """All rows of a layer, from the samples of each of its uses."""
     layer, stack, joined = uses[0].layer, len(uses[0].layer.stack), {}
     for use, sample in zip(uses, samples, strict=True):
@@ -290,3 +291,20 @@ def finish_raw(uses, samples: list[dict]) -> RawSamples:
     inputs = jnp.concatenate(inputs, axis=stack)
     grads = jnp.concatenate(joined["output_grads"], axis=stack)
     return RawSamples(inputs.astype(jnp.int32) if all(one_hot) else inputs, grads)
+
+
+def joined(rows):
+    """Rows of all cotangents [positions, columns, *stack, R, ·] one after the other, on the scale of a single one."""
+    if isinstance(rows, KroneckerFactors):  # of a scale or shift in "rows", whose A does not depend on cotangents
+        return KroneckerFactors(rows.input_factor[0, 0], jnp.sum(rows.output_factor, (0, 1)), rows.count[0, 0])
+    (positions, columns), axis = rows.output_grads.shape[:2], rows.output_grads.ndim - 4
+    count = positions * columns
+
+    def join(x):
+        x = jnp.moveaxis(x.reshape(count, *x.shape[2:]), 0, axis)
+        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+    inputs, output_grads = join(rows.inputs), join(rows.output_grads)
+    if isinstance(rows, RawSamples):
+        return RawSamples(inputs, output_grads * jnp.sqrt(float(count)))
+    return FactorRows(inputs, output_grads, rows.weights[0, 0] / jnp.array([count, 1], rows.weights.dtype))
