@@ -1,6 +1,4 @@
-"""Flax: a linen `TrainState` that hands extra arguments to the optimizer, and how `nnx.Optimizer` does so by itself.
-
-With nnx nothing is needed: `nnx.Optimizer.update(model, grads, **extra)` forwards what follows the gradients.
+"""Flax: a linen `TrainState` that hands extra arguments to the optimizer, as `nnx.Optimizer.update` does by itself.
 
     >>> import jax, jax.numpy as jnp, optax_curv
     >>> from flax import nnx
@@ -17,8 +15,8 @@ With nnx nothing is needed: `nnx.Optimizer.update(model, grads, **extra)` forwar
     >>> int(optimizer.step[...])
     1
 
-A checkpoint of either is an ordinary one: every state of this library is a tree of arrays, its random keys are raw key
-data, and a run that continues from it continues bit for bit.
+A checkpoint of either is an ordinary one, from which a run continues bit for bit: every state of this library is a tree
+of arrays, its random keys raw key data.
 """
 
 import dataclasses
@@ -35,8 +33,8 @@ except ImportError as error:  # Flax is an extra
 class TrainState(train_state.TrainState):
     """Flax's linen `TrainState`, whose `apply_gradients` hands extra arguments to the optimizer's `update`.
 
-    Flax's own takes every further argument for a field to replace. Here only those that are fields (of a subclass, such
-    as batch statistics) are replaced, and all others reach `tx.update`: `curvature=`, `branches=`, `probe=`, `value=`.
+    Flax's own takes every further argument for a field to replace. Here those that are fields (such as batch statistics
+    of a subclass) are replaced, and others reach `tx.update`: `curvature=`, `branches=`, `probe=`, `value=`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_curv

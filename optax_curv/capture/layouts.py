@@ -6,6 +6,8 @@ What is reshaped, transposed, cast or sliced stays one, which tells which axes o
 import math
 from typing import Any, NamedTuple
 
+from optax_curv.capture.jaxpr import SAME_PLACES
+
 # One stride and size; an axis is several, outermost first. Stride 0 repeats the same entries; a negative one reverses.
 Piece = tuple[Any, int]
 
@@ -99,38 +101,25 @@ def transpose(view: View, permutation) -> View:
     return view._replace(axes=tuple(view.axes[axis] for axis in permutation))
 
 
+def without(view: View, axes) -> View:
+    """The view without some axes of size 1."""
+    return transpose(view, [axis for axis in range(len(view.axes)) if axis not in axes])
+
+
 def broadcast(view: View, shape, dimensions) -> View:
     """The view after `broadcast_in_dim`."""
-    axes: list[tuple[Piece, ...]] = [((0, size),) if size != 1 else () for size in shape]
-    for axis, dimension in zip(view.axes, dimensions, strict=True):
-        if axis:
-            axes[dimension] = axis
-    return view._replace(axes=tuple(axes))
-
-
-def tile(view: View, reps) -> View:
-    """The view after `tile`, whose copies of an axis lie one after the other."""
-    axes = [((0, count), *axis) if count != 1 else axis for axis, count in zip(view.axes, reps, strict=True)]
-    return view._replace(axes=tuple(axes))
-
-
-def reverse(view: View, dimensions) -> View:
-    """The view after `rev`."""
-    axes, offset = list(view.axes), view.offset
-    for dimension in dimensions:
-        offset += sum(stride * (size - 1) for stride, size in axes[dimension])
-        axes[dimension] = tuple((-stride, size) for stride, size in axes[dimension])
-    return view._replace(axes=tuple(axes), offset=offset)
+    axes = dict(zip(dimensions, view.axes, strict=True))
+    return view._replace(axes=tuple(axes.get(k) or (((0, size),) if size != 1 else ()) for k, size in enumerate(shape)))
 
 
 def cut(view: View, dimension: int, start: int, size: int) -> View | None:
     """The view after taking `size` entries from `start` along one axis."""
-    axis = merged(view.axes[dimension])
-    if size_of(axis) == size:
+    pieces = merged(view.axes[dimension])
+    if size_of(pieces) == size:
         return view
-    if len(axis) != 1:
+    if len(pieces) != 1:
         return None
-    stride, full = axis[0]
+    stride, full = pieces[0]
     aligned = view.aligned and full % size == 0 and start % size == 0 and stride > 0
     slots = (*view.slots, Slot(stride * size, full // size, start // size)) if stride else view.slots
     axes = list(view.axes)
@@ -147,6 +136,43 @@ def enter_loop(view: View, depth: int) -> View | None:
         return None
     slots = tuple(Slot(stride, size, None, depth) for stride, size in axis if stride)
     return view._replace(axes=view.axes[1:], slots=view.slots + slots)
+
+
+def is_plain(view: View) -> bool:
+    """Whether the view has no coefficients, and no entry twice."""
+    return not view.coefficients and all(stride for axis in view.axes for stride, _ in axis)
+
+
+def moved(eqn, view: View) -> View | None:
+    """The view after one layout operation; None if that is not a view."""
+    name, params = eqn.primitive.name, eqn.params
+    if name in SAME_PLACES:
+        return view
+    if name == "reshape":
+        if params.get("dimensions") is not None:
+            view = transpose(view, params["dimensions"])
+        return reshape(view, params["new_sizes"])
+    if name == "transpose":
+        return transpose(view, params["permutation"])
+    if name == "squeeze":
+        return without(view, params["dimensions"])
+    if name in ("broadcast_in_dim", "expand_dims"):
+        return broadcast(view, params["shape"], params["broadcast_dimensions"])
+    if name == "tile":
+        copies = zip(view.axes, params["reps"], strict=True)
+        return view._replace(axes=tuple(((0, count), *axis) if count != 1 else axis for axis, count in copies))
+    if name == "rev":
+        axes, offset = list(view.axes), view.offset
+        for axis in params["dimensions"]:
+            offset += sum(stride * (size - 1) for stride, size in axes[axis])
+            axes[axis] = tuple((-stride, size) for stride, size in axes[axis])
+        return view._replace(axes=tuple(axes), offset=offset)
+    if name == "slice" and all(step == 1 for step in params["strides"] or (1,)):
+        after: View | None = view
+        for axis, start in enumerate(params["start_indices"]):
+            after = after and cut(after, axis, start, params["limit_indices"][axis] - start)
+        return after
+    return None
 
 
 class Arrangement(NamedTuple):

@@ -1,10 +1,27 @@
-"""What the walk over a loss remembers: marks on variables, uses of parameters, and where in the loss they are."""
+"""What the walk over a loss remembers of its variables and equations, and where the examples of the batch lie.
+
+Statistics of single examples (a scale's gradient, "reduce" sharing) must know which rows belong to one. So the leading
+axis of the inputs is followed through the equations, by a rule for each primitive that moves axes. Any other keeps an
+axis that keeps its place and size; else all that is known is that the array depends on the examples.
+
+A derivative by a network's input starts from a direction that all examples share, which the kernel meets once for the
+whole batch. The gradient at the kernel's output is then a sum over examples, of which no statistic of single ones can
+be made. So the output is followed to where it meets the examples. Where they lie along one of its own axes, that axis
+holds them. Where not, the loss runs with the output repeated for every example (`widened`), through equations that are
+linear, as those of a derivative are.
+"""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 
+from optax_curv.capture import layouts
+from optax_curv.capture.jaxpr import KEEP_ENTRIES, Literal, run, shape_of
 from optax_curv.capture.layouts import Piece, View
 
 Segments = tuple[tuple[str, tuple[Piece, ...]], ...]  # see layouts.arrangement
@@ -112,3 +129,270 @@ class Found:
     sign: float = 1.0
     choice: int | None = None
     far: tuple[Piece, ...] = ()
+
+
+LOST, UNKNOWN = Batch(None), Batch(None, 0)
+
+
+def propagate(eqn, batches: list[Batch | None], batch: int) -> list[Batch | None]:
+    """Where `batch` examples lie in each result of an equation; None: the same for, or summed over, all examples."""
+    shapes, outs = ([shape_of(v) for v in variables] for variables in (eqn.invars, eqn.outvars))
+    given = [(b, s) for b, s in zip(batches, shapes, strict=True) if b is not None]
+    if not given:
+        return [None] * len(outs)
+    name = eqn.primitive.name
+    if all(b.axis is None for b, _ in given):
+        return [LOST if any(b == LOST for b, _ in given) else min(given, key=lambda x: x[0].inner == 0)[0]] * len(outs)
+    if name in MOVES:
+        return [MOVES[name](eqn.params, batches, shapes, outs[0], batch)] * len(outs)
+    if (name.startswith("reduce_") and "axes" in eqn.params) or name in ("argmax", "argmin"):
+        return [_reduce(eqn.params["axes"], given[0][0])] * len(outs)
+    return [_same_place(given, out) for out in outs]
+
+
+def _same_place(given, out):
+    """The axis of the first operand whose axis keeps its place and size; else, for linear algebra, its leading axes."""
+    placed = [(b, shape) for b, shape in given if b.axis is not None]
+    for b, shape in placed:
+        if len(out) == len(shape) and out[b.axis] == shape[b.axis]:
+            return b
+    for b, shape in placed:
+        if len(out) > b.axis and out[: b.axis + 1] == shape[: b.axis + 1]:
+            return b
+    return LOST
+
+
+def _without(axes, b):
+    return Batch(b.axis - sum(axis < b.axis for axis in axes), b.inner)
+
+
+def _reduce(axes, b):
+    return LOST if b.axis is None else None if b.axis in axes else _without(axes, b)
+
+
+def _reshape(params, batches, shapes, out, batch):
+    b, shape = batches[0], shapes[0]
+    if b.axis is None:
+        return LOST
+    if params.get("dimensions") is not None:
+        b, shape = b._replace(axis=params["dimensions"].index(b.axis)), [shape[k] for k in params["dimensions"]]
+    inner = b.inner * math.prod(shape[b.axis + 1 :])
+    for axis, size in enumerate(out):
+        after = math.prod(out[axis + 1 :])
+        if inner % after == 0 and (size * after) % (inner * batch) == 0:
+            return Batch(axis, inner // after)
+    return LOST
+
+
+def _transpose(params, batches, shapes, out, batch):
+    b = batches[0]
+    return LOST if b.axis is None else Batch(params["permutation"].index(b.axis), b.inner)
+
+
+def _broadcast(params, batches, shapes, out, batch):
+    b = batches[0]
+    if b is None or b.axis is None:
+        return b
+    return Batch(params["broadcast_dimensions"][b.axis], b.inner)
+
+
+def _squeeze(params, batches, shapes, out, batch):
+    b = batches[0]
+    if b is None or b.axis is None or b.axis in params["dimensions"]:
+        return b and LOST
+    return _without(params["dimensions"], b)
+
+
+def _stack(params, batches, shapes, out, batch):
+    b = next(b for b in batches if b is not None and b.axis is not None)
+    return Batch(b.axis + (b.axis >= params["axis"]), b.inner)
+
+
+def _unstack(params, batches, shapes, out, batch):
+    b = batches[0]
+    return LOST if b.axis == params["axis"] else _without((params["axis"],), b)
+
+
+def _whole_batches(b, axis, sizes, batch):
+    """Where the examples lie in parts of these sizes along an axis."""
+    whole = b.axis != axis or all(size % (batch * b.inner) == 0 for size in sizes)
+    return b if b.axis is not None and whole else LOST
+
+
+def _concatenate(params, batches, shapes, out, batch):
+    axis, known = params["dimension"], {b for b in batches if b is not None}
+    beside = next((b for b in known if b.axis is not None and b.axis != axis), None)
+    if beside is not None or len(known) > 1 or None in batches:
+        return beside or LOST
+    return _whole_batches(batches[0], axis, [shape[axis] for shape in shapes], batch)
+
+
+def _split(params, batches, shapes, out, batch):
+    return _whole_batches(batches[0], params["axis"], params["sizes"], batch)
+
+
+def _slice(params, batches, shapes, out, batch):
+    b, axis = batches[0], batches[0].axis
+    if axis is None or out[axis] == shapes[0][axis]:
+        return b
+    if params["strides"] is not None and params["strides"][axis] != 1:
+        return LOST
+    return _whole_batches(b, axis, (params["start_indices"][axis], params["limit_indices"][axis]), batch)
+
+
+def _dot_general(params, batches, shapes, out, batch):
+    contracting, together = params["dimension_numbers"]
+    before, found = [], None
+    for b, shape, summed, own in zip(batches, shapes, contracting, together, strict=True):
+        axes = [*own, *before, *(axis for axis in range(len(shape)) if axis not in (*summed, *own))]
+        if b is not None and b.axis in axes:
+            return Batch(axes.index(b.axis), b.inner)
+        if b is not None and b.axis is None:
+            found = LOST
+        before = [-1] * (len(axes) - len(own))
+    return found
+
+
+def _convolution(params, batches, shapes, out, batch):
+    spec, b = params["dimension_numbers"], batches[0]
+    if b is None or b.axis != spec.lhs_spec[0]:
+        return b and LOST
+    return Batch(spec.out_spec[0], b.inner)
+
+
+def _gather(params, batches, shapes, out, batch):
+    numbers = params["dimension_numbers"]
+    rows = [axis for axis in range(len(out)) if axis not in numbers.offset_dims]
+    b, ids = batches
+    if ids is not None:
+        return Batch(rows[ids.axis], ids.inner) if ids.axis is not None and ids.axis < len(rows) else LOST
+    gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    kept = [axis for axis in range(len(shapes[0])) if axis not in gone]
+    if b.axis in kept and params["slice_sizes"][b.axis] == shapes[0][b.axis]:
+        return Batch(numbers.offset_dims[kept.index(b.axis)], b.inner)
+    return LOST
+
+
+MOVES = {
+    "reshape": _reshape,
+    "transpose": _transpose,
+    "broadcast_in_dim": _broadcast,
+    "squeeze": _squeeze,
+    "tile": lambda params, batches, *_: batches[0],
+    "stack": _stack,
+    "unstack": _unstack,
+    "concatenate": _concatenate,
+    "split": _split,
+    "slice": _slice,
+    "dot_general": _dot_general,
+    "conv_general_dilated": _convolution,
+    "gather": _gather,
+}
+
+
+ENTRYWISE = {"mul", "add", "sub", "add_any", "select_n"}
+LINEAR = ENTRYWISE | KEEP_ENTRIES | {"dot_general", "conv_general_dilated", "gather", "neg", "div", "reduce_sum"}
+LINEAR |= {"split", "stack", "unstack", "concatenate", "pad"}
+
+
+class Seeds:
+    """The uses whose input is the same for all examples, and what becomes of them."""
+
+    def __init__(self, batch: int):
+        self.batch = batch
+        self.rows: dict[int, float] = {}  # number of the row that turned out to hold the examples
+        self.lost: set[int] = set()  # uses of which nothing can be told
+        self.together: list[set[int]] = []  # those that enter one variable, which are widened together or not at all
+
+    def lose(self, marks) -> list[Mark]:
+        """Marks of variables that are followed no further."""
+        self.lost |= {seed.use for mark in marks for seed in mark.seeds}
+        return [mark._replace(seeds=()) for mark in marks]
+
+    def forget(self, first: int):
+        """Drops all uses from this number on."""
+        self.rows = {use: row for use, row in self.rows.items() if use < first}
+        self.lost = {use for use in self.lost if use < first}
+        self.together = [kept for group in self.together if (kept := {use for use in group if use < first})]
+
+    def follow(self, node, index: int, given: list[Mark], batch: Batch | None, uses, new: range) -> tuple[Seed, ...]:
+        """The seeds of an equation's results, of which the uses `new` are its own; notes where they meet examples."""
+        eqn = node.jaxpr.jaxpr.eqns[index]
+        seeds = [seed for mark in given for seed in mark.seeds]
+        shape = shape_of(eqn.outvars[0])
+        if all(mark.batch is None for mark in given):
+            if eqn.primitive.name not in LINEAR:
+                self.lose(given)
+                seeds = []
+            alone = len(eqn.invars) == 1
+            views = {seed.use: layouts.moved(eqn, seed.view) if alone and seed.view else None for seed in seeds}
+            views |= {use: layouts.whole(0, shape) for use in new if uses[use].examples is None}
+            if views:
+                self.together.append(set(views))
+            return tuple(Seed(use, view) for use, view in views.items())
+        axis = batch.axis if seeds and batch is not None and batch.inner == 1 else None
+        if axis is None or eqn.primitive.name not in ENTRYWISE or shape[axis] != self.batch:
+            self.lose(given)
+            return ()
+        node.meetings[index] = axis
+        for variable, mark in zip(eqn.invars, given, strict=True):
+            if len(shape_of(variable)) != len(shape):
+                self.lose([mark])
+            elif shape_of(variable)[axis] != 1 and axis not in _repeats(node, variable):
+                self._along(axis, mark, uses)
+        return ()
+
+    def _along(self, axis: int, mark: Mark, uses):
+        """The examples lie along this axis of a variable."""
+        for use, view in mark.seeds:
+            pieces = view.axes[axis] if view is not None else ()
+            if len(pieces) == 1 and pieces[0][0] > 0:
+                role, row = layouts.role_at(uses[use].output_segments, pieces[0][0])
+                if role == "row":
+                    self.rows[use] = row
+        self.lose([mark])
+
+    def settle(self, uses, results: list[Mark]):
+        """Gives the uses their examples, once the marks of the loss's results are known."""
+        self.lose(results)
+        size = -1
+        while size != len(self.lost):
+            size = len(self.lost)
+            self.lost |= set().union(*(group for group in self.together if group & self.lost))
+        for use in set().union(*self.together):
+            found = uses[use]
+            if use not in self.lost:
+                found.output_segments = (("row", ((REPEATED, self.batch),)), *found.output_segments)
+                found.examples = Examples(REPEATED)
+                inputs, outputs = found.windows
+                found.windows = (inputs, outputs and (outputs[0] + 1, *outputs[1:]))
+            elif use in self.rows:
+                found.examples = Examples(self.rows[use])
+
+
+def _repeats(node, variable) -> set[int]:
+    """Axes along which a `broadcast_in_dim` made this variable repeat itself."""
+    for eqn in node.jaxpr.jaxpr.eqns:
+        if variable in eqn.outvars and eqn.primitive.name == "broadcast_in_dim":
+            return set(range(len(eqn.params["shape"]))) - set(eqn.params["broadcast_dimensions"])
+    return set()
+
+
+def is_widened(variable, value) -> bool:
+    """Whether a value has an axis of examples before those of its variable."""
+    return not isinstance(variable, Literal) and jnp.ndim(value) > len(shape_of(variable))
+
+
+def run_widened(node, index: int, given: list) -> list:
+    """Runs an equation of which some operands are widened; the results are too, unless it is where they meet."""
+    eqn = node.jaxpr.jaxpr.eqns[index]
+    wide = [is_widened(v, x) for v, x in zip(eqn.invars, given, strict=True)]
+    axis = node.meetings.get(index)
+    if axis is None:
+        axes = [0 if w else None for w in wide]
+        return jax.vmap(lambda *operands: run(eqn, operands), axes)(*given)
+
+    def there(x):  # where the widened operand has one entry, or repeats it
+        return jnp.moveaxis(lax.index_in_dim(x, 0, axis + 1, keepdims=False), 0, axis)
+
+    return run(eqn, [there(x) if w else x for x, w in zip(given, wide, strict=True)])

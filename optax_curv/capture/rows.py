@@ -69,8 +69,8 @@ def residual_rows(*residual_fns: Callable, weights=None, chunk_size: int | None 
       L = \frac12 \sum_b w_b \frac{1}{N_b} \sum_{n \in b} \|r_{bn}\|^2
 
     The rows are those of the residuals times √(w_b K / N_b), K the number of all rows, so that
-    `scale_by_branch_fisher(centered=False)` takes the Gauss-Newton matrix of L from them. One pass of reverse mode gives
-    all three.
+    `scale_by_branch_fisher(centered=False)` takes the Gauss-Newton matrix of L from them. All come from one pass of
+    reverse mode.
 
     Args:
       *residual_fns: one a block: `fn(params, batch)` -> residuals [N_b, ...], real; called with batches of one.

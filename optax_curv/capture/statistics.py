@@ -14,7 +14,7 @@ from optax_curv.capture.layers import ELEMENTWISE
 
 
 class KroneckerFactors(NamedTuple):
-    """The two factors of a layer's Fisher block, F ≈ A ⊗ G.
+    """The factors of a layer's Fisher block, F ≈ A ⊗ G.
 
     Attributes:
       input_factor: A = E[a aᵀ], float [*stack, in, in], or its diagonal [*stack, in] (embeddings).
@@ -28,7 +28,7 @@ class KroneckerFactors(NamedTuple):
 
 
 class EigenbasisMoments(NamedTuple):
-    """Kronecker factors, and the second moments of the gradient in a given eigenbasis (EKFAC).
+    """Kronecker factors, and second moments of the gradient in a given eigenbasis (EKFAC).
 
     Attributes:
       input_factor, output_factor, count: as in `KroneckerFactors`.
@@ -120,7 +120,7 @@ def _wide(x):
 
 
 def _second_moment(rows, full: bool):
-    """Σ x xᵀ over the rows [*stack, R, d], or its diagonal; products of half-precision rows are exact in float32."""
+    """Σ x xᵀ over the rows [*stack, R, d], or its diagonal; products of half-precision numbers are exact in float32."""
     if not full:
         return jnp.sum(jnp.square(_wide(rows)), axis=-2)
     wide = jnp.promote_types(rows.dtype, jnp.float32)

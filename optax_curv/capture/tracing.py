@@ -10,7 +10,6 @@ from jax import lax
 from jax.extend import core
 
 from optax_curv.capture import layouts
-from optax_curv.capture.batch import LOST, propagate
 from optax_curv.capture.grouping import Use
 from optax_curv.capture.jaxpr import (
     Literal,
@@ -24,9 +23,21 @@ from optax_curv.capture.jaxpr import (
     same_integers,
     shape_of,
 )
-from optax_curv.capture.marks import NOTHING, REPEATED, Batch, Examples, Found, Mark, Node
+from optax_curv.capture.marks import (
+    LOST,
+    NOTHING,
+    REPEATED,
+    Batch,
+    Examples,
+    Found,
+    Mark,
+    Node,
+    Seeds,
+    is_widened,
+    propagate,
+    run_widened,
+)
 from optax_curv.capture.rules import RULES, is_complex, why_not
-from optax_curv.capture.seeds import Seeds, is_widened, run_widened
 
 
 class Walk:

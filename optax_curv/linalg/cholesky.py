@@ -20,7 +20,7 @@ def cholesky(a, damping=0.0) -> tuple[jax.Array, jax.Array]:
     a zero matrix) and tried again, for each matrix of a batch on its own, inside the compiled program. So the factor of
     a finite matrix is finite, be it singular, indefinite or zero.
 
-    The derivative is that of the factor of `a + damping_used I`, with `damping_used` a constant where it was raised.
+    The derivative is that of `a + damping_used I`'s factor, `damping_used` constant where it was raised.
 
     Args:
       a: symmetric or Hermitian matrices [*batch, n, n], of which the symmetric part is taken; float32 at least is
@@ -62,7 +62,7 @@ def _attempts(kernel, a, damping):
     def attempt(carry):
         damping, factor, done, attempts = carry
         found = kernel(a + damping[..., None, None] * eye)
-        # a failure is NaN all over, and an entry that overflows leaves its row no finite pivot
+        # a failure is NaN all over; an overflow leaves its row no finite pivot
         pivots = jnp.sum(found * eye, axis=-1).real
         well = jnp.all((pivots > 0) & (pivots < jnp.inf), axis=-1)
         factor = jnp.where(done[..., None, None], factor, found)
@@ -76,7 +76,7 @@ def _attempts(kernel, a, damping):
 
 @_factorize.defjvp
 def _factorize_jvp(primals, tangents):
-    # dL = L Φ(L⁻¹ dA L⁻ᴴ), where Φ takes the lower triangle and half of the diagonal: no second factorisation.
+    # dL = L Φ(L⁻¹ dA L⁻ᴴ), where Φ takes the lower triangle and half of the diagonal
     (_, damping), (a_dot, damping_dot) = primals, tangents
     factor, used = _factorize(*primals)
     used_dot = jnp.where(used == damping, damping_dot, 0)
@@ -111,9 +111,8 @@ def cholesky_solve(factor, b) -> jax.Array:
       >>> linalg.cholesky_solve(factor, jnp.array([8.0, 3.0])).tolist()
       [2.0, 3.0]
     """
-    factor = jnp.asarray(factor)
     half = triangular_solve(factor, b, lower=True)
-    return triangular_solve(factor.conj(), half, lower=True, transpose=True)
+    return triangular_solve(jnp.conj(factor), half, lower=True, transpose=True)
 
 
 def damped_inverse(a, damping) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -180,7 +179,7 @@ def triangular_solve(t, b, *, lower, transpose=False, side="left", zero_pivot=No
         )
     dtype, batch = jnp.promote_types(t.dtype, b.dtype), jnp.broadcast_shapes(t.shape[:-2], b.shape[:-2])
     if zero_pivot is not None:
-        # An equation x_i = 0 in place of the pivot's own gives what substitution with the guard gives.
+        # an equation x_i = 0 in place of the pivot's own
         dead = jnp.abs(jnp.diagonal(t, axis1=-2, axis2=-1)) <= zero_pivot
         t = jnp.where(jnp.expand_dims(dead, -2 if left == transpose else -1), jnp.eye(n, dtype=t.dtype), t)
         b = jnp.where(jnp.expand_dims(dead, across), 0, b)

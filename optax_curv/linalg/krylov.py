@@ -49,20 +49,19 @@ def conjugate_gradient(
     It stops when `‖r‖ ≤ max(tol ‖b‖, atol)`, or after `max_iters`.
 
     With `floor` above zero both denominators are `max(floor, ·)` and the test `‖r‖ < max(tol ‖b‖, atol)` comes after
-    the update, so at least one iteration is done: the rule of the original branch natural gradient (floor 1e-12, atol
-    1e-6), kept for parity. Its step is not invariant to the scale of b.
+    the update, so at least one iteration is done: the original branch natural gradient (floor 1e-12, atol 1e-6), whose
+    step is not invariant to the scale of b.
 
-    The solution may be differentiated in `b` and in what `matvec` closes over, through the equation it solves: exact
-    once converged. Norms neither overflow nor underflow for any representable `b`. Under `jax.vmap` a lane that is done
-    keeps its solution.
+    Derivatives in `b` and in what `matvec` closes over are those of the equation: exact once converged. Norms neither
+    overflow nor underflow for any representable `b`. Under `jax.vmap` a lane that is done keeps its solution.
 
-    Two rules of Hessian-free optimisation are for solves far from convergence, of the minimum of
-    φ(x) = ½⟨x, A x⟩ - ⟨b, x⟩. With `min_progress` ε it also stops at an iteration i > k where
+    Two rules are for solves far from convergence, of the minimum of φ(x) = ½⟨x, A x⟩ - ⟨b, x⟩. With `min_progress` ε it
+    also stops at an iteration i > k where
 
         φ(x_i) < 0   and   (φ(x_i) - φ(x_{i-k})) / φ(x_i) < k ε,   k = max(10, i / 10).
 
-    With `merit` the iterate returned is that of least merit among the iterates 1, 2, 3, 4, 6, 8, 11, …, each 1.3 times
-    the one before, and the last. That keeps one more copy of x.
+    With `merit`, for one more copy of x, the iterate of least merit is returned, among the last and 1, 2, 3, 4, 6, 8,
+    11, …, each 1.3 times the one before.
 
     Args:
       matvec: function from pytrees like `b` to the same, in float32 at least, as all arithmetic.
@@ -75,8 +74,8 @@ def conjugate_gradient(
       floor: smallest denominator; see above.
       min_progress: ε, a number or tracer, 5e-4 in the paper; None: no such rule.
       merit: function from pytrees like `b` to a number; a NaN counts as the worst. None: the last iterate is returned.
-      keep_finite: an iteration whose residual is not finite is not taken, so that the solution is as finite as `x0` and
-        only `residual_norm` shows it. By default NaNs in `b` or `matvec` show in the solution too.
+      keep_finite: whether an iteration whose residual is not finite is not taken: then only `residual_norm` shows NaNs
+        in `b` or `matvec`, and else the solution too.
 
     Returns:
       The solution, with the structure, shapes and float types of `b`, and a `ConjugateGradientInfo`.
@@ -157,7 +156,7 @@ def _iterate(operator, precondition, b, x, limits, merit, keep_finite):
         return numerator / jnp.where(denominator == 0, jnp.inf, denominator)
 
     def unfinished(search):
-        # A residual that is not finite runs one iteration, which carries it into the solution, and no more.
+        # a residual that is not finite runs one iteration, which carries it into the solution
         first = (search.done == 0) & (guarded | ~jnp.isfinite(search.norm))
         above = jnp.where(guarded, search.norm >= threshold, search.norm > threshold)
         if min_progress is not None:
@@ -204,10 +203,10 @@ def _iterate(operator, precondition, b, x, limits, merit, keep_finite):
     start = _Search(x, r, z, _dot(r, z), jnp.sqrt(_dot(r, r)), zero, values, best)
     search = jax.lax.while_loop(unfinished, iterate, start)
     x, number = search.x, search.done
-    if best is not None:  # whichever iterate is the last is tried too
-        last = search.best._replace(following=jnp.maximum(search.done, 1))
-        x, _, number, _ = tried(last, search.x)
-        number = jnp.minimum(number, search.done)
+    if best is not None:  # the last is tried too
+        last = search.best._replace(following=jnp.maximum(number, 1))
+        x, _, chosen, _ = tried(last, x)
+        number = jnp.minimum(chosen, number)
     return _times(scale, x), ConjugateGradientInfo(search.done, search.norm * scale, number)
 
 
@@ -219,7 +218,7 @@ def _stalled(values, done, min_progress):
 
 
 def _power_of_two(largest):
-    """A power of two near `largest`; 1 for zero or what is not finite. Dividing by it changes no digit."""
+    """A power of two near `largest`, 1 for zero or what is not finite; dividing by it changes no digit."""
     limit = -jnp.finfo(largest.dtype).minexp - 1  # neither the power nor its inverse leaves the normal numbers
     exponent = jnp.where(jnp.isfinite(largest), jnp.frexp(largest)[1], 0)
     return jnp.ldexp(jnp.ones_like(largest), jnp.clip(exponent, -limit, limit))

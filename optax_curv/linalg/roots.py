@@ -1,4 +1,4 @@
-"""Roots of symmetric matrices."""
+"""Roots of symmetric matrices, and a bound on norms."""
 
 import functools
 
@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from optax_curv.linalg import lapack
-from optax_curv.linalg.checks import hermitian, per_matrix, symmetric_part
-from optax_curv.linalg.norms import spectral_norm_bound
+from optax_curv.linalg.checks import hermitian, per_matrix, symmetric_part, widen
 
-NEWTON_ITERATIONS = 100  # float64 at condition 1e12 takes about 50
+NEWTON_ITERATIONS = 100  # at condition 1e12 about 50
 QR_ITERATIONS = 100
+# In the worst case (all other eigenvalues equal, 1/n of the largest in the row) 0.83 of the norm for n = 300.
+POWER_ITERATIONS = 4
 
 
 def inverse_root(a, p, *, damping, relative=False, method="eigh") -> jax.Array:
@@ -106,7 +107,7 @@ def factor_roots(factors: list, bases: list, exponent, damping, method) -> list:
 
     if method == "qr":
         return lapack.for_each(tracked, factors, bases)
-    # Elsewhere than on CPU more calls cost more than larger ones.
+    # elsewhere more calls cost more than larger ones
     found = jax.lax.platform_dependent(*factors, cpu=one_by_one, default=filled_up)
     return [(*of_factor, None) for of_factor in found]
 
@@ -205,15 +206,15 @@ def _power(a, exponent, damping):
 
 @_power.defjvp
 def _power_jvp(primals, tangents):
-    # In the eigenbasis the derivative of a power is a product with its divided differences (Daleckii & Krein), whereas
-    # the derivative of eigh divides by gaps between eigenvalues, and is NaN where two are equal.
+    # In the eigenbasis the derivative of a power is a product with its divided differences (Daleckii & Krein); that of
+    # eigh is NaN where two eigenvalues are equal.
     (a, exponent, damping), (a_dot, exponent_dot, damping_dot) = primals, tangents
     values, vectors = _eigen(a, damping)
     eye, exponent = jnp.eye(a.shape[-1], dtype=a.dtype), exponent[..., None, None]
     low = jnp.minimum(values[..., None], values[..., None, :])
     gap = jnp.maximum(values[..., None], values[..., None, :]) - low
     base, step = jnp.where(low == 0, 1, low), jnp.where(gap == 0, 1, gap)
-    # low^q ((1 + gap/low)^q - 1) / gap, without the cancellation, and its limits for gap = 0 and low = 0.
+    # low^q ((1 + gap/low)^q - 1) / gap without cancellation, and its limits
     quotients = jnp.where(gap == 0, exponent / base, jnp.expm1(exponent * jnp.log1p(gap / base)) / step)
     quotients = jnp.where(low == 0, _raise(gap, exponent) / step, base**exponent * quotients)
     inner = a_dot + damping_dot[..., None, None] * eye
@@ -221,3 +222,53 @@ def _power_jvp(primals, tangents):
     logs = jnp.log(jnp.where(values == 0, 1, values)) * _raise(values, exponent[..., 0])
     inner = quotients * inner + (exponent_dot[..., None] * logs)[..., None] * eye
     return _power(*primals), _symmetric_product(_matmul(vectors, inner), vectors)
+
+
+@jax.jit
+def spectral_norm_bound(a) -> jax.Array:
+    """Lower bound on the spectral norm, from a few power iterations.
+
+    From the row of largest norm, `x ← AᴴA x / ‖AᴴA x‖` four times; the bound is `‖A x‖`, at least the largest row norm.
+    Nine products with a vector in all.
+
+    Args:
+      a: matrices [*batch, m, n], of any scale; float32 at least is computed and returned.
+
+    Returns:
+      The bounds, real [*batch]: 0 for a zero or an empty matrix, NaN where an entry is not finite.
+
+    Raises:
+      ValueError: if `a` has fewer than two axes.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_curv import linalg
+      >>> float(linalg.spectral_norm_bound(jnp.diag(jnp.array([1.0, -3.0]))))
+      3.0
+
+    References:
+      Li, *Stochastic Hessian fittings with Lie groups*, 2024, arXiv:2402.11858: the bound by one such iteration.
+    """
+    a = widen(a)
+    if a.ndim < 2:
+        raise ValueError(f"spectral_norm_bound: expected matrices [..., m, n], got an array of shape {a.shape}.")
+    limits = jnp.finfo(a.dtype)
+    if 0 in a.shape[-2:]:
+        return jnp.zeros(a.shape[:-2], limits.dtype)
+    # neither the scale nor its inverse leaves the normal numbers
+    scale = jnp.clip(jnp.max(jnp.abs(a), axis=(-2, -1)), 4 * limits.tiny, limits.max / 4)
+    a = a / scale[..., None, None]
+
+    def norm(x):
+        return jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+    def unit(x):
+        return x / jnp.where(norm(x) == 0, 1, norm(x))
+
+    def times(a, x):
+        return jnp.matmul(a, x[..., None], precision=jax.lax.Precision.HIGHEST)[..., 0]
+
+    longest = jnp.argmax(norm(a), axis=-2, keepdims=True)
+    x = unit(jnp.take_along_axis(a, longest, axis=-2)[..., 0, :].conj())
+    x = jax.lax.fori_loop(0, POWER_ITERATIONS, lambda _, x: unit(times(a.mT.conj(), times(a, x))), x)
+    return norm(times(a, x))[..., 0] * scale
