@@ -13,7 +13,7 @@ from optax_curv.capture import statistics
 from optax_curv.capture.grouping import Use
 from optax_curv.capture.jaxpr import varying_like, with_automatic_sharding
 from optax_curv.capture.layers import Layers
-from optax_curv.capture.marks import Examples
+from optax_curv.capture.marks import LOST
 from optax_curv.capture.objective import Objective
 from optax_curv.capture.traces import Trace, trace
 from optax_curv.capture.tracing import Tap, run_with_taps
@@ -68,7 +68,7 @@ class Probing:
         for number, use in traced.uses.items():
             if use.layer.name not in names:
                 continue
-            if sharing == "reduce" and use.found.examples == Examples() and use.batch > 1:
+            if sharing == "reduce" and use.found.examples == LOST and use.batch > 1:
                 raise ValueError(
                     "value_grad_and_curvature: sharing='reduce' sums over the rows of each example, but nothing tells "
                     f"the examples apart where the layer {use.layer.name!r} is used; take sharing='expand', or leave "

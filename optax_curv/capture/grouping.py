@@ -12,7 +12,7 @@ import numpy as np
 from optax_curv.capture import layouts
 from optax_curv.capture.layers import ELEMENTWISE, Layer, Layers
 from optax_curv.capture.layouts import Arrangement, Piece, size_of
-from optax_curv.capture.marks import Examples, Found
+from optax_curv.capture.marks import LOST, Found
 from optax_curv.capture.products import without_own_stack
 
 
@@ -230,7 +230,7 @@ def _elementwise_layer(uses: list[Found], shape, key: str, _) -> Layer | str:
     """A scale or shift; the reason why not if its uses differ too much."""
     loops = _loops(uses[0])
     for found in uses:
-        if found.examples == Examples():
+        if found.examples == LOST:
             return "the examples cannot be told apart where it is used"
         if _loops(found) != loops or any(stride < 0 for stride, _ in found.outputs):
             return "its uses run along different axes"
@@ -285,7 +285,7 @@ def _uses(uses, numbers, layer, matrix, shifts, batch) -> dict[int, Use]:
 
 def _told_apart(uses: list[Found]) -> tuple[bool, int | None]:
     """Whether all uses of a layer tell the examples apart in one way, and the `example_loop` of each `Use`."""
-    ways = {None if f.examples is None else (f.examples.row is None, f.examples.loop) for f in uses}
+    ways = {None if f.examples is None else (f.examples.axis is None, f.examples.loop) for f in uses}
     way = ways.pop()
     return (False, None) if ways or way in (None, (True, None)) else (True, way[1])
 

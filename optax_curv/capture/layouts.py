@@ -198,14 +198,14 @@ def arrangement(segments, stack, examples, batch: int) -> Arrangement:
       segments: the array's axes, or parts of them, in order: pairs of a role ("stack", "row" or "feature") and pieces.
         The stride of a row's piece is its number among the rows: equal in a layer's input and in its output.
       stack: the stack's pieces in the order wanted; size 1 where the array lacks them.
-      examples: the `Examples` whose row holds them, or None.
+      examples: the `Batch` whose row holds them, or None.
       batch: number of examples.
     """
     places = {stride: place for place, (stride, _) in enumerate(stack)}
     parts = []  # size, stride, sort key
     for role, pieces in segments:
         for stride, size in pieces:
-            if role == "row" and examples is not None and examples.row == stride:
+            if role == "row" and examples is not None and examples.axis == stride:
                 outer = size // (batch * examples.inner)
                 parts += [(outer, 1, (2, stride)), (batch, 1, (1, 0)), (examples.inner, 1, (2, stride + 0.5))]
             elif role == "row":

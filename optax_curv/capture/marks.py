@@ -13,7 +13,7 @@ linear, as those of a derivative are.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,9 @@ Segments = tuple[tuple[str, tuple[Piece, ...]], ...]  # see layouts.arrangement
 
 
 class Batch(NamedTuple):
-    """Where the examples lie in an array computed from them: along an axis, a scan, or nobody knows."""
+    """Where the examples lie in an array, or in the rows of a layer: along an axis, a scan, or nobody knows."""
 
-    axis: int | None
+    axis: Any  # its number, or that of the row; None: none
     inner: int = 1  # neighbouring entries of the axis that are one example's; 0: unknown, the size of an axis must tell
     loop: int | None = None  # depth of the scan that walks from example to example
 
@@ -43,14 +43,6 @@ class Seed(NamedTuple):
 
     use: int
     view: View | None  # the variable as a view of that output
-
-
-class Examples(NamedTuple):
-    """What tells the examples apart in the rows of a layer, if anything: a row (by number), or a scan."""
-
-    row: float | None = None
-    inner: int = 1
-    loop: int | None = None
 
 
 class Mark(NamedTuple):
@@ -75,6 +67,12 @@ class Mark(NamedTuple):
 
 
 NOTHING = Mark()
+
+
+def known_batch(marks) -> Batch | None:
+    """Where the examples lie in one of several variables of one shape."""
+    batches = [mark.batch for mark in marks if mark.batch is not None]
+    return next((batch for batch in batches if batch.axis is not None), batches[0] if batches else None)
 
 
 class Node:
@@ -120,7 +118,7 @@ class Found:
     outputs: tuple[Piece, ...]
     input_segments: Segments
     output_segments: Segments
-    examples: Examples | None
+    examples: Batch | None
     windows: tuple = (None, None)
     conv: tuple | None = None
     loops: tuple[tuple[int, bool], ...] = ()
@@ -363,11 +361,11 @@ class Seeds:
             found = uses[use]
             if use not in self.lost:
                 found.output_segments = (("row", ((REPEATED, self.batch),)), *found.output_segments)
-                found.examples = Examples(REPEATED)
+                found.examples = Batch(REPEATED)
                 inputs, outputs = found.windows
                 found.windows = (inputs, outputs and (outputs[0] + 1, *outputs[1:]))
             elif use in self.rows:
-                found.examples = Examples(self.rows[use])
+                found.examples = Batch(self.rows[use])
 
 
 def _repeats(node, variable) -> set[int]:

@@ -6,7 +6,7 @@ from typing import Any
 from optax_curv.capture import layouts
 from optax_curv.capture.jaxpr import Literal, shape_of
 from optax_curv.capture.layouts import View, is_plain, size_of
-from optax_curv.capture.marks import Found, Mark
+from optax_curv.capture.marks import Found, Mark, known_batch
 
 
 def _kernel_side(marks):
@@ -83,17 +83,7 @@ def _dense_use(walk, eqn, marks, side, view):
         inputs[other] = ("feature", view.axes[axis])
     free = [[rows[axis] for axis in input_free], [("feature", view.axes[axis]) for axis in kernel_free]]
     outputs = [*batched, *(free[0] + free[1] if side == 1 else free[1] + free[0])]
-    return Found(
-        kind="dense",
-        view=view,
-        operands=(eqn.invars[1 - side],),
-        stack=tuple(piece for role, pieces in batched if role == "stack" for piece in pieces),
-        inputs=tuple(piece for axis in kc for piece in view.axes[axis]),
-        outputs=tuple(piece for axis in kernel_free for piece in view.axes[axis]),
-        input_segments=tuple(inputs),
-        output_segments=tuple(outputs),
-        examples=walk.examples(marks[1 - side].batch, outputs),
-    )
+    return _found(walk, "dense", view, (eqn.invars[1 - side],), inputs, outputs, marks[1 - side].batch)
 
 
 def _dense_windows(eqn, mark, view, first, side):
@@ -134,21 +124,11 @@ def convolution(walk, eqn, marks):
     batch = marks[0].batch
     if batch is not None and batch.axis is not None:
         batch = batch._replace(axis=spec.out_spec[0]) if batch.axis == spec.lhs_spec[0] else batch._replace(axis=None)
-    found = Found(
-        kind="conv",
-        view=view,
-        operands=(eqn.invars[0],),
-        stack=grouped[0],
-        inputs=tuple(piece for _, pieces in patch[1:] for piece in pieces),
-        outputs=grouped[1],
-        input_segments=tuple(inputs),
-        output_segments=tuple(outputs),
-        examples=walk.examples(batch, outputs),
-        conv=(
-            tuple(shape_of(eqn.invars[1])[axis] for axis in spec.rhs_spec[2:]),
-            *(tuple(params[name]) for name in ("window_strides", "padding", "lhs_dilation", "rhs_dilation")),
-            spec,
-        ),
+    found = _found(walk, "conv", view, (eqn.invars[0],), inputs, outputs, batch)
+    found.conv = (
+        tuple(shape_of(eqn.invars[1])[axis] for axis in spec.rhs_spec[2:]),
+        *(tuple(params[name]) for name in ("window_strides", "padding", "lhs_dilation", "rhs_dilation")),
+        spec,
     )
     return [Mark(output=walk.add_uses([_own_stack(found)], eqn))]
 
@@ -171,23 +151,13 @@ def gather(walk, eqn, marks):
         ("stack", view.axes[stacked[k]]) if k in stacked else ("row", ((float(k), size),))
         for k, size in enumerate(shape_of(ids)[:-1])
     ]
-    kept = [pieces for k, pieces in enumerate(view.axes) if k not in gone]
-    picked, offsets = iter(inputs), iter(kept)
+    picked, offsets = iter(inputs), iter(pieces for k, pieces in enumerate(view.axes) if k not in gone)
     outputs = [
         ("feature", next(offsets)) if k in numbers.offset_dims else next(picked)
         for k in range(len(shape_of(eqn.outvars[0])))
     ]
-    found = Found(
-        kind="embedding",
-        view=view,
-        operands=(ids,),
-        stack=tuple(piece for role, pieces in inputs if role == "stack" for piece in pieces),
-        inputs=table,
-        outputs=tuple(piece for pieces in kept for piece in pieces),
-        input_segments=tuple(inputs),
-        output_segments=tuple(outputs),
-        examples=walk.examples(marks[1].batch, outputs),
-    )
+    found = _found(walk, "embedding", view, (ids,), inputs, outputs, marks[1].batch)
+    found.inputs = table
     return [Mark(output=walk.add_uses([found], eqn))]
 
 
@@ -300,19 +270,25 @@ def _elementwise_use(walk, marks, view, kind, operands):
             for number, (stride, length) in enumerate(pieces):
                 row = ("row", ((axis + number / (len(pieces) + 1), length),))
                 segments.append(("feature", ((stride, length),)) if stride else row)
-    feature = tuple(piece for role, pieces in segments if role == "feature" for piece in pieces)
-    batches = [mark.batch for mark in marks if mark.batch is not None]
-    batch = next((b for b in batches if b.axis is not None), batches[0] if batches else None)
+    return _found(walk, kind, view, operands, (), segments, known_batch(marks))
+
+
+def _found(walk, kind, view, operands, inputs, outputs, batch):
+    """A use whose input and output have these segments."""
+
+    def of(role, segments):
+        return tuple(piece for own, pieces in segments if own == role for piece in pieces)
+
     return Found(
         kind=kind,
         view=view,
         operands=tuple(operands),
-        stack=(),
-        inputs=(),
-        outputs=feature,
-        input_segments=(),
-        output_segments=tuple(segments),
-        examples=walk.examples(batch, segments),
+        stack=of("stack", outputs),
+        inputs=of("feature", inputs),
+        outputs=of("feature", outputs),
+        input_segments=tuple(inputs),
+        output_segments=tuple(outputs),
+        examples=walk.examples(batch, outputs),
     )
 
 

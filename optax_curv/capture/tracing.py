@@ -28,12 +28,12 @@ from optax_curv.capture.marks import (
     NOTHING,
     REPEATED,
     Batch,
-    Examples,
     Found,
     Mark,
     Node,
     Seeds,
     is_widened,
+    known_batch,
     propagate,
     run_widened,
 )
@@ -62,20 +62,20 @@ class Walk:
         """Whether a variable is read only once."""
         return self._counts[variable] == 1
 
-    def examples(self, batch: Batch | None, segments) -> Examples | None:
+    def examples(self, batch: Batch | None, segments) -> Batch | None:
         """What tells the examples apart in the rows of a layer whose input has them there."""
         if batch is None:
-            return None if self._example_loop is None else Examples(loop=self._example_loop)
+            return None if self._example_loop is None else Batch(None, loop=self._example_loop)
         if batch.loop is not None or batch == LOST:
-            return Examples(loop=batch.loop)
+            return batch
         rows = {number: size for role, pieces in segments if role == "row" for number, size in pieces}
         if batch.axis is not None:
             fits = batch.axis in rows and rows[batch.axis] % (self.batch * batch.inner) == 0
-            return Examples(batch.axis, batch.inner) if fits else Examples()
+            return batch if fits else LOST
         row = next((row for row, size in rows.items() if size == self.batch), next(iter(rows), None))
         if row is None or rows[row] % self.batch:
-            return Examples()
-        return Examples(row, rows[row] // self.batch)
+            return LOST
+        return Batch(row, rows[row] // self.batch)
 
     def add_uses(self, uses: list[Found], eqn) -> layouts.View:
         """Records the uses one equation makes; returns the view of its result as their output."""
@@ -292,14 +292,13 @@ def _carried(mark):
 def _either(marks):
     """What holds for a variable that is one of several."""
     leaves = marks[0].leaves if all(mark.leaves == marks[0].leaves for mark in marks) else ()
-    batches = [mark.batch for mark in marks if mark.batch is not None]
     derived = dict(entry for mark in marks for entry in mark.derived)
     if not leaves:
         derived |= {view.source: "it is one of several results of a cond" for mark in marks for view in mark.leaves}
     return Mark(
         leaves=leaves,
         joined=marks[0].joined,
-        batch=next((b for b in batches if b.axis is not None), batches[0] if batches else None),
+        batch=known_batch(marks),
         derived=tuple(derived.items()),
     )
 
@@ -333,7 +332,7 @@ def run_with_taps(node: Node, operands, taps: dict[int, Tap], probes: dict, dept
         results = _run_equation(node, index, [read(v) for v in eqn.invars], taps, probes, depth)
         for tap in [taps[number] for number in node.taps.get(index, ()) if number in taps]:
             found = tap.use.found
-            if found.examples == Examples(REPEATED) and not is_widened(eqn.outvars[0], results[0]):
+            if found.examples == Batch(REPEATED) and not is_widened(eqn.outvars[0], results[0]):
                 results[0] = jnp.broadcast_to(results[0], (tap.use.batch, *results[0].shape))
             shown = tuple(read(v)[0] if is_widened(v, read(v)) else read(v) for v in found.operands)
             results[0] = tap.apply(results[0], shown, probes[tap.key])
