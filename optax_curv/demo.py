@@ -28,7 +28,7 @@ EVALUATIONS = 20
 
 
 class Problem(NamedTuple):
-    """What the methods share."""
+    """What methods share."""
 
     predict: Callable  # (params, images [N, 64]) -> logits [N, 10]
     loss: Callable  # (params, images, labels) -> mean loss []
@@ -70,7 +70,7 @@ def _kfac(problem: Problem, learning_rate: optax.Schedule):
 
 
 def _branch_fisher(problem: Problem, learning_rate: optax.Schedule):
-    """The branches are the logits of the batch, [128, 10], and the projection is the Jacobian of their mean."""
+    """The branches are the logits of the batch, the projection is the Jacobian of their mean."""
 
     def measured(params, images, labels):
         value, grads, _ = _gradients(problem.loss)(params, images, labels)

@@ -1,4 +1,4 @@
-"""What the optimizer states of this package know of curvature, as a table and as a plot. Outside `jax.jit` only."""
+"""What optimizer states know of curvature, as a table and as a plot. Outside `jax.jit` only."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from optax_curv.capture.layers import aligned
 
 
 class FactorSpectrum(NamedTuple):
@@ -31,7 +33,7 @@ def _is_ours(x) -> bool:
 
 
 def _states(opt_state) -> list:
-    """The states of this package anywhere within a state, outer before inner."""
+    """Those of this package within a state, outer before inner."""
     found = []
 
     def visit(x):
@@ -97,7 +99,7 @@ def factor_spectra(opt_state) -> list[FactorSpectrum]:
 
 
 def curvature_table(opt_state) -> str:
-    """A table of what the states of this package know of curvature: one line a state, one for each of its factors.
+    """A table of the states of this package: one line a state, one for each of its factors.
 
     The condition is the largest over the smallest eigenvalue; the effective rank is their sum over the largest, from 1
     (one direction has all curvature) to the size (all alike). Of a stack of slices the worst condition and the least
@@ -136,7 +138,8 @@ def curvature_table(opt_state) -> str:
         nested = {"inner", "fallback"}.intersection(state._fields)
         rows = [_row(spectrum) for spectrum in factor_spectra(state._replace(**dict.fromkeys(nested)))]
         if rows:
-            lines += _aligned([("name", "factor", "size", "mean", "largest", "condition", "effective rank"), *rows])
+            table = aligned([("name", "factor", "size", "mean", "largest", "condition", "effective rank"), *rows])
+            lines += ["  " + line for line in table]
     return "\n".join(lines)
 
 
@@ -148,11 +151,6 @@ def _row(spectrum: FactorSpectrum) -> tuple[str, ...]:
     size = "×".join(map(str, values.shape))
     figures = (values.mean(), largest.max(), condition.max(), rank.min())
     return spectrum.name, spectrum.factor, size, *(f"{float(figure):.3g}" for figure in figures)
-
-
-def _aligned(rows) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def plot_curvature(opt_state, axes: Any = None):

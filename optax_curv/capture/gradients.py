@@ -70,9 +70,8 @@ class Probing:
                 continue
             if sharing == "reduce" and use.found.examples == LOST and use.batch > 1:
                 raise ValueError(
-                    "value_grad_and_curvature: sharing='reduce' sums over the rows of each example, but nothing tells "
-                    f"the examples apart where the layer {use.layer.name!r} is used; take sharing='expand', or leave "
-                    "it out of layers=."
+                    "value_grad_and_curvature: sharing='reduce' is by example, but nothing tells the examples apart "
+                    f"where the layer {use.layer.name!r} is used; take 'expand', or leave it out of layers=."
                 )
             keeps_rows = statistics.keeps_rows(statistic, use.layer)
             key = f"{use.layer.name}#{number}" if keeps_rows else use.layer.name
@@ -87,7 +86,7 @@ class Probing:
         self.zeros = varying_like(self.zeros, list(arrays))
 
     def _tap(self, use: Use) -> Callable:
-        """An identity on a layer's output whose derivative writes what is measured into the probe."""
+        """An identity whose derivative writes what is measured into the probe."""
 
         @jax.custom_vjp
         def tap(output, operands, probe):
@@ -106,7 +105,7 @@ class Probing:
         return tap
 
     def __call__(self, leaves, probes):
-        """The function's result and what `traced.update` wants, with probes (zeros) whose gradients are measured."""
+        """The function's result, and what `traced.update` wants; the gradients of the probes are measured."""
         probes = {key: (probe, self._basis[key]) for key, probe in probes.items()}
         traced = self.traced
         return traced.restore(run_with_taps(traced.node, [*leaves, *traced.arrays], self._taps, probes))
@@ -202,8 +201,8 @@ def value_grad_and_curvature(
     is_objective = isinstance(loss_fn, Objective)
     if fisher != "empirical" and not is_objective:
         raise ValueError(
-            f"value_grad_and_curvature: fisher={fisher!r} needs the network's outputs and their likelihood, which a "
-            "plain loss function does not show; pass optax_curv.Objective(predict_fn, likelihood)."
+            f"value_grad_and_curvature: fisher={fisher!r} needs outputs and their likelihood, which a plain loss does "
+            "not show; pass optax_curv.Objective(predict_fn, likelihood)."
         )
     if is_objective and has_aux:
         raise ValueError("value_grad_and_curvature: has_aux=True needs a plain loss; an Objective has no aux.")
@@ -218,8 +217,8 @@ def value_grad_and_curvature(
         traced = trace(loss_fn, params, args, kwargs, batch_size)
         if batch_size is None and not any(map(jnp.ndim, traced.arrays)):
             raise ValueError(
-                "value_grad_and_curvature: no array after the parameters shows the number of examples, by which the "
-                "output factors are scaled; give batch_size=."
+                "value_grad_and_curvature: no array after the parameters shows the number of examples, which scales "
+                "the factors; give batch_size=."
             )
         probing = Probing(traced, _measured(traced.layers, layers), statistic, sharing, basis)
 
@@ -287,7 +286,6 @@ def _model_curvature(measure: Callable, columns, positions: tuple[int, ...], joi
 
 
 def _value_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
-    """The value of a loss and what it returns besides."""
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
         raise ValueError(
             f"value_grad_and_curvature: with has_aux=True expected a pair (loss, aux), got a {type(result).__name__}."
@@ -305,7 +303,7 @@ def _value_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
 
 
 def _measured(found: Layers, wanted: Layers | None) -> Layers:
-    """The layers to measure; the wanted ones must be among those found, up to the number of rows."""
+    """The wanted layers as found; rows and uses may differ."""
     if wanted is None:
         return found
     own = {layer.name: layer for layer in found}

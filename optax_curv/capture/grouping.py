@@ -23,15 +23,14 @@ class Use:
     Attributes:
       inputs, outputs: how input and output become [*stack, examples, positions, features].
       swapped: whether the input lies on the side of the layer's outputs, as where a tied embedding makes logits.
-      bias: whether the bias is added to this use's output.
-      slots: static index into the stack for each slice of the leaf, after the scans' axes.
-      gain: number that multiplies the kernel (or the scale, or the shift).
+      bias: whether the bias is added to the output.
+      slots: indices into the stack of the slices of the leaf, after the scans' axes.
+      gain: number that multiplies the leaf.
       loops: for each scan around it, whether the layer's stack runs along it.
       positions: entries of the leaf that a shift or scale touches, None for all.
-      batch: number of examples.
-      examples: number of examples that can be told apart, `batch` or 1.
-      example_loop: depth of the scan that walks from example to example; None: the examples are in the rows.
-      rows: rows of all uses of the layer, R.
+      examples: how many can be told apart, `batch` or 1.
+      example_loop: depth of the scan that walks from example to example; None: they are in the rows.
+      rows: R, of all uses of the layer.
     """
 
     layer: Layer
@@ -148,8 +147,10 @@ def group(uses: list[Found], refused: dict[int, str], unused: dict[int, str], pa
     for leaf, numbers in by_leaf.items():
         if leaf in uncovered or any(leaf == bias for bias, _ in biases.values()):
             continue
-        own, matrix = [uses[n] for n in numbers], matrices.get(leaf)
-        layer = (_kernel_layer if matrix else _elementwise_layer)(own, shapes[leaf], keys[leaf], matrix)
+        own, shape, key = [uses[n] for n in numbers], shapes[leaf], keys[leaf]
+        layer = (
+            _kernel_layer(own, shape, key, matrices[leaf]) if leaf in matrices else _elementwise_layer(own, shape, key)
+        )
         if isinstance(layer, str):
             uncovered[leaf] = layer
             continue
@@ -168,7 +169,7 @@ def group(uses: list[Found], refused: dict[int, str], unused: dict[int, str], pa
 
 
 def _biases(uses, by_leaf, matrices, uncovered, shapes) -> dict[int, tuple[int, tuple[int, ...]]]:
-    """For each kernel leaf that has one the bias leaf, all of whose uses follow the kernel's, and its axes."""
+    """The bias leaf of a kernel leaf, all of whose uses follow the kernel's, and its axes."""
     biases = {}
     for leaf, numbers in by_leaf.items():
         partners = [uses[n].partner for n in numbers]
@@ -187,7 +188,7 @@ def _biases(uses, by_leaf, matrices, uncovered, shapes) -> dict[int, tuple[int, 
 
 
 def _total(uses: list[Found], count) -> int:
-    """The sum of `count` over uses and the steps of scans that share the leaf; of a cond only one branch runs."""
+    """The sum of `count` over uses and steps of scans that share the leaf; of a cond one branch runs."""
     total, conds = 0, {}
     for found in uses:
         counted = count(found) * math.prod(length for length, own in found.loops if not own)
@@ -226,7 +227,7 @@ def _kernel_layer(uses: list[Found], shape, kernel: str, matrix: Matrix) -> Laye
     )
 
 
-def _elementwise_layer(uses: list[Found], shape, key: str, _) -> Layer | str:
+def _elementwise_layer(uses: list[Found], shape, key: str) -> Layer | str:
     """A scale or shift; the reason why not if its uses differ too much."""
     loops = _loops(uses[0])
     for found in uses:
@@ -284,7 +285,7 @@ def _uses(uses, numbers, layer, matrix, shifts, batch) -> dict[int, Use]:
 
 
 def _told_apart(uses: list[Found]) -> tuple[bool, int | None]:
-    """Whether all uses of a layer tell the examples apart in one way, and the `example_loop` of each `Use`."""
+    """Whether all uses tell the examples apart in one way, and their `example_loop`."""
     ways = {None if f.examples is None else (f.examples.axis is None, f.examples.loop) for f in uses}
     way = ways.pop()
     return (False, None) if ways or way in (None, (True, None)) else (True, way[1])
@@ -301,7 +302,7 @@ def _positions(found: Found, layer: Layer) -> np.ndarray | None:
 
 def _names(paths) -> list[str]:
     """A short unique name for each layer: the module's path, or the leaf's where that is not unique."""
-    # an nnx.State's paths end in .value, which says nothing
+    # those of an nnx.State end in .value
     paths = [path[:-1] if len(path) > 1 and getattr(path[-1], "name", "") == "value" else path for path in paths]
     full = ["/".join(_text(key) for key in path) or "params" for path in paths]
     short = ["/".join(_text(key) for key in path[:-1]) for path in paths]

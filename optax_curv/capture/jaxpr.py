@@ -16,12 +16,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 Literal = core.Literal
 
 REMAT = {"remat2", "checkpoint"}
-# Primitives that run one body on their own operands.
+# which run one body on their own operands
 CALLS = {"jit", "pjit", "closed_call", "core_call", *REMAT}
-# Primitives with one array operand and one result of the same entries in the same places.
+# whose one result has the entries of their one array operand in the same places
 SAME_PLACES = {"convert_element_type", "copy", "copy_p", "name", "optimization_barrier", "sharding_constraint", "pvary"}
 SAME_PLACES |= {"pcast", "mesh_cast", "reshard", "reduce_precision", "device_put"}
-# Primitives whose results are entries of their operand.
+# whose results are entries of their operand
 KEEP_ENTRIES = SAME_PLACES | {
     "reshape",
     "transpose",
@@ -73,7 +73,7 @@ def _is_float(variable) -> bool:
 
 
 def bodies(eqn) -> tuple[core.ClosedJaxpr, ...]:
-    """The bodies of a call, a scan or a cond that can be run again with taps inside; () for every other equation."""
+    """The bodies of a call, a scan or a cond, which can be run again with taps inside."""
     if eqn.primitive.name == "cond":
         return tuple(map(inlined, eqn.params["branches"]))
     if eqn.primitive.name in (*CALLS, "scan"):
@@ -82,7 +82,7 @@ def bodies(eqn) -> tuple[core.ClosedJaxpr, ...]:
 
 
 def hidden_bodies(eqn) -> list:
-    """The bodies of an equation that cannot: its own derivative rule, or a loop of unknown length, would be lost."""
+    """Bodies that cannot: a derivative rule, or a loop of unknown length, would be lost."""
     if eqn.primitive.name in (*CALLS, "scan", "cond"):
         return []
     params = [v for value in eqn.params.values() for v in (value if isinstance(value, tuple) else (value,))]
@@ -99,7 +99,7 @@ def run(eqn, operands) -> list[Any]:
 
 
 def run_call(eqn, operands, body: Callable) -> list[Any]:
-    """Runs a call with `body(*operands) -> results` in place of its own, still checkpointed or compiled as one."""
+    """Runs a call with `body(*operands) -> results` in place of its own."""
     if eqn.primitive.name in REMAT:
         prevent, policy = eqn.params["prevent_cse"], eqn.params["policy"]
         return jax.checkpoint(body, prevent_cse=prevent, policy=policy)(*operands)
@@ -125,41 +125,34 @@ def counters_carried(eqn) -> set[int]:
     """Places of a scan's carry that hold the number of the step, 0, 1, …, by which `fori_loop` picks slices."""
     body, consts = eqn.params["jaxpr"].jaxpr, eqn.params["num_consts"]
 
-    def is_next(maker, variable):
-        return _is(maker, "add") and maker.invars[0] is variable and _is_number(maker.invars[1], 1)
+    def counts(k):
+        maker = _maker(body, body.outvars[k], "add")
+        next_one = maker and maker.invars[0] is body.invars[consts + k] and _is_number(maker.invars[1], 1)
+        return next_one and _is_number(eqn.invars[consts + k], 0) and not eqn.params["reverse"]
 
-    return {
-        k
-        for k in range(eqn.params["num_carry"])
-        if not eqn.params["reverse"]
-        and _is_number(eqn.invars[consts + k], 0)
-        and is_next(_maker(body, body.outvars[k]), body.invars[consts + k])
-    }
+    return set(filter(counts, range(eqn.params["num_carry"])))
 
 
 def is_range(jaxpr, variable) -> bool:
     """Whether a variable is 0, 1, … along its only axis."""
-    maker = _maker(jaxpr, variable)
-    return _is(maker, "iota") and len(maker.params["shape"]) == 1
+    maker = _maker(jaxpr, variable, "iota")
+    return maker is not None and len(maker.params["shape"]) == 1
 
 
 def same_integers(jaxpr, eqn) -> int | None:
-    """Which operand's non-negative integers the result has too; None: none, as far as one knows."""
+    """Which operand's non-negative integers the result has too."""
     if eqn.primitive.name == "convert_element_type":
         return 0
     if eqn.primitive.name == "select_n":  # as in x[i], which adds the size to a negative index
-        test = _maker(jaxpr, eqn.invars[0])
-        if _is(test, "lt") and test.invars[0] is eqn.invars[1] and _is_number(test.invars[1], 0):
+        test = _maker(jaxpr, eqn.invars[0], "lt")
+        if test and test.invars[0] is eqn.invars[1] and _is_number(test.invars[1], 0):
             return 1
     return None
 
 
-def _maker(jaxpr, variable):
-    return next((eqn for eqn in jaxpr.eqns if variable in eqn.outvars), None)
-
-
-def _is(eqn, name: str) -> bool:
-    return eqn is not None and eqn.primitive.name == name
+def _maker(jaxpr, variable, name: str):
+    """The equation that makes a variable, if its primitive has this name."""
+    return next((eqn for eqn in jaxpr.eqns if variable in eqn.outvars and eqn.primitive.name == name), None)
 
 
 def _is_number(variable, number) -> bool:
@@ -172,7 +165,7 @@ def varying_like(tree, arrays):
         return tree
     numbers = [x for x in arrays if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
     nothing = [jnp.any(jnp.ravel(x)[:0] != 0) for x in numbers]
-    # A choice between equals varies as all that it depends on; the names of JAX's own casts change with its versions.
+    # a choice between equals varies as all that it depends on; JAX's own casts change names
     return jax.tree.map(lambda x: jnp.where(functools.reduce(jnp.logical_or, nothing), x, x), tree)
 
 

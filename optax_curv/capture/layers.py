@@ -84,7 +84,7 @@ class Layers:
 
     Args:
       layers: the layers.
-      uncovered: pairs (key path, reason), or a mapping, of parameter leaves that no layer covers.
+      uncovered: pairs (key path, reason), or a mapping, of leaves that no layer covers.
 
     Raises:
       ValueError: if two layers have one name or cover the same leaf.
@@ -133,15 +133,18 @@ class Layers:
         return f"Layers({list(self._layers)!r}, uncovered={self.uncovered!r})"
 
     def __str__(self) -> str:
-        rows = [("layer", "kind", "kernel", "in", "out", "stack", "shared", "bias", "rows")]
+        rows: list[tuple[str, ...]] = [("layer", "kind", "kernel", "in", "out", "stack", "shared", "bias", "rows")]
         for layer in self._layers:
             cells = (layer.name, layer.kind, layer.kernel, layer.in_dim, layer.out_dim)
             cells += (layer.stack, layer.shared, layer.bias, layer.rows or None)
             rows.append(tuple("-" if cell in (None, ()) else str(cell) for cell in cells))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        lines += [f"uncovered: {path}: {reason}" for path, reason in self._uncovered]
-        return "\n".join(lines)
+        return "\n".join([*aligned(rows), *(f"uncovered: {path}: {reason}" for path, reason in self._uncovered)])
+
+
+def aligned(rows) -> list[str]:
+    """The lines of a table."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def layer_matrix(layer: Layer, leaves: Mapping[str, jax.Array]) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from optax_curv.capture.jaxpr import SAME_PLACES
 
-# One stride and size; an axis is several, outermost first. Stride 0 repeats the same entries; a negative one reverses.
+# Stride and size; an axis is several, outermost first. Stride 0 repeats the same entries; a negative one reverses.
 Piece = tuple[Any, int]
 
 
@@ -176,7 +176,7 @@ def moved(eqn, view: View) -> View | None:
 
 
 class Arrangement(NamedTuple):
-    """How an array becomes [*stack, examples, positions, features]: reshape, reverse, transpose, reshape."""
+    """How an array becomes [*stack, examples, positions, features]."""
 
     split: tuple[int, ...]
     reverse: tuple[int, ...]
@@ -226,7 +226,7 @@ def arrangement(segments, stack, examples, batch: int) -> Arrangement:
 
 
 def matched(view: View, other: View) -> list[tuple[Piece, Piece]] | None:
-    """Pairs of pieces of equal size that run together through two views of one shape; None if they do not match."""
+    """Pairs of pieces of equal size that run together through two views of one shape, if they match."""
     pairs = []
     for axes in zip(view.axes, other.axes, strict=True):
         left, right = map(list, axes)

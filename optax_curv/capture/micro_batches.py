@@ -25,9 +25,8 @@ def average_curvature(mean, curvature, mini_step):
       ValueError: for rows or raw samples, which cannot be averaged.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax, optax_curv
-      >>> def loss(params, x):
-      ...     return jnp.mean((x @ params["w"]) ** 2)
+      >>> import jax.numpy as jnp, optax, optax_curv
+      >>> loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
       >>> params, x = {"w": jnp.ones((3, 1))}, jnp.arange(24.0).reshape(8, 3)
       >>> take = optax_curv.value_grad_and_curvature(loss)
       >>> tx = optax.MultiSteps(optax_curv.kfac(0.1, optax_curv.find_layers(loss, params, x)), every_k_schedule=2)
@@ -46,7 +45,7 @@ def average_curvature(mean, curvature, mini_step):
     if any(map(has_rows, jax.tree.leaves(curvature, is_leaf=has_rows))):
         raise ValueError(
             "average_curvature: expected factors, moments or diagonals, got rows of layers, which cannot be averaged; "
-            'make the curvature with statistic="kronecker".'
+            'take statistic="kronecker".'
         )
 
     def average(old, new):

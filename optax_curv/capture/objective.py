@@ -258,14 +258,14 @@ class Objective:
 
     def sampled_cotangents(self, key, outputs, *, samples=1, weights=None) -> jax.Array:
         """[samples, *outputs.shape] of √(w_r / Σw / samples) times the gradient of a row's loss at a drawn target."""
-        # of which E[Σ_c Jᵀ c (Jᵀ c)ᵀ] is the Gauss-Newton matrix
+        # E[Σ_c Jᵀ c (Jᵀ c)ᵀ] is the Gauss-Newton matrix
         draw = jax.vmap(self.likelihood.sample_cotangent, in_axes=(0, None))
         scale = jnp.sqrt(self.row_shares(outputs, weights) / samples)[..., None]
         return (scale * draw(jax.random.split(key, samples), outputs)).astype(outputs.dtype)
 
     def exact_cotangents(self, outputs, *, weights=None) -> jax.Array:
         """[columns, *outputs.shape] of √(w_r / Σw) times the columns of B_r."""
-        # of which Σ_c Σ_r (J_rᵀ c_r)(J_rᵀ c_r)ᵀ is the Gauss-Newton matrix: rows that meet are to be pulled back apart
+        # Σ_c Σ_r (J_rᵀ c_r)(J_rᵀ c_r)ᵀ is the Gauss-Newton matrix: rows that meet are to be pulled back apart
         scale = jnp.sqrt(self.row_shares(outputs, weights))[..., None]
         return (scale * self.likelihood.hessian_sqrt(outputs)).astype(outputs.dtype)
 
@@ -283,16 +283,7 @@ class Objective:
         return self._gauss_newton(params, inputs, weights)(v)
 
     def curvature_operator(self, params, inputs, *, weights=None) -> Callable[[Any], Any]:
-        """The map v ↦ C v of trees like `params`, C = Jᵀ H J + the regularizer's Hessian, for many products.
-
-        Args:
-          params: the parameters.
-          inputs: the inputs.
-          weights: as in a call of the objective.
-
-        Returns:
-          The map. A product is linear passes alone, and costs less than two gradients.
-        """
+        """The map v ↦ C v of trees like `params`, C = Jᵀ H J + the regularizer's Hessian, by linear passes alone."""
         gauss_newton = self._gauss_newton(params, inputs, weights)
         if self.regularizer is None:
             return gauss_newton
@@ -300,7 +291,6 @@ class Objective:
         return lambda v: optax.tree.add(gauss_newton(v), regularizer_product(v))
 
     def _gauss_newton(self, params, inputs, weights):
-        # the network is linearised outside of the product
         outputs, push_forward = jax.linearize(lambda p: self.predict_fn(p, inputs), params)
         pull_back = jax.linear_transpose(push_forward, params)
 

@@ -18,10 +18,7 @@ def _kernel_side(marks):
 
 
 def _own_stack(found: Found) -> Found:
-    """Takes free axes on the far side of the inputs, [members, in, out], as a stack.
-
-    So lies the first kernel of a vmapped ensemble, whose input is the same for all members.
-    """
+    """Takes free axes on the far side of the inputs as a stack, as in [members, in, out] of a vmapped ensemble."""
     inputs = [abs(stride) for stride, _ in found.inputs]
     outputs = [abs(stride) for stride, _ in found.outputs]
     if not inputs or not outputs or not min(outputs) < min(inputs) <= max(inputs) < max(outputs):
@@ -38,7 +35,7 @@ def _own_stack(found: Found) -> Found:
 
 
 def without_own_stack(found: Found) -> Found:
-    """The use with those axes as outputs, as another use of the kernel has them."""
+    """The use with those axes as outputs."""
     segments = [("feature" if set(pieces) & set(found.far) else role, pieces) for role, pieces in found.output_segments]
     found.output_segments, found.outputs = tuple(segments), (*found.far, *found.outputs)
     found.stack, found.far = tuple(piece for piece in found.stack if piece not in found.far), ()
@@ -218,7 +215,7 @@ def add(walk, eqn, marks):
 
 
 def select(walk, eqn, marks):
-    """A leaf in the place of some activations, as the token of a masked autoencoder: a shift where it is chosen."""
+    """A shift where a leaf takes the place of activations, as the token of a masked autoencoder."""
     cases = [number for number, mark in enumerate(marks[1:]) if mark.leaves]
     if len(cases) != 1 or len(marks[1 + cases[0]].leaves) > 1 or all(mark.batch is None for mark in marks):
         return None
@@ -303,7 +300,7 @@ def concatenate(walk, eqn, marks):
 
 
 def _beside_examples(walk, eqn, marks, place):
-    """A leaf repeated for every example and put beside its activations, as a class token: a shift of its part."""
+    """A shift of a part: a leaf repeated for every example and put beside its activations, as a class token."""
     view, axis = marks[place].leaves[0], eqn.params["dimension"]
     if len(marks[place].leaves) > 1 or view.coefficients:
         return None

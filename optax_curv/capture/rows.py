@@ -1,4 +1,4 @@
-"""Makers of branches in parameter space: per-example gradients, Jacobian rows, weighted residuals."""
+"""Branches in parameter space: per-example gradients, Jacobian rows, weighted residuals."""
 
 from collections.abc import Callable
 
@@ -141,7 +141,7 @@ def _jacobian(method, fn, params, batch, chunk_size):
 
 
 def _map_examples(method, function, batch, chunk_size):
-    """`function` of every example as a batch of one, stacked: at once, or in chunks."""
+    """`function` of every example as a batch of one, stacked."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
     counts = {shape[:1] for shape in shapes}
     if len(counts) != 1 or counts <= {(), (0,)}:

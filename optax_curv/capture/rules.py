@@ -21,8 +21,8 @@ def layout(walk, eqn, marks):
     if len(mark.leaves) > 1:
         after = _moved_parts(eqn, mark)
     else:
-        leaves = tuple(layouts.moved(eqn, view) for view in mark.leaves)
-        after = None if None in leaves else Mark(leaves=leaves)
+        leaves = [layouts.moved(eqn, view) for view in mark.leaves]
+        after = None if None in leaves else Mark(leaves=tuple(filter(None, leaves)))
     return after and [after._replace(output=output if output and not output.slots else None)]
 
 
@@ -117,9 +117,13 @@ RULES = {
     "select_n": products.select,
     "concatenate": products.concatenate,
 }
-TOGETHER = dict.fromkeys(("add", "sub"), "it is added to another parameter before it meets the data")
-TOGETHER["mul"] = "it is multiplied by another parameter before it meets the data"
-TOGETHER["dot_general"] = TOGETHER["mul"] + "; for a low-rank kernel write (x @ a) @ b"
+TOGETHER = {
+    "mul": "it is multiplied by another parameter before it meets the data",
+    "dot_general": "it is multiplied by another parameter before it meets the data; for a low-rank kernel write "
+    "(x @ a) @ b",
+    "add": "it is added to another parameter before it meets the data",
+    "sub": "it is added to another parameter before it meets the data",
+}
 ALONE = {
     "dynamic_slice": "it is sliced at an index known only when the loss runs; take its slices one by one with "
     "jax.lax.scan(f, init, xs), the parameter in xs",

@@ -95,13 +95,13 @@ def rows_of(use, operands, grad) -> Rows:
     if found.conv is not None:
         x = lax.conv_general_dilated_patches(x, *found.conv, precision=lax.Precision.HIGHEST)
     inputs, grads = use.inputs(x if found.kind != "embedding" else x[..., 0]), use.outputs(grad)
-    if inputs.shape[:-1] != grads.shape[:-1]:  # the same for all examples, or for all members of an ensemble
+    if inputs.shape[:-1] != grads.shape[:-1]:  # the same for all examples, or members of an ensemble
         inputs = jnp.broadcast_to(inputs, (*grads.shape[:-1], inputs.shape[-1]))
     if found.kind == "embedding":
         return Rows(inputs[..., 0], grads)
     if use.gain != 1.0:
         inputs = inputs * use.gain
-    if use.swapped:  # a' = R ḡ and g' = a / R: the same product, and factors on the scale of the other uses
+    if use.swapped:  # which keeps the product, and the scale of the other uses' factors
         inputs, grads = grads * use.rows, inputs / use.rows
     if use.layer.bias is not None:
         one = jnp.full((*inputs.shape[:-1], 1), 1 if use.bias else 0, inputs.dtype)
@@ -192,16 +192,16 @@ def probe(statistic: str, sharing: str, use, dtype) -> dict[str, jax.Array]:
         shapes = {"inputs": lead if ids else (*lead, rows), "output_grads": (*lead, out)}
     elif is_linear(layer, sharing):
         lead = (*layer.stack, use.examples)
-        if use.example_loop is not None:  # along which the probe is sliced as along those of the stack
+        if use.example_loop is not None:  # along which the probe is sliced too
             outer = sum(use.loops[: use.example_loop])
             lead = (*layer.stack[:outer], use.examples, *layer.stack[outer:], 1)
         shapes = {"inputs": (*lead, rows), "grads": (*lead, out)}
         if layer.kind in ELEMENTWISE:
             del shapes["inputs"]
     else:
-        shapes = dict(zip(("input", "output"), layer.factor_shapes, strict=True)) if statistic != "diagonal" else {}
-        if statistic != "kronecker":
-            shapes["moments"] = (*layer.stack, rows, out)
+        input_shape, output_shape = layer.factor_shapes
+        shapes = {} if statistic == "diagonal" else {"input": input_shape, "output": output_shape}
+        shapes |= {} if statistic == "kronecker" else {"moments": (*layer.stack, rows, out)}
     return {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
 
 
@@ -294,7 +294,7 @@ def finish_raw(uses, samples) -> RawSamples:
 
 
 def joined(rows):
-    """Rows of all cotangents [positions, columns, *stack, R, ·] one after the other, on the scale of a single one."""
+    """Rows of all cotangents [positions, columns, *stack, R, ·] as rows of one."""
     if isinstance(rows, KroneckerFactors):  # of a scale or shift in "rows", whose A does not depend on cotangents
         return KroneckerFactors(rows.input_factor[0, 0], jnp.sum(rows.output_factor, (0, 1)), rows.count[0, 0])
     (positions, columns), axis = rows.output_grads.shape[:2], rows.output_grads.ndim - 4

@@ -1,4 +1,4 @@
-"""The walk over a loss's jaxpr that finds layers by where parameters flow, and the run of it with a tap at each."""
+"""The walk over a loss's jaxpr that finds uses of parameters, and the run of it with a tap at each."""
 
 import collections
 import dataclasses
@@ -78,7 +78,7 @@ class Walk:
         return Batch(row, rows[row] // self.batch)
 
     def add_uses(self, uses: list[Found], eqn) -> layouts.View:
-        """Records the uses one equation makes; returns the view of its result as their output."""
+        """Records the uses one equation makes; its result is viewed as their output."""
         self.groups.append([])
         for found in uses:
             stacked = {slot.loop for slot in found.view.slots}
@@ -90,7 +90,7 @@ class Walk:
         return layouts.whole(len(self.groups) - 1, shape_of(eqn.outvars[0]))
 
     def is_bias(self, number: int, output: layouts.View, shift: Found) -> bool:
-        """Whether a shift lies along exactly the outputs (and the stack) of a use; notes the order of its pieces."""
+        """Whether a shift lies along the outputs and the stack of a use; notes the order of its pieces."""
         kernel = self.uses[number]
         slots = [[(s.size, s.index, s.loop) for s in view.slots] for view in (kernel.view, shift.view)]
         pairs = layouts.matched(output, shift.view)
@@ -172,7 +172,7 @@ class Walk:
         return tuple(entries.items())
 
     def _met(self, eqn, mark):
-        """Refuses the leaves of a result that depends on the examples too; an added penalty is no such thing."""
+        """Refuses the leaves of a result that depends on the examples too, but for an added penalty."""
         if mark.batch is None or eqn.primitive.name in ("add", "sub", "add_any"):
             return mark
         for leaf, reason in mark.derived:

@@ -64,7 +64,7 @@ def conjugate_gradient(
     11, …, each 1.3 times the one before.
 
     Args:
-      matvec: function from pytrees like `b` to the same, in float32 at least, as all arithmetic.
+      matvec: function from pytrees like `b`, in float32 at least as all arithmetic, to the same.
       b: pytree of arrays, real or complex.
       x0: pytree like `b` to start from; None: zero.
       max_iters: most iterations; a number, array or tracer, like the three below.
@@ -183,7 +183,6 @@ def _iterate(operator, precondition, b, x, limits, merit, keep_finite):
         return _Search(x, r, p, rz, norm, done, values, best)
 
     def tried(best, x):
-        """The better of the best and the iterate x, whose number is due."""
         number, value = best.following, jnp.asarray(merit(_times(scale, x)), real)
         better = (value < best.merit) | (number == 1)
         following = jnp.maximum(number + 1, jnp.ceil(MERIT_RATIO * number).astype(number.dtype))
@@ -211,7 +210,7 @@ def _iterate(operator, precondition, b, x, limits, merit, keep_finite):
 
 
 def _stalled(values, done, min_progress):
-    """Whether φ fell by less than k ε of itself over the last k iterations, k = max(10, done / 10)."""
+    """Whether φ fell by less than k ε of itself over the last k = max(10, done / 10) iterations."""
     window = jnp.clip(done // 10, 10, LONGEST_WINDOW - 1)
     now, before = values[done % LONGEST_WINDOW], values[(done - window) % LONGEST_WINDOW]
     return (done > window) & (now < 0) & (now - before > window * min_progress * now)
@@ -238,7 +237,7 @@ def _plus(x, factor, y):
 
 
 def _like(what, tree, b):
-    """`tree` in the float types of `b`, if its structure and shapes are those of `b`."""
+    """`tree` in the float types of `b`, whose structure and shapes it must have."""
     given, expected = (jax.tree.map(jnp.shape, x) for x in (tree, b))
     if jax.tree.structure(tree) != jax.tree.structure(b) or jax.tree.leaves(given) != jax.tree.leaves(expected):
         raise ValueError(f"conjugate_gradient: {what} has shapes {given}, but b has shapes {expected}.")

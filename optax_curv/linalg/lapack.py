@@ -11,14 +11,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-# Kernels share a batch out from 2e5 operations on; the dearest, `eigh`, takes about 25 n³ for a matrix.
+# Batches are shared out from 2e5 operations on; the dearest, `eigh`, takes about 25 n³ a matrix.
 SMALL_CUBES = 8_000
 
 
 def in_small_calls(kernel, derivable=None):
     """`kernel`, a function of arrays [*batch, m, n], with small calls alone on CPU.
 
-    Derivatives are those of `derivable`, by default of the kernel itself: the loop over small calls has no transpose.
+    The loop over them has no transpose: derivatives are those of the kernel itself, or of `derivable`.
     """
 
     @jax.custom_batching.custom_vmap
@@ -60,8 +60,8 @@ def in_small_calls(kernel, derivable=None):
 def for_each(function, *lists) -> list:
     """`function` of the arrays [*batch, n, n] of every entry of some lists.
 
-    On CPU one by one: LAPACK takes them so anyway, and what is done alike to arrays of one shape is compiled once,
-    unlike what joins them and takes them apart. Elsewhere those of one width are one batch.
+    On CPU one by one, as LAPACK takes them anyway: what is done alike to arrays of one shape is compiled once, unlike
+    what joins them and takes them apart. Elsewhere those of one width are one batch.
     """
 
     def one_by_one(*lists):
@@ -92,7 +92,7 @@ def triangular_solve(t, b, **options):
 
 
 def joined(kernel, *columns):
-    """`kernel` of every row of some columns of arrays [batch, ...], with one call for all rows of equal shapes."""
+    """`kernel` of every row of columns of arrays [batch, ...], in one call for all rows of equal shapes."""
     rows = list(zip(*columns, strict=True))
     groups: dict = {}
     for place, row in enumerate(rows):
