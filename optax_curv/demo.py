@@ -28,7 +28,7 @@ EVALUATIONS = 20
 
 
 class Problem(NamedTuple):
-    """What methods share."""
+    """What they share."""
 
     predict: Callable  # (params, images [N, 64]) -> logits [N, 10]
     loss: Callable  # (params, images, labels) -> mean loss []
@@ -47,7 +47,7 @@ class Run(NamedTuple):
     seconds: float
 
 
-# A method is its optimizer and (params, images, labels) -> (loss, gradients, extra arguments of its update).
+# A method is an optimizer and (params, images, labels) -> (loss, gradients, extra arguments of its update).
 
 
 def _gradients(loss: Callable) -> Callable:
@@ -143,7 +143,7 @@ def _train(name: str, problem: Problem, steps: int, seed: int) -> Run:
 
 
 def _batches(examples: int, steps: int, seed: int) -> np.ndarray:
-    """Indices [steps, batch], without replacement inside an epoch."""
+    """Indices [steps, batch], drawn without replacement in an epoch."""
     rng = np.random.default_rng(seed)
     whole = examples // BATCH_SIZE * BATCH_SIZE
     epochs = [rng.permutation(examples)[:whole] for _ in range(-(-steps * BATCH_SIZE // whole))]
@@ -158,27 +158,23 @@ def _table(runs: list[Run], steps: int) -> str:
 
 
 def _plot(runs: list[Run], out: pathlib.Path):
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    window = min(10, len(runs[0].losses))
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes, window = figure.add_subplot(), min(10, len(runs[0].losses))
     for run in runs:
         smooth = np.convolve(run.losses, np.full(window, 1 / window), mode="valid")
         axes.plot(np.arange(window, len(run.losses) + 1), smooth, label=run.method)
-    axes.set(xlabel="step", ylabel=f"loss of a batch (mean over {window})", yscale="log")
-    axes.set_title("Digits: cross-entropy in training")
+    label = f"loss of a batch (mean over {window})"
+    axes.set(xlabel="step", ylabel=label, yscale="log", title="Digits: cross-entropy in training")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(out, format="png", dpi=150)
-    pyplot.close(figure)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        """One line, without the usage."""
+        """One line."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 

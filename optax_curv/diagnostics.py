@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_curv.capture.layers import aligned
+from optax_curv.linalg.checks import widen
 
 
 class FactorSpectrum(NamedTuple):
@@ -48,8 +49,7 @@ def _states(opt_state) -> list:
 
 def _magnitudes(factor) -> np.ndarray:
     """Of a factor [*stack, d, d] or a diagonal one [*stack, d]; a square stack of diagonals looks dense."""
-    factor = jnp.asarray(factor)
-    factor = np.asarray(factor.astype(jnp.promote_types(factor.dtype, jnp.float32)))
+    factor = np.asarray(widen(factor))
     if factor.ndim >= 2 and factor.shape[-1] == factor.shape[-2]:
         return np.linalg.svd(factor, compute_uv=False)
     return -np.sort(-np.abs(factor), axis=-1)
@@ -66,10 +66,10 @@ def _place(path) -> tuple[str, str]:
 
 
 def factor_spectra(opt_state) -> list[FactorSpectrum]:
-    """The eigenvalues of every factor in an optimizer's state.
+    """The eigenvalues of every factor in a state.
 
     Args:
-      opt_state: any state that holds states of this package, alone or within a chain.
+      opt_state: a state of this package, or any that holds some.
 
     Returns:
       One `FactorSpectrum` a factor.
@@ -106,7 +106,7 @@ def curvature_table(opt_state) -> str:
     rank are given. `layer_diagnostics` tells of K-FAC's damping.
 
     Args:
-      opt_state: any state that holds states of this package, alone or within a chain.
+      opt_state: a state of this package, or any that holds some.
 
     Returns:
       The table; print it.
@@ -159,7 +159,7 @@ def plot_curvature(opt_state, axes: Any = None):
     A flat line treats all directions alike; the steeper it falls, the more there is to precondition.
 
     Args:
-      opt_state: any state that holds states of this package, alone or within a chain.
+      opt_state: a state of this package, or any that holds some.
       axes: where to draw; None: on a new figure.
 
     Returns:

@@ -17,10 +17,11 @@ def _of_flat(function, params):
 
 
 def _flat_jacobian(objective, params, inputs):
-    """The outputs as rows, [R, O], and their Jacobian in the flat parameters, [R, O, n]."""
+    """The outputs as rows, [R, O], their Jacobian in the flat parameters, [R, O, n], and the number of axes of rows."""
     predict, flat = _of_flat(lambda p: objective.predict_fn(p, inputs), params)
-    outputs, jacobian = predict(flat), jax.jacobian(predict)(flat)
-    return outputs.reshape(-1, outputs.shape[-1]), jacobian.reshape(-1, outputs.shape[-1], flat.size)
+    outputs = predict(flat)
+    rows = outputs.reshape(-1, outputs.shape[-1])
+    return rows, jax.jacobian(predict)(flat).reshape(*rows.shape, flat.size), outputs.ndim - 1
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -72,9 +73,7 @@ def dense_hessian(loss_fn, params, *args) -> jax.Array:
 
 @jax.jit
 def dense_gauss_newton(objective, params, inputs, targets) -> jax.Array:
-    """The generalised Gauss-Newton matrix Σ_r J_rᵀ H_r J_r / R of an objective's mean loss.
-
-    H_r is the `jax.hessian` of the likelihood's `loss`, whatever its `hessian_sqrt`.
+    """The Gauss-Newton matrix Σ_r J_rᵀ H_r J_r / R of an objective, H_r the `jax.hessian` of its likelihood's `loss`.
 
     Args:
       objective: an `optax_curv.Objective`; its regularizer does not enter.
@@ -94,9 +93,8 @@ def dense_gauss_newton(objective, params, inputs, targets) -> jax.Array:
       Array([[0.5, 0. ],
              [0. , 2. ]], dtype=float32)
     """
-    outputs, jacobian = _flat_jacobian(objective, params, inputs)
-    leading = jnp.shape(objective.predict_fn(params, inputs))[:-1]
-    targets = jnp.reshape(targets, (len(outputs), *jnp.shape(targets)[len(leading) :]))
+    outputs, jacobian, leading = _flat_jacobian(objective, params, inputs)
+    targets = jnp.reshape(targets, (len(outputs), *jnp.shape(targets)[leading:]))
     hessians = jax.vmap(jax.hessian(objective.likelihood.loss))(outputs, targets)
     return jnp.einsum("rin,rij,rjm->nm", jacobian, hessians, jacobian, precision="highest") / len(outputs)
 
@@ -127,14 +125,11 @@ def dense_fisher(objective, params, inputs, targets=None, kind="exact") -> jax.A
       >>> import optax_curv
       >>> from optax_curv import testing
       >>> objective = optax_curv.Objective(lambda w, x: x @ w, "bernoulli")
-      >>> w, x = jnp.zeros((1, 1)), jnp.array([[2.0], [2.0]])
-      >>> float(testing.dense_fisher(objective, w, x)[0, 0])  # x² p (1 − p)
-      1.0
-      >>> float(testing.dense_fisher(objective, w, x, jnp.ones((2, 1)), kind="empirical")[0, 0])  # x² (p − 1)²
+      >>> float(testing.dense_fisher(objective, jnp.zeros((1, 1)), jnp.full((2, 1), 2.0))[0, 0])  # x² p (1 − p)
       1.0
     """
     if kind == "exact":
-        outputs, jacobian = _flat_jacobian(objective, params, inputs)
+        outputs, jacobian, _ = _flat_jacobian(objective, params, inputs)
         columns = objective.likelihood.hessian_sqrt(outputs)
         rows = jnp.einsum("cri,rin->crn", columns, jacobian, precision="highest").reshape(-1, jacobian.shape[-1])
         return jnp.matmul(rows.T, rows, precision="highest") / len(outputs)
@@ -152,7 +147,7 @@ def dense_fisher(objective, params, inputs, targets=None, kind="exact") -> jax.A
 
 @functools.partial(jax.jit, static_argnames="centered")
 def dense_covariance(branches, centered=True) -> jax.Array:
-    """The covariance of K samples, as the branch methods take it.
+    """The covariance of K samples that branch methods take.
 
     Args:
       branches: an array [K, D], or a tree whose leaves have a leading axis K.
@@ -206,7 +201,7 @@ def random_spd(key, n, condition=10.0, *, dtype=None) -> jax.Array:
     Args:
       key: PRNG key.
       n: size.
-      condition: ratio of the largest eigenvalue to the smallest.
+      condition: the largest eigenvalue over the smallest.
       dtype: None: JAX's default float.
 
     Returns:

@@ -28,8 +28,8 @@ def find_layers(loss_fn: Callable, params, *args, **kwargs) -> Layers:
 
     A parameter that meets an activation in a matrix product or a convolution is a layer's kernel, whatever reshaped,
     cast or sliced it on the way; one added to a layer's output is its bias; one that rows are picked from is an
-    embedding; one that multiplies activations is a scale, one added to others a shift. The loss is only traced: arrays
-    may be `jax.ShapeDtypeStruct`s, and nothing is computed.
+    embedding; one that multiplies activations is a scale, one added to others a shift. Nothing is computed: arrays may
+    be `jax.ShapeDtypeStruct`s.
 
     Args:
       loss_fn: `loss_fn(params, *args, **kwargs)`, or an `Objective`.
@@ -46,8 +46,7 @@ def find_layers(loss_fn: Callable, params, *args, **kwargs) -> Layers:
     Examples:
       >>> import jax, jax.numpy as jnp, optax_curv
       >>> params = {"hidden": {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}}
-      >>> def loss(params, x):
-      ...     return jnp.mean(jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"]))
+      >>> loss = lambda params, x: jnp.mean(jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"]))
       >>> print(optax_curv.find_layers(loss, params, jax.ShapeDtypeStruct((8, 3), jnp.float32)))
       layer   kind   kernel                in  out  stack  shared  bias                rows
       hidden  dense  ['hidden']['kernel']  3   4    -      1       ['hidden']['bias']  8
@@ -158,7 +157,7 @@ def value_grad_and_curvature(
         position of the outputs [N, *positions, O] after the other. Value and gradients stay those of the loss.
       samples: number of drawn targets, vectorised; "sampled" only.
       sharing: "expand" takes every row as an example, "reduce" first averages inputs and sums output gradients over the
-        positions and uses that belong to one.
+        positions and uses of one.
       batch_size: N; None: the leading axis of the first array after the parameters that is no PRNG key and, where
         there are others, in no tree of trees (as batch statistics are).
       has_aux: whether the loss returns (loss, aux).
@@ -173,27 +172,21 @@ def value_grad_and_curvature(
 
     Examples:
       >>> import jax.numpy as jnp, optax_curv
-      >>> def loss(params, x, y):
-      ...     return jnp.mean((x @ params["w"] - y) ** 2)
+      >>> loss = lambda params, x, y: jnp.mean((x @ params["w"] - y) ** 2)
       >>> params, x, y = {"w": jnp.ones((3, 1))}, jnp.ones((8, 3)), jnp.zeros((8, 1))
       >>> value, grads, curvature = optax_curv.value_grad_and_curvature(loss)(params, x, y)
       >>> curvature["w"].input_factor.shape, float(curvature["w"].output_factor[0, 0])
       ((3, 3), 36.0)
 
     References:
-      Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", 2015, eq. 1;
-      Eschenhagen et al., "Kronecker-factored approximate curvature for modern neural network architectures", 2023,
-      eqs. 8 and 9 ("expand" and "reduce").
+      Martens & Grosse, 2015, arXiv:1503.05671, eq. 1; Eschenhagen et al., 2023, arXiv:2311.00636, eqs. 8 and 9.
 
     A kernel used on both sides (a tied embedding, derivatives of the network inside the loss) has one pair of factors:
     where the input lies on the output side, R ḡ takes the place of a and a / R that of g. Layers whose rows show no
     axis of length N count as one example in "reduce", scales and shifts.
     """
-    for name, given, choices in (
-        ("statistic", statistic, STATISTICS),
-        ("fisher", fisher, FISHERS),
-        ("sharing", sharing, SHARINGS),
-    ):
+    chosen = {"statistic": statistic, "fisher": fisher, "sharing": sharing}
+    for (name, given), choices in zip(chosen.items(), (STATISTICS, FISHERS, SHARINGS), strict=True):
         if given not in choices:
             raise ValueError(f"value_grad_and_curvature: unknown {name}={given!r}; expected one of {choices}.")
     if statistic == "rows" and sharing == "reduce":

@@ -1,4 +1,4 @@
-"""From the uses that the walk found to layers: which uses belong to one layer, and what is measured at each."""
+"""From uses of parameters to layers: which belong to one layer, and what is measured at each."""
 
 import collections
 import dataclasses
@@ -64,7 +64,7 @@ def _loops(found: Found) -> tuple[Piece, ...]:
 
 
 def _stack(found: Found) -> tuple[Piece, ...]:
-    """The stack's pieces: scans from the outside in, slices, then the equation's own."""
+    """Its pieces: scans from the outside in, slices, then the equation's own."""
     slots = sorted(found.view.slots, key=lambda slot: math.inf if slot.loop is None else slot.loop)
     return (*((slot.stride, slot.size) for slot in slots), *_own_stack(found))
 
@@ -124,7 +124,7 @@ def _bias_axes(found: Found, shape) -> tuple[int, ...] | None:
 
 def group(uses: list[Found], refused: dict[int, str], unused: dict[int, str], paths, shapes, batch: int):
     """The layers that the uses of the leaves make, and the `Use` of each use that has a tap, by its number."""
-    # refused: reasons for leaves that met the examples in a way no layer describes; unused: for leaves without a use
+    # reasons: refused, for leaves that met the examples otherwise; unused, for those without a use
     keys = [jax.tree_util.keystr(path) for path in paths]
     by_leaf: dict[int, list[int]] = {}  # in the order of first use
     for number, found in enumerate(uses):
@@ -292,7 +292,7 @@ def _told_apart(uses: list[Found]) -> tuple[bool, int | None]:
 
 
 def _positions(found: Found, layer: Layer) -> np.ndarray | None:
-    """Entries of the leaf that a scale or shift touches, in the order of its features; None for all."""
+    """See `Use`; in the order of its features."""
     if size_of(found.outputs) == layer.out_dim:
         return None
     pieces = sorted(found.outputs, reverse=True)

@@ -83,7 +83,7 @@ def bodies(eqn) -> tuple[core.ClosedJaxpr, ...]:
 
 def hidden_bodies(eqn) -> list:
     """Bodies that cannot: a derivative rule, or a loop of unknown length, would be lost."""
-    if eqn.primitive.name in (*CALLS, "scan", "cond"):
+    if bodies(eqn):
         return []
     params = [v for value in eqn.params.values() for v in (value if isinstance(value, tuple) else (value,))]
     return [v for v in params if isinstance(v, core.Jaxpr | core.ClosedJaxpr)]
@@ -170,9 +170,9 @@ def varying_like(tree, arrays):
 
 
 def with_automatic_sharding(function: Callable, *args):
-    """`function(*args)`, its results the same on all devices, where the arguments' types say how they are sharded.
+    """`function(*args)`, its results the same on all devices, with shardings of the compiler's choice.
 
-    The compiler chooses: such types (of a mesh with `AxisType.Explicit`) would have to be given at reshapes.
+    Explicit ones, which are part of types, would have to be given at reshapes and products.
     """
     meshes = {jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args)}
     mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)

@@ -1,4 +1,4 @@
-"""What a layer is: a static, hashable, printable description of how a loss uses its parameters."""
+"""What a layer is: a static, hashable description of how a loss uses its parameters."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ class Layer:
         frequencies), "scale" (element-wise product) or "shift" (sum).
       kernel: key path of the kernel leaf as ``jax.tree_util.keystr`` writes it, None for a "shift".
       bias: key path of the bias leaf, or None.
-      in_dim: width of the input, without the bias's coordinate. 0 for a "shift", 1 for a "scale".
+      in_dim: width of the input without the bias's coordinate, 0 for a "shift", 1 for a "scale".
       out_dim: width of the output of one slice.
       stack: shape of the slices (stacked scans, ensembles, groups), each with a factor pair of its own.
       shared: how often one call of the loss uses the kernel (time steps of a scan, tied uses).
@@ -73,10 +73,7 @@ class Layer:
         rows, out = self.rows_of_matrix, self.out_dim
         full_input = self.kind != "embedding" and rows <= MAX_FULL
         full_output = out <= (MAX_FULL_ELEMENTWISE if self.kind in ELEMENTWISE else MAX_FULL)
-        return (
-            (*self.stack, rows, rows) if full_input else (*self.stack, rows),
-            (*self.stack, out, out) if full_output else (*self.stack, out),
-        )
+        return (*self.stack, *[rows] * (1 + full_input)), (*self.stack, *[out] * (1 + full_output))
 
 
 class Layers:
@@ -148,7 +145,7 @@ def aligned(rows) -> list[str]:
 
 
 def layer_matrix(layer: Layer, leaves: Mapping[str, jax.Array]) -> jax.Array:
-    """The layer's leaves, of those by key path, as one matrix [*stack, rows_of_matrix, out_dim] with the bias below."""
+    """The layer's leaves, among those by key path, as one matrix [*stack, rows_of_matrix, out_dim], the bias below."""
     parts = []
     for path, rows, split, axes in _parts(layer, leaves):
         leaf = jnp.reshape(leaves[path], split)

@@ -22,7 +22,7 @@ class Slot(NamedTuple):
 
 
 class View(NamedTuple):
-    """A strided view of a parameter leaf, or of the output of a group of uses."""
+    """A view of a parameter leaf, or of the output of a group of uses."""
 
     source: int
     axes: tuple[tuple[Piece, ...], ...]  # without pieces of size 1
@@ -192,7 +192,7 @@ class Arrangement(NamedTuple):
 
 
 def arrangement(segments, stack, examples, batch: int) -> Arrangement:
-    """The arrangement of an array; without a row of examples it has one example with all positions.
+    """The arrangement of an array; without a row of examples it has one example.
 
     Args:
       segments: the array's axes, or parts of them, in order: pairs of a role ("stack", "row" or "feature") and pieces.
@@ -241,7 +241,7 @@ def matched(view: View, other: View) -> list[tuple[Piece, Piece]] | None:
 
 
 def role_at(segments, stride: int) -> tuple[str, int]:
-    """Role of the piece of an array that moves by `stride` entries, and its stride in the leaf or the row's number."""
+    """Role of the piece that moves by `stride` entries, and its stride in the leaf or the row's number."""
     inner = 1
     for role, pieces in reversed(segments):
         for leaf_stride, size in reversed(pieces):

@@ -1,14 +1,13 @@
 """What the walk over a loss remembers of its variables and equations, and where the examples of the batch lie.
 
 Statistics of single examples (a scale's gradient, "reduce" sharing) must know which rows belong to one. So the leading
-axis of the inputs is followed through the equations, by a rule for each primitive that moves axes. Any other keeps an
-axis that keeps its place and size; else all that is known is that the array depends on the examples.
+axis of the inputs is followed through the equations: by a rule for each primitive that moves axes, elsewhere if it
+keeps its place and size.
 
 A derivative by a network's input starts from a direction that all examples share, which the kernel meets once for the
-whole batch. The gradient at the kernel's output is then a sum over examples, of which no statistic of single ones can
-be made. So the output is followed to where it meets the examples. Where they lie along one of its own axes, that axis
-holds them. Where not, the loss runs with the output repeated for every example (`widened`), through equations that are
-linear, as those of a derivative are.
+whole batch, and the gradient at its output is a sum over examples. So the output is followed to where it meets them. If
+they lie along one of its own axes, that axis holds them; if not, the loss runs with the output repeated for every
+example (`widened`), through equations that are linear, as those of a derivative are.
 """
 
 import dataclasses
@@ -31,11 +30,11 @@ class Batch(NamedTuple):
     """Where the examples lie in an array, or in the rows of a layer: along an axis, a scan, or nobody knows."""
 
     axis: Any  # its number, or that of the row; None: none
-    inner: int = 1  # neighbouring entries of the axis that are one example's; 0: unknown, the size of an axis must tell
+    inner: int = 1  # of its entries that are one example's; 0: the size of an axis has to tell
     loop: int | None = None  # depth of the scan that walks from example to example
 
 
-REPEATED = -1.0  # number of the row of an output that is repeated for every example
+REPEATED = -1.0  # number of the row of an output repeated for every example
 
 
 class Seed(NamedTuple):
@@ -81,7 +80,7 @@ class Node:
     def __init__(self, jaxpr: core.ClosedJaxpr):
         self.jaxpr = jaxpr
         self.taps: dict[int, list[int]] = {}  # uses whose output is the result
-        self.meetings: dict[int, int] = {}  # axis of the examples where what they share meets them
+        self.meetings: dict[int, int] = {}  # axis of the examples where seeds meet them
         self.children: dict[int, tuple[Node, ...]] = {}  # the bodies
 
     def uses(self) -> list[int]:
@@ -149,7 +148,7 @@ def propagate(eqn, batches: list[Batch | None], batch: int) -> list[Batch | None
 
 
 def _same_place(given, out):
-    """The axis of the first operand whose axis keeps its place and size; else, for linear algebra, its leading axes."""
+    """The axis of the first operand where it keeps place and size; else, for linear algebra, its leading axes."""
     placed = [(b, shape) for b, shape in given if b.axis is not None]
     for b, shape in placed:
         if len(out) == len(shape) and out[b.axis] == shape[b.axis]:
@@ -300,7 +299,7 @@ class Seeds:
         self.batch = batch
         self.rows: dict[int, float] = {}  # number of the row that turned out to hold the examples
         self.lost: set[int] = set()  # uses of which nothing can be told
-        self.together: list[set[int]] = []  # those that enter one variable, which are widened together or not at all
+        self.together: list[set[int]] = []  # groups that are widened together or not at all
 
     def lose(self, marks) -> list[Mark]:
         """Marks of variables that are followed no further."""
@@ -314,7 +313,7 @@ class Seeds:
         self.together = [kept for group in self.together if (kept := {use for use in group if use < first})]
 
     def follow(self, node, index: int, given: list[Mark], batch: Batch | None, uses, new: range) -> tuple[Seed, ...]:
-        """The seeds of an equation's results, of which the uses `new` are its own; notes where they meet examples."""
+        """The seeds of an equation's results, which has the uses `new`; notes where seeds meet examples."""
         eqn = node.jaxpr.jaxpr.eqns[index]
         seeds = [seed for mark in given for seed in mark.seeds]
         shape = shape_of(eqn.outvars[0])
@@ -382,7 +381,7 @@ def is_widened(variable, value) -> bool:
 
 
 def run_widened(node, index: int, given: list) -> list:
-    """Runs an equation of which some operands are widened; the results are too, unless it is where they meet."""
+    """Runs an equation with widened operands; the results are too, unless it is where they meet the examples."""
     eqn = node.jaxpr.jaxpr.eqns[index]
     wide = [is_widened(v, x) for v, x in zip(eqn.invars, given, strict=True)]
     axis = node.meetings.get(index)
@@ -390,7 +389,7 @@ def run_widened(node, index: int, given: list) -> list:
         axes = [0 if w else None for w in wide]
         return jax.vmap(lambda *operands: run(eqn, operands), axes)(*given)
 
-    def there(x):  # where the widened operand has one entry, or repeats it
+    def there(x):  # where it has one entry, or repeats it
         return jnp.moveaxis(lax.index_in_dim(x, 0, axis + 1, keepdims=False), 0, axis)
 
     return run(eqn, [there(x) if w else x for x, w in zip(given, wide, strict=True)])

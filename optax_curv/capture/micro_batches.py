@@ -25,16 +25,12 @@ def average_curvature(mean, curvature, mini_step):
       ValueError: for rows or raw samples, which cannot be averaged.
 
     Examples:
-      >>> import jax.numpy as jnp, optax, optax_curv
-      >>> loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
-      >>> params, x = {"w": jnp.ones((3, 1))}, jnp.arange(24.0).reshape(8, 3)
-      >>> take = optax_curv.value_grad_and_curvature(loss)
-      >>> tx = optax.MultiSteps(optax_curv.kfac(0.1, optax_curv.find_layers(loss, params, x)), every_k_schedule=2)
-      >>> state, mean = tx.init(params), None
-      >>> for micro_batch in jnp.split(x, 2):
-      ...     _, grads, curvature = take(params, micro_batch)
-      ...     mean = curvature if mean is None else optax_curv.average_curvature(mean, curvature, state.mini_step)
-      ...     updates, state = tx.update(grads, state, params, curvature=mean)
+      >>> import jax.numpy as jnp, optax_curv
+      >>> params, x, mean = {"w": jnp.ones((3, 1))}, jnp.arange(24.0).reshape(8, 3), None
+      >>> take = optax_curv.value_grad_and_curvature(lambda params, x: jnp.mean((x @ params["w"]) ** 2))
+      >>> for mini_step, micro_batch in enumerate(jnp.split(x, 2)):
+      ...     curvature = take(params, micro_batch)[2]
+      ...     mean = curvature if mean is None else optax_curv.average_curvature(mean, curvature, mini_step)
       >>> bool(jnp.allclose(mean["w"].input_factor, x.T @ x / 8))
       True
     """

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from optax_curv.linalg.checks import widen
+
 
 def hessian_probe(loss_fn, params, *args, key, has_aux=False, finite_difference=False, **kwargs):
     """Value, gradient, a random probe v ~ N(0, I) and the Hessian-vector product Hv, in one linearisation.
 
-    With E[v vᵀ] = I, E[Hv (Hv)ᵀ] = H²: what Newton-type preconditioners are fitted to. Forward-over-reverse, at about
+    As E[v vᵀ] = I, E[Hv (Hv)ᵀ] = H², to which Newton-type preconditioners are fitted. Forward-over-reverse, at about
     the cost of three gradients. `finite_difference=True` is for losses without a second derivative (custom rules,
     integer tables): Hv ≈ (∇f(θ + εv) - ∇f(θ)) / ε with ε = √eps(dtype) · max(1, rms(θ)), two gradients, and a relative
     error of about √eps.
@@ -60,9 +62,8 @@ def hessian_probe(loss_fn, params, *args, key, has_aux=False, finite_difference=
 
 
 def _difference_step(leaves):
-    """√eps · max(1, rms of all parameters): balances the rounding of the difference and its second-order error."""
+    """√eps · max(1, rms of all parameters): balances rounding and the second-order error."""
     size = max(1, sum(map(jnp.size, leaves)))
-    wide = [jnp.asarray(x, jnp.result_type(x, jnp.float32)) for x in leaves]
-    rms = jnp.sqrt(sum(jnp.sum(jnp.square(jnp.abs(x))) for x in wide) / size)
+    rms = jnp.sqrt(sum(jnp.sum(jnp.square(jnp.abs(widen(x)))) for x in leaves) / size)
     coarsest = max([float(jnp.finfo(jnp.result_type(x)).eps) for x in leaves], default=1.0)
     return coarsest**0.5 * jnp.maximum(1, rms)

@@ -189,7 +189,7 @@ def negate(walk, eqn, marks):
 
 
 def add(walk, eqn, marks):
-    """A bias where a leaf meets its layer's output, a shift where it meets other arrays that depend on the examples."""
+    """A bias where a leaf meets its layer's output, a shift where it meets others that depend on the examples."""
     side = next((side for side in (1, 0) if marks[side].leaves), None)
     if side is None:
         return [Mark()] if not any(mark.derived for mark in marks) else None
@@ -253,7 +253,7 @@ def _joined_bias(walk, eqn, mark, marks, side):
 
 
 def _spread(view: View, eqn) -> View:
-    """The view broadcast to the shape of an element-wise result; a scalar has no axes to keep."""
+    """The view in the shape of an element-wise result; a scalar has no axes to keep."""
     out = shape_of(eqn.outvars[0])
     return layouts.broadcast(view, out, range(len(view.axes)))
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 def per_example_grads(loss_fn: Callable, *, chunk_size: int | None = None) -> Callable:
     """The gradient of every example's own loss, as branches of the empirical Fisher.
 
-    Their mean is the gradient of the batch, and `scale_by_branch_fisher(centered=False)` takes the empirical Fisher
+    Their mean is the batch's gradient; `scale_by_branch_fisher(centered=False)` takes the empirical Fisher
     Σ_n g_n g_nᵀ / N from them.
 
     Args:
@@ -69,8 +69,8 @@ def residual_rows(*residual_fns: Callable, weights=None, chunk_size: int | None 
       L = \frac12 \sum_b w_b \frac{1}{N_b} \sum_{n \in b} \|r_{bn}\|^2
 
     The rows are those of the residuals times √(w_b K / N_b), K the number of all rows, so that
-    `scale_by_branch_fisher(centered=False)` takes the Gauss-Newton matrix of L from them. All come from one pass of
-    reverse mode.
+    `scale_by_branch_fisher(centered=False)` takes the Gauss-Newton matrix of L from them. One pass of reverse mode
+    gives all.
 
     Args:
       *residual_fns: one a block: `fn(params, batch)` -> residuals [N_b, ...], real; called with batches of one.
@@ -102,19 +102,19 @@ def residual_rows(*residual_fns: Callable, weights=None, chunk_size: int | None 
             raise ValueError(
                 f"residual_rows: expected one batch a block, got {len(batches)} batches for {len(residual_fns)} blocks."
             )
-        residuals, jacobians, counts = [], [], []
-        for fn, batch in zip(residual_fns, batches, strict=True):
-            r, jacobian = _jacobian("residual_rows", fn, params, (batch,), chunk_size)
-            residuals.append(r.ravel())
-            jacobians.append(jacobian)
-            counts.append(len(r))
-        total = sum(map(len, residuals))
-        scales = [jnp.sqrt(w * total / count) for w, count in zip(weights, counts, strict=True)]
-        residual = jnp.concatenate([r * s.astype(r.dtype) for r, s in zip(residuals, scales, strict=True)])
-        branches = jax.tree.map(
-            lambda *blocks: jnp.concatenate([j * s.astype(j.dtype) for j, s in zip(blocks, scales, strict=True)]),
-            *jacobians,
-        )
+        found = [
+            _jacobian("residual_rows", fn, params, (batch,), chunk_size)
+            for fn, batch in zip(residual_fns, batches, strict=True)
+        ]
+        residuals, jacobians = zip(*found, strict=True)
+        total = sum(r.size for r in residuals)
+        scales = [jnp.sqrt(w * total / len(r)) for w, r in zip(weights, residuals, strict=True)]
+
+        def scaled(blocks):
+            return jnp.concatenate([x * s.astype(x.dtype) for x, s in zip(blocks, scales, strict=True)])
+
+        residual = scaled(map(jnp.ravel, residuals))
+        branches = jax.tree.map(lambda *blocks: scaled(blocks), *jacobians)
         grads = jax.tree.map(
             lambda j: (jnp.tensordot(residual, j, 1, precision="highest") / total).astype(j.dtype), branches
         )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_curv.capture.layers import ELEMENTWISE
+from optax_curv.linalg.checks import widen
 
 
 class KroneckerFactors(NamedTuple):
@@ -82,7 +83,7 @@ def rows_of(use, operands, grad) -> Rows:
     found = use.found
     grad = _part(grad, found.windows[1])
     if use.layer.kind in ELEMENTWISE:
-        grad = _wide(grad) * use.gain
+        grad = widen(grad) * use.gain
         if found.choice is not None:
             operands = (operands[0] == found.choice, *operands[1:])
         for operand in operands:
@@ -114,16 +115,11 @@ def _part(x, window):
     return x if window is None else lax.slice_in_dim(x, window[1], window[1] + window[2], axis=window[0])
 
 
-def _wide(x):
-    """In float32 at least."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _second_moment(rows, full: bool):
-    """Σ x xᵀ over the rows [*stack, R, d], or its diagonal; products of half-precision numbers are exact in float32."""
+    """Σ x xᵀ over the rows [*stack, R, d], or its diagonal."""
     if not full:
-        return jnp.sum(jnp.square(_wide(rows)), axis=-2)
-    wide = jnp.promote_types(rows.dtype, jnp.float32)
+        return jnp.sum(jnp.square(widen(rows)), axis=-2)
+    wide = jnp.promote_types(rows.dtype, jnp.float32)  # where products of half-precision numbers are exact
     return jnp.einsum("...ri,...rj->...ij", rows, rows, precision=lax.Precision.HIGHEST, preferred_element_type=wide)
 
 
@@ -162,7 +158,7 @@ def _quadratic(statistic: str, layer, inputs, grads, basis) -> dict[str, jax.Arr
 
 def _squares(rows, basis):
     """Of the rows in a basis whose vectors are the columns of `basis`; None: the identity."""
-    rows = _wide(rows)
+    rows = widen(rows)
     if basis is not None:
         rows = jnp.einsum("...ri,...ij->...rj", rows, basis, precision=lax.Precision.HIGHEST)
     return jnp.square(rows)
@@ -174,7 +170,7 @@ def is_linear(layer, sharing: str) -> bool:
 
 
 def keeps_rows(statistic: str, layer) -> bool:
-    """Whether a statistic is the rows of every use on its own; of scales and shifts "rows" has the factors."""
+    """Whether a statistic is the rows of every use on its own; "rows" has the factors of scales and shifts."""
     return statistic == "raw" or (statistic == "rows" and not is_linear(layer, "expand"))
 
 
@@ -213,7 +209,7 @@ def contribution(statistic: str, sharing: str, use, operands, grad, zeros, basis
         if inputs is None:
             grads = jnp.sum(grads, axis=-2, keepdims=True)
             inputs = jnp.ones(grads.shape[:-1], grads.dtype)
-        grads = _wide(_flat(grads, stack))
+        grads = widen(_flat(grads, stack))
         found = {"inputs": _flat(inputs, stack), "output_grads": grads * use.batch if statistic == "raw" else grads}
     elif is_linear(use.layer, sharing):
         found = _example_sums(use, inputs, grads)
@@ -229,11 +225,11 @@ def contribution(statistic: str, sharing: str, use, operands, grad, zeros, basis
 
 def _example_sums(use, inputs, grads):
     """Sums over the positions of each example."""
-    sums = {"grads": jnp.sum(_wide(grads), axis=-2)}
+    sums = {"grads": jnp.sum(widen(grads), axis=-2)}
     if inputs is not None:
         if use.found.kind == "embedding":
             inputs = jax.nn.one_hot(inputs, use.layer.in_dim, dtype=jnp.float32)
-        sums["inputs"] = jnp.sum(_wide(inputs), axis=-2)
+        sums["inputs"] = jnp.sum(widen(inputs), axis=-2)
     merge = use.examples == 1
     return {name: jnp.sum(x, axis=-2, keepdims=True) if merge else x for name, x in sums.items()}
 
@@ -259,7 +255,7 @@ def finish(statistic: str, sharing: str, use, sums: dict, basis):
 
 
 def finish_rows(uses, samples) -> FactorRows:
-    """All rows of a layer with the weights that make them its factors."""
+    """All rows of a layer with their weights."""
     raw = finish_raw(uses, samples)
     return FactorRows(*raw, jnp.array([1 / uses[0].rows, uses[0].batch], raw.output_grads.dtype))
 
@@ -295,7 +291,7 @@ def finish_raw(uses, samples) -> RawSamples:
 
 def joined(rows):
     """Rows of all cotangents [positions, columns, *stack, R, ·] as rows of one."""
-    if isinstance(rows, KroneckerFactors):  # of a scale or shift in "rows", whose A does not depend on cotangents
+    if isinstance(rows, KroneckerFactors):  # of a scale or shift, whose A does not depend on cotangents
         return KroneckerFactors(rows.input_factor[0, 0], jnp.sum(rows.output_factor, (0, 1)), rows.count[0, 0])
     (positions, columns), axis = rows.output_grads.shape[:2], rows.output_grads.ndim - 4
     count = positions * columns

@@ -19,7 +19,7 @@ from optax_curv.capture.tracing import Walk
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trace:
-    """A function's jaxpr with the layers found in it."""
+    """See `trace`."""
 
     layers: Layers
     node: Node  # the function of flat parameters and array arguments
@@ -28,7 +28,7 @@ class Trace:
     arrays: list
     restore: Callable  # takes flat results to (the function's own result, what `update` wants)
     grads: Callable  # takes the leaves' gradients to a tree like the parameters
-    update: Callable  # writes the state of an nnx module after the call back into it
+    update: Callable  # see `Model`
     batch: int
 
 
@@ -76,8 +76,8 @@ def trace(function: Callable, params, args, kwargs, batch_size: int | None = Non
     batch = _number_of_examples((args, kwargs)) if batch_size is None else batch_size
     if not isinstance(batch, int | np.integer) or batch < 1:
         raise ValueError(
-            "value_grad_and_curvature: the number of examples, batch_size or the leading axis of the first array after "
-            f"the parameters, is {batch!r}; expected at least one, known at trace time."
+            "value_grad_and_curvature: the number of examples (batch_size, or the leading axis of the first array "
+            f"after the parameters) is {batch!r}; expected at least one, known at trace time."
         )
     batch = int(batch)
     walk = Walk([jax.tree_util.keystr(path) for path in paths], batch)
@@ -117,10 +117,8 @@ class Model(NamedTuple):
 
     params: Any  # pure arrays
     grads_like: Any  # an `nnx.State`, the structure of its gradients
-    wrap: (
-        Callable  # makes a function of the module, -> result, one of `params`, -> (result, other state after the call)
-    )
-    update: Callable  # writes that other state (batch statistics, random counters) back into the module
+    wrap: Callable  # makes a function of the module one of `params` that also returns the other state after the call
+    update: Callable  # writes that state (batch statistics, random counters) back into the module
 
 
 def as_pure(tree):

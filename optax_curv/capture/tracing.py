@@ -1,4 +1,4 @@
-"""The walk over a loss's jaxpr that finds uses of parameters, and the run of it with a tap at each."""
+"""The walk over a loss that finds uses of parameters, and the run of it with a tap at each."""
 
 import collections
 import dataclasses
@@ -41,7 +41,7 @@ from optax_curv.capture.rules import RULES, is_complex, why_not
 
 
 class Walk:
-    """Walks a jaxpr and collects the uses of parameter leaves."""
+    """Collects the uses of parameter leaves."""
 
     def __init__(self, paths: list[str], batch: int):
         self.paths, self.batch = paths, batch
@@ -56,14 +56,12 @@ class Walk:
         self._index = 0
         self.seeds = Seeds(batch)
 
-    # -- what rules ask --
-
     def once(self, variable) -> bool:
         """Whether a variable is read only once."""
         return self._counts[variable] == 1
 
     def examples(self, batch: Batch | None, segments) -> Batch | None:
-        """What tells the examples apart in the rows of a layer whose input has them there."""
+        """Where they lie in the rows of a layer whose input has them there."""
         if batch is None:
             return None if self._example_loop is None else Batch(None, loop=self._example_loop)
         if batch.loop is not None or batch == LOST:
@@ -112,10 +110,8 @@ class Walk:
         )
         return True
 
-    # -- the walk --
-
     def node(self, node: Node, marks: list[Mark], constants=()) -> list[Mark]:
-        """Marks of the results of a node's jaxpr, given those of its operands (and of its constants)."""
+        """Marks of the results of a node's jaxpr, given those of its operands and constants."""
         outer, jaxpr = (self._counts, self._node, self._index), node.jaxpr.jaxpr
         counts = collections.Counter(v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, Literal))
         counts.update(v for v in jaxpr.outvars if not isinstance(v, Literal))
@@ -215,7 +211,7 @@ class Walk:
             self._example_loop = depth
         self.loops = (*self.loops, params["length"])
         saved, met = (len(self.uses), len(self.groups), dict(self.refused)), {}
-        while True:  # until the marks of the carry no longer change: only `batch` and `derived` can, and only grow
+        while True:  # until the marks of the carry no longer change: `batch` and `derived` only grow
             for noted in (nodes[0].taps, nodes[0].meetings, nodes[0].children):
                 noted.clear()
             results = self.seeds.lose(self.node(nodes[0], [*given[:consts], *state, *slices]))

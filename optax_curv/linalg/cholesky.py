@@ -1,4 +1,4 @@
-"""Cholesky factors that never fail, and solves with triangular matrices."""
+"""Cholesky factors that never fail, and triangular solves."""
 
 import functools
 
@@ -37,10 +37,7 @@ def cholesky(a, damping=0.0) -> tuple[jax.Array, jax.Array]:
     Examples:
       >>> import jax.numpy as jnp
       >>> from optax_curv import linalg
-      >>> factor, damping_used = linalg.cholesky(jnp.array([[4.0, 2.0], [2.0, 1.0]]), 0.01)
-      >>> float(damping_used)
-      0.009999999776482582
-      >>> _, damping_used = linalg.cholesky(-jnp.eye(2))
+      >>> factor, damping_used = linalg.cholesky(-jnp.eye(2))
       >>> bool(damping_used > 1)
       True
     """

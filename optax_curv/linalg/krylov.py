@@ -17,7 +17,7 @@ class ConjugateGradientInfo(NamedTuple):
 
     Attributes:
       iterations: iterations done, one product with the operator each (and one for `x0`), int32 [].
-      residual_norm: Euclidean norm of the last iterate's recursive residual, float [].
+      residual_norm: norm of the last iterate's recursive residual, float [].
       returned: number of the iterate returned; the last one unless `merit` chose, int32 [].
     """
 
@@ -52,8 +52,8 @@ def conjugate_gradient(
     the update, so at least one iteration is done: the original branch natural gradient (floor 1e-12, atol 1e-6), whose
     step is not invariant to the scale of b.
 
-    Derivatives in `b` and in what `matvec` closes over are those of the equation: exact once converged. Norms neither
-    overflow nor underflow for any representable `b`. Under `jax.vmap` a lane that is done keeps its solution.
+    Derivatives in `b` and in what `matvec` closes over are those of the equation: exact once converged. Norms do not
+    overflow or underflow for any `b`. Under `jax.vmap` a lane that is done keeps its solution.
 
     Two rules are for solves far from convergence, of the minimum of φ(x) = ½⟨x, A x⟩ - ⟨b, x⟩. With `min_progress` ε it
     also stops at an iteration i > k where
@@ -119,7 +119,7 @@ def conjugate_gradient(
 
 
 class _Search(NamedTuple):
-    """What an iteration hands to the next."""
+    """The state of an iteration."""
 
     x: Any
     r: Any

@@ -60,8 +60,8 @@ def in_small_calls(kernel, derivable=None):
 def for_each(function, *lists) -> list:
     """`function` of the arrays [*batch, n, n] of every entry of some lists.
 
-    On CPU one by one, as LAPACK takes them anyway: what is done alike to arrays of one shape is compiled once, unlike
-    what joins them and takes them apart. Elsewhere those of one width are one batch.
+    On CPU one by one, as LAPACK takes them anyway: what is done to arrays of one shape is compiled once, unlike what
+    joins them and takes them apart. Elsewhere those of one width are one batch.
     """
 
     def one_by_one(*lists):

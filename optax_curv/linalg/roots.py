@@ -247,7 +247,7 @@ def spectral_norm_bound(a) -> jax.Array:
       3.0
 
     References:
-      Li, *Stochastic Hessian fittings with Lie groups*, 2024, arXiv:2402.11858: the bound by one such iteration.
+      Li, *Stochastic Hessian fittings with Lie groups*, 2024, arXiv:2402.11858: one such iteration.
     """
     a = widen(a)
     if a.ndim < 2:
