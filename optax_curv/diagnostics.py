@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_curv.capture.layers import aligned
-from optax_curv.linalg.checks import widen
+from optax_curv.capture import layers
+from optax_curv.linalg import checks
 
 
 class FactorSpectrum(NamedTuple):
@@ -49,7 +49,7 @@ def _states(opt_state) -> list:
 
 def _magnitudes(factor) -> np.ndarray:
     """Of a factor [*stack, d, d] or a diagonal one [*stack, d]; a square stack of diagonals looks dense."""
-    factor = np.asarray(widen(factor))
+    factor = np.asarray(checks.widen(factor))
     if factor.ndim >= 2 and factor.shape[-1] == factor.shape[-2]:
         return np.linalg.svd(factor, compute_uv=False)
     return -np.sort(-np.abs(factor), axis=-1)
@@ -138,7 +138,9 @@ def curvature_table(opt_state) -> str:
         nested = {"inner", "fallback"}.intersection(state._fields)
         rows = [_row(spectrum) for spectrum in factor_spectra(state._replace(**dict.fromkeys(nested)))]
         if rows:
-            table = aligned([("name", "factor", "size", "mean", "largest", "condition", "effective rank"), *rows])
+            table = layers.aligned(
+                [("name", "factor", "size", "mean", "largest", "condition", "effective rank"), *rows]
+            )
             lines += ["  " + line for line in table]
     return "\n".join(lines)
 

@@ -55,7 +55,7 @@ def find_layers(loss_fn: Callable, params, *args, **kwargs) -> Layers:
 
 
 class Probing:
-    """A traced function with probes at the layers to measure; the rest is as in `value_grad_and_curvature`."""
+    """A traced function with probes at the layers to measure."""
 
     def __init__(self, traced: Trace, layers: Layers, statistic: str, sharing: str, basis=None):
         self.traced, self.statistic, self.sharing = traced, statistic, sharing
@@ -155,7 +155,7 @@ def value_grad_and_curvature(
         its Gauss-Newton matrix, however many rows of outputs an example has: "sampled" takes gradients at targets drawn
         from the model (the call takes `key=`), "exact" the columns of the root of the loss's Hessian, vectorised, one
         position of the outputs [N, *positions, O] after the other. Value and gradients stay those of the loss.
-      samples: number of drawn targets, vectorised; "sampled" only.
+      samples: number of drawn targets; "sampled" only.
       sharing: "expand" takes every row as an example, "reduce" first averages inputs and sums output gradients over the
         positions and uses of one.
       batch_size: N; None: the leading axis of the first array after the parameters that is no PRNG key and, where
@@ -268,7 +268,7 @@ def _model_curvature(measure: Callable, columns, positions: tuple[int, ...], joi
 
     if joins:
         return {name: statistics.joined(x) for name, x in jax.lax.map(at, jnp.arange(count)).items()}
-    still = measure(jnp.zeros_like(columns[0]))
+    still = measure(jnp.zeros(columns.shape[1:], columns.dtype))
 
     def add(total, position):
         # without what is there at no cotangent

@@ -16,12 +16,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 Literal = core.Literal
 
 REMAT = {"remat2", "checkpoint"}
-# which run one body on their own operands
+# Primitives that run one body on their own operands.
 CALLS = {"jit", "pjit", "closed_call", "core_call", *REMAT}
-# whose one result has the entries of their one array operand in the same places
+# Primitives whose one result has the entries of their one array operand in the same places.
 SAME_PLACES = {"convert_element_type", "copy", "copy_p", "name", "optimization_barrier", "sharding_constraint", "pvary"}
 SAME_PLACES |= {"pcast", "mesh_cast", "reshard", "reduce_precision", "device_put"}
-# whose results are entries of their operand
+# Primitives whose results are entries of their operand.
 KEEP_ENTRIES = SAME_PLACES | {
     "reshape",
     "transpose",

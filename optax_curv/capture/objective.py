@@ -15,8 +15,7 @@ from optax_curv.linalg.checks import widen
 class Likelihood(Protocol):
     """What an `Objective` asks of a likelihood; `outputs` are [*leading, O], and rows are independent.
 
-    It may also have ``hessian_product(outputs, v)``, H v in the shape of `outputs`, as a shorter way than by the
-    columns of `hessian_sqrt`.
+    It may also have ``hessian_product(outputs, v)``, H v, as a shorter way than by the columns of `hessian_sqrt`.
     """
 
     def loss(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
@@ -151,9 +150,9 @@ class Objective:
     Args:
       predict_fn: ``predict_fn(params, inputs) -> outputs``, outputs floating [*leading, O]; the first leading axis
         counts the examples.
-      likelihood: "categorical" (outputs are logits; targets are integers [*leading], or one-hot or probabilities
-        [*leading, O]), "bernoulli" (outputs are logits, targets [*leading, O] in [0, 1]), "normal" (outputs are means,
-        ½ Σ (output − target)²), or an object with the methods of `Likelihood`.
+      likelihood: "categorical" (outputs are logits, targets integers [*leading] or probabilities [*leading, O]),
+        "bernoulli" (outputs are logits, targets [*leading, O] in [0, 1]), "normal" (½ Σ (output − target)²), or an
+        object with the methods of `Likelihood`.
       regularizer: ``regularizer(params) -> scalar`` added to the loss; it does not enter the curvature of layers.
 
     Raises:

@@ -1,7 +1,6 @@
-"""What is measured at a layer.
+"""What is measured at a layer: the probe that collects a statistic, what one use adds to it, and what the sum becomes.
 
-A statistic is three pure functions: the probe that collects it, what the rows of one use add to the probe, and what the
-sum over all uses becomes. Rows are inputs a and output gradients ḡ of the loss of the batch.
+Rows are inputs a and output gradients ḡ of the loss of the batch.
 """
 
 from typing import Any, NamedTuple

@@ -19,7 +19,7 @@ def kron_matvec(factors, x, *, precision=jax.lax.Precision.HIGHEST) -> jax.Array
       precision: of the matrix products.
 
     Returns:
-      The product, of the shape of `x`, in the type to which `x` and the factors promote.
+      The product, of the shape of `x`, in the type to which all promote.
 
     Raises:
       ValueError: if a factor does not fit its axis.
