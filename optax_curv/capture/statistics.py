@@ -3,7 +3,7 @@
 Rows are inputs a and output gradients ḡ of the loss of the batch.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,18 +67,9 @@ class FactorRows(NamedTuple):
     weights: jax.Array
 
 
-class Rows(NamedTuple):
-    """Rows of one use [*stack, examples, positions, features], of a one-hot input without features.
-
-    For a scale or shift `inputs` is None and `output_grads` the leaf's own gradient.
-    """
-
-    inputs: Any
-    output_grads: jax.Array
-
-
-def rows_of(use, operands, grad) -> Rows:
-    """What a tap sees as rows, in float32 at least but for a bfloat16 side."""
+def rows_of(use, operands, grad) -> tuple[jax.Array | None, jax.Array]:
+    """Inputs and output gradients of one use, [*stack, examples, positions, features]."""
+    # one-hot inputs have no features; a scale or shift has no inputs, and its own gradient
     found = use.found
     grad = _part(grad, found.windows[1])
     if use.layer.kind in ELEMENTWISE:
@@ -90,7 +81,7 @@ def rows_of(use, operands, grad) -> Rows:
         rows = use.outputs(grad)
         if use.positions is not None:
             rows = jnp.zeros((*rows.shape[:-1], use.layer.out_dim), rows.dtype).at[..., use.positions].set(rows)
-        return Rows(None, rows)
+        return None, rows
     x = _part(operands[0], found.windows[0])
     if found.conv is not None:
         x = lax.conv_general_dilated_patches(x, *found.conv, precision=lax.Precision.HIGHEST)
@@ -98,7 +89,7 @@ def rows_of(use, operands, grad) -> Rows:
     if inputs.shape[:-1] != grads.shape[:-1]:  # the same for all examples, or members of an ensemble
         inputs = jnp.broadcast_to(inputs, (*grads.shape[:-1], inputs.shape[-1]))
     if found.kind == "embedding":
-        return Rows(inputs[..., 0], grads)
+        return inputs[..., 0], grads
     if use.gain != 1.0:
         inputs = inputs * use.gain
     if use.swapped:  # which keeps the product, and the scale of the other uses' factors
@@ -106,7 +97,7 @@ def rows_of(use, operands, grad) -> Rows:
     if use.layer.bias is not None:
         one = jnp.full((*inputs.shape[:-1], 1), 1 if use.bias else 0, inputs.dtype)
         inputs = jnp.concatenate([inputs, one], axis=-1)
-    return Rows(inputs, grads)
+    return inputs, grads
 
 
 def _part(x, window):
