@@ -1,10 +1,10 @@
 """Trains a Flax network on scikit-learn's handwritten digits, once with each method: ``python -m optax_curv.demo``.
 
 Every method starts from the same weights, sees the same batches and lets its learning rate fall to zero along a cosine.
-The network has 64 tanh units in each of two hidden layers; a quarter of the 1797 images is held out.
+The network has two hidden layers of 64 tanh units; a quarter of the 1797 images is held out.
 
-The first learning rates are those with the lowest training loss after 300 steps from seed 100 on one grid for all of 1,
-3, 10, 30, …; so are the dampings of kfac (0.01 or 0.1) and branch_fisher (0.1 or 1). Seed 0, the default, had no say.
+Learning rates, and the dampings of kfac (0.01 or 0.1) and branch_fisher (0.1 or 1), are those with the lowest training
+loss after 300 steps from seed 100, on one grid for all of 1, 3, 10, 30, …; seed 0, the default, had no say.
 """
 
 import argparse
@@ -28,25 +28,13 @@ EVALUATIONS = 20
 
 
 class Problem(NamedTuple):
-    """What the methods share."""
+    """What they share."""
 
     predict: Callable  # (params, images [N, 64]) -> logits [N, 10]
     loss: Callable  # (params, images, labels) -> mean loss []
     params: Any
     train: tuple[jax.Array, jax.Array]
     test: tuple[jax.Array, jax.Array]
-
-    @property
-    def batch(self):
-        """A batch to trace with."""
-        return tuple(x[:BATCH_SIZE] for x in self.train)
-
-
-class Method(NamedTuple):
-    """An optimizer and what it wants to know of a batch."""
-
-    optimizer: optax.GradientTransformation
-    measure: Callable  # (params, images, labels) -> (loss, gradients, extra arguments of the optimizer's update)
 
 
 class Run(NamedTuple):
@@ -59,31 +47,30 @@ class Run(NamedTuple):
     seconds: float
 
 
-def _adam(problem: Problem, learning_rate: optax.Schedule) -> Method:
-    return Method(optax.adam(learning_rate), _gradients(problem.loss))
+# A method is an optimizer and (params, images, labels) -> (loss, gradients, extra arguments of its update).
 
 
-def _muon(problem: Problem, learning_rate: optax.Schedule) -> Method:
-    return Method(optax.contrib.muon(learning_rate), _gradients(problem.loss))
+def _gradients(loss: Callable) -> Callable:
+    return lambda *args: (*jax.value_and_grad(loss)(*args), {})
 
 
-def _kron_psgd(problem: Problem, learning_rate: optax.Schedule) -> Method:
-    return Method(optax_curv.kron_psgd(learning_rate), _gradients(problem.loss))
+def _of_gradients(alias: Callable) -> Callable:
+    return lambda problem, learning_rate: (alias(learning_rate), _gradients(problem.loss))
 
 
-def _kfac(problem: Problem, learning_rate: optax.Schedule) -> Method:
-    layers = optax_curv.find_layers(problem.loss, problem.params, *problem.batch)
+def _kfac(problem: Problem, learning_rate: optax.Schedule):
+    layers = optax_curv.find_layers(problem.loss, problem.params, *(x[:BATCH_SIZE] for x in problem.train))
     measure = optax_curv.value_grad_and_curvature(problem.loss, layers=layers, statistic="rows")
 
     def measured(*args):
         value, grads, curvature = measure(*args)
         return value, grads, {"curvature": curvature}
 
-    return Method(optax_curv.kfac(learning_rate, layers, damping=0.1), measured)
+    return optax_curv.kfac(learning_rate, layers, damping=0.1), measured
 
 
-def _branch_fisher(problem: Problem, learning_rate: optax.Schedule) -> Method:
-    """The branches are the logits of the batch, [128, 10], and the projection is the Jacobian of their mean."""
+def _branch_fisher(problem: Problem, learning_rate: optax.Schedule):
+    """The branches are the logits of the batch, the projection is the Jacobian of their mean."""
 
     def measured(params, images, labels):
         value, grads, _ = _gradients(problem.loss)(params, images, labels)
@@ -92,25 +79,16 @@ def _branch_fisher(problem: Problem, learning_rate: optax.Schedule) -> Method:
         return value, grads, {"branches": problem.predict(params, images), "projection": projection}
 
     fisher = optax_curv.scale_by_branch_fisher(1.0, complement=True)
-    return Method(optax.chain(fisher, optax.trace(0.9), optax.scale_by_learning_rate(learning_rate)), measured)
+    return optax.chain(fisher, optax.trace(0.9), optax.scale_by_learning_rate(learning_rate)), measured
 
 
-# With the first learning rate of each; how they were chosen stands at the top.
-METHODS = {
-    "adam": (_adam, 0.03),
-    "muon": (_muon, 0.03),
-    "kron_psgd": (_kron_psgd, 0.01),
+METHODS = {  # and the first learning rates
+    "adam": (_of_gradients(optax.adam), 0.03),
+    "muon": (_of_gradients(optax.contrib.muon), 0.03),
+    "kron_psgd": (_of_gradients(optax_curv.kron_psgd), 0.01),
     "kfac": (_kfac, 0.3),
     "branch_fisher": (_branch_fisher, 1.0),
 }
-
-
-def _gradients(loss: Callable) -> Callable:
-    def measure(params, images, labels):
-        value, grads = jax.value_and_grad(loss)(params, images, labels)
-        return value, grads, {}
-
-    return measure
 
 
 def _problem(seed: int) -> Problem:
@@ -135,7 +113,6 @@ def _problem(seed: int) -> Problem:
 
 
 def _train(name: str, problem: Problem, steps: int, seed: int) -> Run:
-    """One training run: a jitted step over batches drawn afresh in every epoch."""
     from tqdm import tqdm
 
     start = time.perf_counter()
@@ -166,60 +143,48 @@ def _train(name: str, problem: Problem, steps: int, seed: int) -> Run:
 
 
 def _batches(examples: int, steps: int, seed: int) -> np.ndarray:
-    """Indices [steps, batch], without replacement inside an epoch."""
+    """Indices [steps, batch], drawn without replacement in an epoch."""
     rng = np.random.default_rng(seed)
-    per_epoch = examples // BATCH_SIZE
-    epochs = [rng.permutation(examples)[: per_epoch * BATCH_SIZE] for _ in range(-(-steps // per_epoch))]
+    whole = examples // BATCH_SIZE * BATCH_SIZE
+    epochs = [rng.permutation(examples)[:whole] for _ in range(-(-steps * BATCH_SIZE // whole))]
     return np.concatenate(epochs).reshape(-1, BATCH_SIZE)[:steps]
 
 
 def _table(runs: list[Run], steps: int) -> str:
     header = f"{'method':13}  {'steps':>6}  {'loss':>9}  {'test accuracy':>13}  {'seconds':>7}"
     rows = (f"{r.method:13}  {steps:6}  {r.loss:9.5f}  {r.accuracy:13.2%}  {r.seconds:7.1f}" for r in runs)
-    return "\n".join(
-        (header, *rows, "loss: over the training images, after the last step; seconds: compilation included")
-    )
+    footer = "loss: over the training images, after the last step; seconds: compilation included"
+    return "\n".join((header, *rows, footer))
 
 
 def _plot(runs: list[Run], out: pathlib.Path):
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    window = min(10, len(runs[0].losses))
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes, window = figure.add_subplot(), min(10, len(runs[0].losses))
     for run in runs:
         smooth = np.convolve(run.losses, np.full(window, 1 / window), mode="valid")
         axes.plot(np.arange(window, len(run.losses) + 1), smooth, label=run.method)
-    axes.set(
-        xlabel="step",
-        ylabel=f"loss of a batch (mean over {window})",
-        yscale="log",
-        title="Digits: cross-entropy in training",
-    )
+    label = f"loss of a batch (mean over {window})"
+    axes.set(xlabel="step", ylabel=label, yscale="log", title="Digits: cross-entropy in training")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(out, format="png", dpi=150)
-    pyplot.close(figure)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        """One line, without the usage."""
+        """One line."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above zero, got {text!r}")
-    return int(text)
+def _whole(numbers: range, named: str) -> Callable[[str], int]:
+    def parse(text):
+        if not text.isdecimal() or int(text) not in numbers:
+            raise argparse.ArgumentTypeError(f"expected a whole number {named}, got {text!r}")
+        return int(text)
 
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2**32 - 1, got {text!r}")
-    return int(text)
+    return parse
 
 
 def _writable(text: str) -> pathlib.Path:
@@ -239,9 +204,10 @@ def main(arguments: list[str] | None = None):
     parser = _Parser(
         prog="python -m optax_curv.demo", description="Trains a Flax network on handwritten digits, once a method."
     )
+    steps, seeds = _whole(range(1, sys.maxsize), "above zero"), _whole(range(2**32), "from 0 to 2**32 - 1")
     parser.add_argument("--method", nargs="+", action="extend", choices=METHODS, help="which to train (default: all)")
-    parser.add_argument("--steps", type=_count, default=300, help="training steps of each method (default: 300)")
-    parser.add_argument("--seed", type=_seed, default=0, help="of weights, batches and held-out images (default: 0)")
+    parser.add_argument("--steps", type=steps, default=300, help="training steps of each method (default: 300)")
+    parser.add_argument("--seed", type=seeds, default=0, help="of weights, batches and held-out images (default: 0)")
     parser.add_argument("--out", type=_writable, default="optax_curv_demo.png", help="the plot (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:

@@ -1,4 +1,4 @@
-"""What the optimizer states of this package know of curvature, as a table and as a plot. Outside `jax.jit` only."""
+"""What optimizer states know of curvature, as a table and as a plot. Outside `jax.jit` only."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_curv.capture import layers
+from optax_curv.linalg import checks
+
 
 class FactorSpectrum(NamedTuple):
     """The eigenvalues of one factor that a state keeps.
@@ -14,10 +17,10 @@ class FactorSpectrum(NamedTuple):
     Attributes:
       state: name of the state's type.
       name: the layer, or the key path of the leaf.
-      factor: "input_factor" and "output_factor" of a layer, "axis 0", … of a leaf, "block 1, axis 0" of a cut leaf;
-        "diagonal" and "low_rank" of a whole tree.
-      eigenvalues: magnitudes in falling order, float [*stack, d]; of factors that are not symmetric, as the Q of
-        Kronecker PSGD, the singular values.
+      factor: "input_factor", "output_factor" of a layer, "axis 0", … of a leaf, "block 1, axis 0" of a cut one,
+        "diagonal", "low_rank" of a whole tree.
+      eigenvalues: magnitudes in falling order, float [*stack, d]; singular values where the factor is not symmetric, as
+        the Q of Kronecker PSGD.
     """
 
     state: str
@@ -31,7 +34,7 @@ def _is_ours(x) -> bool:
 
 
 def _states(opt_state) -> list:
-    """The states of this package anywhere within a state, outer before inner."""
+    """Those of this package within a state, outer before inner."""
     found = []
 
     def visit(x):
@@ -45,9 +48,8 @@ def _states(opt_state) -> list:
 
 
 def _magnitudes(factor) -> np.ndarray:
-    """Of a dense factor [*stack, d, d] or a diagonal one [*stack, d]; a square stack of diagonals looks dense."""
-    factor = jnp.asarray(factor)
-    factor = np.asarray(factor.astype(jnp.promote_types(factor.dtype, jnp.float32)))
+    """Of a factor [*stack, d, d] or a diagonal one [*stack, d]; a square stack of diagonals looks dense."""
+    factor = np.asarray(checks.widen(factor))
     if factor.ndim >= 2 and factor.shape[-1] == factor.shape[-2]:
         return np.linalg.svd(factor, compute_uv=False)
     return -np.sort(-np.abs(factor), axis=-1)
@@ -64,13 +66,13 @@ def _place(path) -> tuple[str, str]:
 
 
 def factor_spectra(opt_state) -> list[FactorSpectrum]:
-    """The eigenvalues of every factor in an optimizer's state.
+    """The eigenvalues of every factor in a state.
 
     Args:
-      opt_state: any state that holds states of this package, alone or within a chain.
+      opt_state: a state of this package, or any that holds some.
 
     Returns:
-      One `FactorSpectrum` for each factor of each layer or leaf; none for states without factors.
+      One `FactorSpectrum` a factor.
 
     Examples:
       >>> import jax.numpy as jnp, optax_curv
@@ -91,20 +93,20 @@ def factor_spectra(opt_state) -> list[FactorSpectrum]:
         if hasattr(state, "diagonal"):
             r_u, r_v = (np.asarray(jnp.linalg.qr(x, mode="r")) for x in (state.u, state.v))
             low_rank = np.linalg.svd(r_u @ r_v.T, compute_uv=False)
-            spectra.append(FactorSpectrum(method, "all parameters", "diagonal", _magnitudes(state.diagonal)))
-            spectra.append(FactorSpectrum(method, "all parameters", "low_rank", low_rank))
+            for factor, values in (("diagonal", _magnitudes(state.diagonal)), ("low_rank", low_rank)):
+                spectra.append(FactorSpectrum(method, "all parameters", factor, values))
     return spectra
 
 
 def curvature_table(opt_state) -> str:
-    """A table of what the states of this package know of curvature: one line a state, one for each of its factors.
+    """A table of the states of this package: one line a state, one for each of its factors.
 
-    The condition is the largest over the smallest eigenvalue, "inf" for a singular factor; the effective rank is
-    their sum over the largest, from 1 (one direction has all curvature) to the size (all alike). Of a stack of
-    slices the worst condition and the least rank are given. `layer_diagnostics` tells of K-FAC's damping besides.
+    The condition is the largest over the smallest eigenvalue; the effective rank is their sum over the largest, from 1
+    (one direction has all curvature) to the size (all alike). Of a stack of slices the worst condition and the least
+    rank are given. `layer_diagnostics` tells of K-FAC's damping.
 
     Args:
-      opt_state: any state that holds states of this package, alone or within a chain.
+      opt_state: a state of this package, or any that holds some.
 
     Returns:
       The table; print it.
@@ -133,13 +135,13 @@ def curvature_table(opt_state) -> str:
             if hasattr(state, name):
                 figures.append(f"{name} {float(getattr(state, name)):.3g}")
         lines.append(f"{type(state).__name__}: {', '.join(figures)}")
-        own = factor_spectra(state._replace(**{name: None for name in state._fields if name in ("inner", "fallback")}))
-        rows = [_row(spectrum) for spectrum in own]
-        lines += (
-            _aligned([("name", "factor", "size", "mean", "largest", "condition", "effective rank"), *rows])
-            if rows
-            else []
-        )
+        nested = {"inner", "fallback"}.intersection(state._fields)
+        rows = [_row(spectrum) for spectrum in factor_spectra(state._replace(**dict.fromkeys(nested)))]
+        if rows:
+            table = layers.aligned(
+                [("name", "factor", "size", "mean", "largest", "condition", "effective rank"), *rows]
+            )
+            lines += ["  " + line for line in table]
     return "\n".join(lines)
 
 
@@ -153,20 +155,14 @@ def _row(spectrum: FactorSpectrum) -> tuple[str, ...]:
     return spectrum.name, spectrum.factor, size, *(f"{float(figure):.3g}" for figure in figures)
 
 
-def _aligned(rows) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-
-
 def plot_curvature(opt_state, axes: Any = None):
-    """Draws the spectrum of every factor: eigenvalues over the largest, in falling order, on a logarithmic scale.
+    """Draws the spectrum of every factor with matplotlib: eigenvalues over the largest, in falling order, logarithmic.
 
-    A flat line is a factor that treats all directions alike; the steeper it falls, the more there is to precondition.
-    Needs matplotlib.
+    A flat line treats all directions alike; the steeper it falls, the more there is to precondition.
 
     Args:
-      opt_state: any state that holds states of this package, alone or within a chain.
-      axes: matplotlib axes to draw on; None: those of a new figure.
+      opt_state: a state of this package, or any that holds some.
+      axes: where to draw; None: on a new figure.
 
     Returns:
       The axes.

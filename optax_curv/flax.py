@@ -1,24 +1,7 @@
-"""Flax: a linen `TrainState` that hands extra arguments to the optimizer, and how `nnx.Optimizer` does so by itself.
+"""Flax: a linen `TrainState` that hands extra arguments to the optimizer, as `nnx.Optimizer.update` does by itself.
 
-With nnx nothing is needed: `nnx.Optimizer.update(model, grads, **extra)` forwards what follows the gradients.
-
-    >>> import jax, jax.numpy as jnp, optax_curv
-    >>> from flax import nnx
-    >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-    >>> graphdef, params = nnx.split(model)
-    >>> def loss_fn(params, x, y):
-    ...     return jnp.mean((nnx.merge(graphdef, params)(x) - y) ** 2)
-    >>> batch = jnp.ones((4, 3)), jnp.ones((4, 2))
-    >>> layers = optax_curv.find_layers(loss_fn, params, *batch)
-    >>> optimizer = nnx.Optimizer(model, optax_curv.kfac(0.1, layers), wrt=nnx.Param)
-    >>> capture = optax_curv.value_grad_and_curvature(loss_fn, layers=layers)
-    >>> value, grads, curvature = capture(params, *batch)
-    >>> _ = optimizer.update(model, grads, curvature=curvature)
-    >>> int(optimizer.step[...])
-    1
-
-A checkpoint of either is an ordinary one: every state of this library is a tree of arrays, its random keys are raw key
-data, and a run that continues from it continues bit for bit.
+A checkpoint of either is an ordinary one, from which a run continues bit for bit: every state of this library is a tree
+of arrays, its random keys raw key data.
 """
 
 import dataclasses
@@ -35,8 +18,8 @@ except ImportError as error:  # Flax is an extra
 class TrainState(train_state.TrainState):
     """Flax's linen `TrainState`, whose `apply_gradients` hands extra arguments to the optimizer's `update`.
 
-    Flax's own takes every further argument for a field to replace. Here only those that are fields (of a subclass, such
-    as batch statistics) are replaced, and all others reach `tx.update`: `curvature=`, `branches=`, `probe=`, `value=`.
+    Flax's own takes every further argument for a field to replace. Here those that are fields (such as batch statistics
+    of a subclass) are replaced, and others reach `tx.update`: `curvature=`, `branches=`, `probe=`, `value=`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_curv
@@ -54,14 +37,14 @@ class TrainState(train_state.TrainState):
     """
 
     def apply_gradients(self, *, grads, **extra_args):
-        """The state after one update.
+        """The state after one update, its `step` one higher.
 
         Args:
           grads: gradients of `params`.
           **extra_args: fields to replace, and extra arguments of the optimizer's `update`.
 
         Returns:
-          The new state, its `step` one higher.
+          The new state.
         """
         names = {field.name for field in dataclasses.fields(self)}
         fields = {name: extra_args.pop(name) for name in names & extra_args.keys()}

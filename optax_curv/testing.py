@@ -1,7 +1,7 @@
-"""Dense oracles for small models: the matrices that curvature methods approximate, written out.
+"""Dense oracles for tests with small models: the matrices that curvature methods approximate, written out.
 
-Every function flattens the parameters in `jax.tree.leaves` order, n numbers in all, computes in their dtype (float64
-under ``jax.enable_x64``), and costs O(n²) memory. They are meant for tests: compare a method with what it stands for.
+All flatten the parameters in `jax.tree.leaves` order, n numbers, compute in their dtype (float64 under
+``jax.enable_x64``), and cost O(n²) memory.
 """
 
 import functools
@@ -11,22 +11,17 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 
-def _flat_rows(tree):
-    """A tree whose leaves have a leading axis K, as a [K, n] matrix."""
-    return jax.vmap(lambda row: ravel_pytree(row)[0])(tree)
-
-
 def _of_flat(function, params):
-    """`function` of the flattened parameters, and these."""
     flat, unravel = ravel_pytree(params)
     return (lambda vector: function(unravel(vector))), flat
 
 
 def _flat_jacobian(objective, params, inputs):
-    """The outputs as rows, [R, O], and their Jacobian in the flat parameters, [R, O, n]."""
+    """The outputs as rows, [R, O], their Jacobian in the flat parameters, [R, O, n], and the number of axes of rows."""
     predict, flat = _of_flat(lambda p: objective.predict_fn(p, inputs), params)
-    outputs, jacobian = predict(flat), jax.jacobian(predict)(flat)
-    return outputs.reshape(-1, outputs.shape[-1]), jacobian.reshape(-1, outputs.shape[-1], flat.size)
+    outputs = predict(flat)
+    rows = outputs.reshape(-1, outputs.shape[-1])
+    return rows, jax.jacobian(predict)(flat).reshape(*rows.shape, flat.size), outputs.ndim - 1
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -35,9 +30,9 @@ def per_example_gradients(loss_fn, params, inputs, targets) -> jax.Array:
 
     Args:
       loss_fn: ``loss_fn(params, inputs, targets)``, a mean over examples; it is called with batches of one.
-      params: the parameters, n numbers.
+      params: the parameters.
       inputs: array or tree with a leading axis N.
-      targets: array or tree with a leading axis N.
+      targets: likewise.
 
     Returns:
       The rows g_n, [N, n]; their mean is the gradient of the batch.
@@ -78,18 +73,16 @@ def dense_hessian(loss_fn, params, *args) -> jax.Array:
 
 @jax.jit
 def dense_gauss_newton(objective, params, inputs, targets) -> jax.Array:
-    """The generalised Gauss-Newton matrix Σ_r J_rᵀ H_r J_r / R of an objective's mean loss.
-
-    H_r is taken by `jax.hessian` from the likelihood's `loss`, apart from its `hessian_sqrt`.
+    """The Gauss-Newton matrix Σ_r J_rᵀ H_r J_r / R of an objective, H_r the `jax.hessian` of its likelihood's `loss`.
 
     Args:
       objective: an `optax_curv.Objective`; its regularizer does not enter.
-      params: the parameters, n numbers.
+      params: the parameters.
       inputs: the inputs of the batch.
-      targets: the targets of the batch.
+      targets: its targets.
 
     Returns:
-      The matrix, [n, n], symmetric and, for a convex loss, positive semi-definite.
+      The symmetric matrix, [n, n].
 
     Examples:
       >>> import jax.numpy as jnp
@@ -100,9 +93,8 @@ def dense_gauss_newton(objective, params, inputs, targets) -> jax.Array:
       Array([[0.5, 0. ],
              [0. , 2. ]], dtype=float32)
     """
-    outputs, jacobian = _flat_jacobian(objective, params, inputs)
-    leading = jnp.shape(objective.predict_fn(params, inputs))[:-1]
-    targets = jnp.reshape(targets, (len(outputs), *jnp.shape(targets)[len(leading) :]))
+    outputs, jacobian, leading = _flat_jacobian(objective, params, inputs)
+    targets = jnp.reshape(targets, (len(outputs), *jnp.shape(targets)[leading:]))
     hessians = jax.vmap(jax.hessian(objective.likelihood.loss))(outputs, targets)
     return jnp.einsum("rin,rij,rjm->nm", jacobian, hessians, jacobian, precision="highest") / len(outputs)
 
@@ -112,18 +104,18 @@ def dense_fisher(objective, params, inputs, targets=None, kind="exact") -> jax.A
     """The Fisher matrix of an objective.
 
     - "exact": Σ_r J_rᵀ B_r B_rᵀ J_r / R, with B_r the likelihood's `hessian_sqrt`: the expectation over targets drawn
-      from the model, on the scale of the mean loss, and equal to `dense_gauss_newton` where B_r B_rᵀ is the Hessian.
-    - "empirical": Σ_n g_n g_nᵀ / N, with g_n the gradient of example n's own loss at its own target.
+      from the model, on the scale of the mean loss; `dense_gauss_newton` where B_r B_rᵀ is the Hessian.
+    - "empirical": Σ_n g_n g_nᵀ / N, with g_n the gradient of example n's own loss.
 
     Args:
       objective: an `optax_curv.Objective`; its regularizer does not enter.
-      params: the parameters, n numbers.
+      params: the parameters.
       inputs: the inputs of the batch.
-      targets: the targets of the batch; only "empirical" needs them.
+      targets: its targets; only "empirical" needs them.
       kind: "exact" or "empirical".
 
     Returns:
-      The matrix, [n, n], symmetric and positive semi-definite.
+      The positive semi-definite matrix, [n, n].
 
     Raises:
       ValueError: for another `kind`, or "empirical" without targets.
@@ -133,14 +125,11 @@ def dense_fisher(objective, params, inputs, targets=None, kind="exact") -> jax.A
       >>> import optax_curv
       >>> from optax_curv import testing
       >>> objective = optax_curv.Objective(lambda w, x: x @ w, "bernoulli")
-      >>> w, x = jnp.zeros((1, 1)), jnp.array([[2.0], [2.0]])
-      >>> float(testing.dense_fisher(objective, w, x)[0, 0])  # x² p (1 − p)
-      1.0
-      >>> float(testing.dense_fisher(objective, w, x, jnp.ones((2, 1)), kind="empirical")[0, 0])  # x² (p − 1)²
+      >>> float(testing.dense_fisher(objective, jnp.zeros((1, 1)), jnp.full((2, 1), 2.0))[0, 0])  # x² p (1 − p)
       1.0
     """
     if kind == "exact":
-        outputs, jacobian = _flat_jacobian(objective, params, inputs)
+        outputs, jacobian, _ = _flat_jacobian(objective, params, inputs)
         columns = objective.likelihood.hessian_sqrt(outputs)
         rows = jnp.einsum("cri,rin->crn", columns, jacobian, precision="highest").reshape(-1, jacobian.shape[-1])
         return jnp.matmul(rows.T, rows, precision="highest") / len(outputs)
@@ -158,11 +147,11 @@ def dense_fisher(objective, params, inputs, targets=None, kind="exact") -> jax.A
 
 @functools.partial(jax.jit, static_argnames="centered")
 def dense_covariance(branches, centered=True) -> jax.Array:
-    """The covariance of K samples, as the branch methods take it.
+    """The covariance of K samples that branch methods take.
 
     Args:
       branches: an array [K, D], or a tree whose leaves have a leading axis K.
-      centered: remove the mean and divide by max(1, K − 1); otherwise divide by max(1, K).
+      centered: whether the mean is removed; divides by max(1, K − 1), else by max(1, K).
 
     Returns:
       The covariance, [D, D].
@@ -174,7 +163,7 @@ def dense_covariance(branches, centered=True) -> jax.Array:
       Array([[2., 0.],
              [0., 0.]], dtype=float32)
     """
-    rows = _flat_rows(branches)
+    rows = jax.vmap(lambda row: ravel_pytree(row)[0])(branches)
     if centered:
         rows = rows - jnp.sum(rows, 0) / max(1, len(rows))
     return jnp.matmul(rows.T, rows, precision="highest") / max(1, len(rows) - centered)
@@ -182,14 +171,14 @@ def dense_covariance(branches, centered=True) -> jax.Array:
 
 @jax.jit
 def matrix_with_spectrum(key, eigenvalues) -> jax.Array:
-    """A random symmetric matrix with the given eigenvalues: U diag(eigenvalues) Uᵀ, U a random rotation.
+    """U diag(eigenvalues) Uᵀ, U a random rotation.
 
     Args:
       key: PRNG key.
       eigenvalues: the spectrum, [n].
 
     Returns:
-      The matrix, [n, n], exactly symmetric, in the dtype of `eigenvalues`.
+      The exactly symmetric matrix, [n, n], in the dtype of `eigenvalues`.
 
     Examples:
       >>> import jax
@@ -212,8 +201,8 @@ def random_spd(key, n, condition=10.0, *, dtype=None) -> jax.Array:
     Args:
       key: PRNG key.
       n: size.
-      condition: ratio of the largest eigenvalue to the smallest.
-      dtype: the dtype; None: JAX's default float.
+      condition: the largest eigenvalue over the smallest.
+      dtype: None: JAX's default float.
 
     Returns:
       The matrix, [n, n].

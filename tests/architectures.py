@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from optax_curv.capture.nnx_models import as_pure
+from optax_curv.capture.traces import as_pure
 
 N, T, D = 3, 4, 6  # examples, positions, width
 KEY = jax.random.key(0)

@@ -1,20 +1,19 @@
-"""From the uses that the walk found to layers: which uses belong to one layer, and what is measured at each."""
+"""From uses of parameters to layers: which belong to one layer, and what is measured at each."""
 
+import collections
 import dataclasses
 import itertools
 import math
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from optax_curv.capture import layouts
-from optax_curv.capture.layers import Layer, Layers
+from optax_curv.capture.layers import ELEMENTWISE, Layer, Layers
 from optax_curv.capture.layouts import Arrangement, Piece, size_of
-from optax_curv.capture.marks import Examples, Found
+from optax_curv.capture.marks import LOST, Found
 from optax_curv.capture.products import without_own_stack
-
-ELEMENTWISE = ("scale", "shift")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,76 +21,73 @@ class Use:
     """One use of a layer: everything static that its statistics need.
 
     Attributes:
-      layer: the layer.
-      kind: the kind of this use.
       inputs, outputs: how input and output become [*stack, examples, positions, features].
-      windows: parts of input and output that belong to this layer, see `Found`.
-      conv: how to take patches, or None.
       swapped: whether the input lies on the side of the layer's outputs, as where a tied embedding makes logits.
-      bias: whether the bias is added to this use's output.
-      slots: static index into the stack for each slice of the leaf, after the scans' axes.
-      gain: number that multiplies the kernel (or the scale, or the shift).
+      bias: whether the bias is added to the output.
+      slots: indices into the stack of the slices of the leaf, after the scans' axes.
+      gain: number that multiplies the leaf.
       loops: for each scan around it, whether the layer's stack runs along it.
       positions: entries of the leaf that a shift or scale touches, None for all.
-      batch: number of examples.
-      examples: number of examples that can be told apart, `batch` or 1.
-      example_loop: depth of the scan that walks from example to example; None: the examples are in the rows.
-      rows: rows of all uses of the layer, R.
+      examples: how many can be told apart, `batch` or 1.
+      example_loop: depth of the scan that walks from example to example; None: they are in the rows.
+      rows: R, of all uses of the layer.
     """
 
     layer: Layer
-    kind: str
-    inputs: Arrangement | None
+    found: Found
+    inputs: Arrangement
     outputs: Arrangement
-    windows: tuple
-    conv: tuple | None
     swapped: bool
     bias: bool
     slots: tuple[int, ...]
     gain: float
     loops: tuple[bool, ...]
-    positions: Any
+    positions: np.ndarray | None
     batch: int
     examples: int
     example_loop: int | None
     rows: int
-    found: Found
 
 
-@dataclasses.dataclass
-class Matrix:
-    """One leaf as a matrix [*stack, inputs, outputs], or the reason why it is none."""
+class Matrix(NamedTuple):
+    """One leaf as a matrix [*stack, inputs, outputs], and whether each use has its sides swapped."""
 
-    stack: tuple[Piece, ...] = ()
-    inputs: tuple[Piece, ...] = ()
-    outputs: tuple[Piece, ...] = ()
-    swapped: tuple[bool, ...] = ()
-    reason: str = ""
+    stack: tuple[Piece, ...]
+    inputs: tuple[Piece, ...]
+    outputs: tuple[Piece, ...]
+    swapped: list[bool]
+
+
+def _loops(found: Found) -> tuple[Piece, ...]:
+    """What scans walk along, in the order they took it."""
+    return tuple((slot.stride, slot.size) for slot in found.view.slots if slot.loop is not None)
 
 
 def _stack(found: Found) -> tuple[Piece, ...]:
-    """The stack's pieces: scans from the outside in, slices, then the equation's own."""
-    loops = sorted((s for s in found.view.slots if s.loop is not None), key=lambda slot: slot.loop or 0)
-    fixed = [s for s in found.view.slots if s.loop is None]
-    own = sorted(((abs(stride), size) for stride, size in found.stack), reverse=True)
-    return (*((s.stride, s.size) for s in (*loops, *fixed)), *own)
+    """Its pieces: scans from the outside in, slices, then the equation's own."""
+    slots = sorted(found.view.slots, key=lambda slot: math.inf if slot.loop is None else slot.loop)
+    return (*((slot.stride, slot.size) for slot in slots), *_own_stack(found))
 
 
-def _matrix(uses: list[Found], size: int) -> Matrix:
-    """The matrix that all uses of a kernel agree on; a use may have its sides swapped."""
+def _own_stack(found: Found) -> list[Piece]:
+    return sorted(((abs(stride), size) for stride, size in found.stack), reverse=True)
+
+
+def _matrix(uses: list[Found], size: int) -> Matrix | str:
+    """The matrix that all uses of a kernel agree on; the reason why not if there is none."""
     first = next((f for f in uses if f.kind == "embedding"), uses[0])
     stack, sides = _stack(first), (layouts.in_order(first.inputs), layouts.in_order(first.outputs))
     swapped = []
     for found in uses:
         given = (layouts.in_order(found.inputs), layouts.in_order(found.outputs))
         if not found.view.aligned:
-            return Matrix(reason="it is cut into unequal slices")
+            return "it is cut into unequal slices"
         if _stack(found) != stack or given not in (sides, sides[::-1]):
-            return Matrix(reason="its uses do not fit one matrix: they contract different axes")
+            return "its uses do not fit one matrix: they contract different axes"
         swapped.append(given != sides)
     if _split((*stack, *sides[0], *sides[1]), size) is None:
-        return Matrix(reason="only a part of it is used")
-    return Matrix(stack, *sides, swapped=tuple(swapped))
+        return "only a part of it is used"
+    return Matrix(stack, *sides, swapped)
 
 
 def _split(pieces, size: int) -> list[Piece] | None:
@@ -114,87 +110,67 @@ def _axes(pieces, shape):
     return (None if split == tuple(shape) else split), axes
 
 
-def _bias_axes(found: Found, shape) -> tuple[bool, tuple[int, ...] | None]:
-    """Whether a bias leaf in the order stack, outputs is a permutation of its own axes, and which."""
+def _bias_axes(found: Found, shape) -> tuple[int, ...] | None:
+    """The axes of a bias leaf in the order stack, outputs: () if they lie so, None if that is no permutation."""
     pieces = layouts.merged(piece for piece in (*_stack(found), *found.outputs) if piece[1] > 1)
     ordered = _split(pieces, math.prod(shape))
-    if ordered is None:
-        return False, None
-    if list(pieces) == ordered:
-        return True, None
-    own = [axis[0] for axis in layouts.whole(0, tuple(shape)).axes if axis]
+    if ordered is None or list(pieces) == ordered:
+        return None if ordered is None else ()
+    own = [axis[0] for axis in layouts.whole(0, shape).axes if axis]
     if len(own) != len(shape) or sorted(own) != sorted(pieces):
-        return False, None
-    return True, tuple(own.index(piece) for piece in pieces)
+        return None
+    return tuple(own.index(piece) for piece in pieces)
 
 
 def group(uses: list[Found], refused: dict[int, str], unused: dict[int, str], paths, shapes, batch: int):
-    """Groups uses into layers.
-
-    Args:
-      uses: what the walk found.
-      refused: leaves that met the examples in a way no layer describes.
-      unused: reason for leaves without any use.
-      paths: key path of each leaf (tuples of JAX key entries).
-      shapes: shape of each leaf.
-      batch: number of examples.
-
-    Returns:
-      The layers, and the `Use` of each use that has a tap, by its number.
-    """
+    """The layers that the uses of the leaves make, and the `Use` of each use that has a tap, by its number."""
+    # reasons: refused, for leaves that met the examples otherwise; unused, for those without a use
     keys = [jax.tree_util.keystr(path) for path in paths]
-    by_leaf: dict[int, list[int]] = {}
+    by_leaf: dict[int, list[int]] = {}  # in the order of first use
     for number, found in enumerate(uses):
         by_leaf.setdefault(found.view.source, []).append(number)
     uncovered, matrices = dict(refused), {}
     for leaf, numbers in by_leaf.items():
-        kinds = {uses[n].kind in ELEMENTWISE for n in numbers}
-        if leaf in uncovered:
+        own, size = [uses[n] for n in numbers], math.prod(shapes[leaf])
+        kinds = {found.kind in ELEMENTWISE for found in own}
+        if leaf in uncovered or kinds == {True}:
             continue
-        if kinds == {True, False}:
-            uncovered[leaf] = "it is used both as a kernel and element-wise"
-        elif kinds == {False}:
-            matrix = _matrix([uses[n] for n in numbers], math.prod(shapes[leaf]))
-            if matrix.reason and any(uses[n].far for n in numbers):
-                matrix = _matrix([without_own_stack(uses[n]) for n in numbers], math.prod(shapes[leaf]))
-            if matrix.reason:
-                uncovered[leaf] = matrix.reason
-            else:
-                matrices[leaf] = matrix
-    biases = _biases(uses, by_leaf, matrices, uncovered, shapes)
-    drafts = []  # layer without its final name, numbers of its uses, canonical pieces
-    for leaf, numbers in sorted(by_leaf.items(), key=lambda item: min(item[1])):
-        if leaf in uncovered or leaf in biases.values():
-            continue
-        if leaf in matrices:
-            drafts.append(_kernel_layer(uses, numbers, leaf, matrices[leaf], biases.get(leaf), keys, shapes))
+        matrix = "it is used both as a kernel and element-wise" if len(kinds) > 1 else _matrix(own, size)
+        if isinstance(matrix, str) and len(kinds) == 1 and any(found.far for found in own):
+            matrix = _matrix([without_own_stack(found) for found in own], size)
+        if isinstance(matrix, str):
+            uncovered[leaf] = matrix
         else:
-            draft = _elementwise_layer(uses, numbers, leaf, keys, shapes)
-            if isinstance(draft, str):
-                uncovered[leaf] = draft
-            else:
-                drafts.append(draft)
-    names = _names([paths[leaf] for leaf, _, _ in drafts])
-    drafts = [
-        (leaf, dataclasses.replace(layer, name=name), n) for (leaf, layer, n), name in zip(drafts, names, strict=True)
-    ]
-    for leaf in range(len(keys)):
-        if leaf not in by_leaf:
-            uncovered.setdefault(
-                leaf, unused.get(leaf, "the loss does not depend on it; leave it out of the parameters")
-            )
-    layers = Layers(
-        [layer for _, layer, _ in drafts], {keys[leaf]: reason for leaf, reason in sorted(uncovered.items())}
-    )
+            matrices[leaf] = matrix
+    biases = _biases(uses, by_leaf, matrices, uncovered, shapes)
+    layers: dict[int, Layer] = {}
+    for leaf, numbers in by_leaf.items():
+        if leaf in uncovered or any(leaf == bias for bias, _ in biases.values()):
+            continue
+        own, shape, key = [uses[n] for n in numbers], shapes[leaf], keys[leaf]
+        layer = (
+            _kernel_layer(own, shape, key, matrices[leaf]) if leaf in matrices else _elementwise_layer(own, shape, key)
+        )
+        if isinstance(layer, str):
+            uncovered[leaf] = layer
+            continue
+        if leaf in biases:
+            bias, axes = biases[leaf]
+            layer = dataclasses.replace(layer, bias=keys[bias], bias_axes=axes or None)
+        layers[leaf] = layer
+    for leaf in set(range(len(keys))).difference(by_leaf, uncovered):
+        uncovered[leaf] = unused.get(leaf, "the loss does not depend on it; leave it out of the parameters")
     taps = {}
-    for leaf, layer, numbers in drafts:
-        taps |= _uses(uses, numbers, layer, matrices.get(leaf), biases.get(leaf), batch)
-    return layers, taps
+    for leaf, name in zip(layers, _names([paths[leaf] for leaf in layers]), strict=True):
+        layers[leaf] = dataclasses.replace(layers[leaf], name=name)
+        shifts = by_leaf[biases[leaf][0]] if leaf in biases else []
+        taps |= _uses(uses, by_leaf[leaf], layers[leaf], matrices.get(leaf), shifts, batch)
+    return Layers(layers.values(), {keys[leaf]: reason for leaf, reason in sorted(uncovered.items())}), taps
 
 
-def _biases(uses, by_leaf, matrices, uncovered, shapes) -> dict[int, int]:
-    """The bias leaf of each kernel leaf that has one: all its uses follow uses of that kernel."""
-    biases: dict[int, int] = {}
+def _biases(uses, by_leaf, matrices, uncovered, shapes) -> dict[int, tuple[int, tuple[int, ...]]]:
+    """The bias leaf of a kernel leaf, all of whose uses follow the kernel's, and its axes."""
+    biases = {}
     for leaf, numbers in by_leaf.items():
         partners = [uses[n].partner for n in numbers]
         if leaf in uncovered or None in partners:
@@ -206,14 +182,26 @@ def _biases(uses, by_leaf, matrices, uncovered, shapes) -> dict[int, int]:
         own = by_leaf[kernel]
         straight = not any(matrices[kernel].swapped[own.index(p)] for p in partners)
         orders = {_bias_axes(uses[n], shapes[leaf]) for n in numbers}
-        if straight and len(set(partners)) == len(partners) and len(orders) == 1 and orders.pop()[0]:
-            biases[kernel] = leaf
+        if straight and len(set(partners)) == len(partners) and len(orders) == 1 and None not in orders:
+            biases[kernel] = leaf, orders.pop()
     return biases
 
 
-def _shared(uses, numbers) -> int:
-    """How often a leaf is used in one call."""
-    return _over_branches([(uses[n], math.prod(n for n, own in uses[n].loops if not own)) for n in numbers])
+def _total(uses: list[Found], count) -> int:
+    """The sum of `count` over uses and steps of scans that share the leaf; of a cond one branch runs."""
+    total, conds = 0, {}
+    for found in uses:
+        counted = count(found) * math.prod(length for length, own in found.loops if not own)
+        if found.branch is None:
+            total += counted
+        else:
+            cond, branch = found.branch
+            conds.setdefault(cond, collections.Counter())[branch] += counted
+    return total + sum(max(branches.values()) for branches in conds.values())
+
+
+def _shared(uses: list[Found]) -> int:
+    return _total(uses, lambda found: 1)
 
 
 def _rows(found: Found) -> int:
@@ -221,104 +209,70 @@ def _rows(found: Found) -> int:
     return math.prod(size for role, pieces in found.output_segments if role == "row" for _, size in pieces)
 
 
-def _over_branches(counted) -> int:
-    """A sum over uses, of which only one branch of each cond runs."""
-    total, conds = 0, {}
-    for found, count in counted:
-        if found.branch is None:
-            total += count
-        else:
-            branches = conds.setdefault(found.branch[0], {})
-            branches[found.branch[1]] = branches.get(found.branch[1], 0) + count
-    return total + sum(max(branches.values()) for branches in conds.values())
-
-
-def _kernel_layer(uses, numbers, leaf, matrix, bias, keys, shapes):
-    first = uses[numbers[matrix.swapped.index(False)]]
-    split, axes = _axes((*matrix.stack, *matrix.inputs, *matrix.outputs), shapes[leaf])
-    bias_axes = None
-    if bias is not None:
-        shift = next(f for f in uses if f.view.source == bias)
-        bias_axes = _bias_axes(shift, shapes[bias])[1]
-    layer = Layer(
+def _kernel_layer(uses: list[Found], shape, kernel: str, matrix: Matrix) -> Layer:
+    first = uses[matrix.swapped.index(False)]
+    split, axes = _axes((*matrix.stack, *matrix.inputs, *matrix.outputs), shape)
+    return Layer(
         name="?",
         kind=first.kind,
-        kernel=keys[leaf],
-        bias=None if bias is None else keys[bias],
+        kernel=kernel,
+        bias=None,
         in_dim=size_of(matrix.inputs),
         out_dim=size_of(matrix.outputs),
         stack=tuple(size for _, size in matrix.stack),
-        shared=_shared(uses, numbers),
+        shared=_shared(uses),
         kernel_split=split,
         kernel_axes=axes,
-        bias_axes=bias_axes,
         rows=_rows(first),
     )
-    return leaf, layer, numbers
 
 
-def _elementwise_layer(uses, numbers, leaf, keys, shapes):
+def _elementwise_layer(uses: list[Found], shape, key: str) -> Layer | str:
     """A scale or shift; the reason why not if its uses differ too much."""
-    size, found = math.prod(shapes[leaf]), [uses[n] for n in numbers]
-    loops = tuple((s.stride, s.size) for s in found[0].view.slots if s.loop is not None)
-    whole = (*loops, *layouts.in_order(found[0].outputs))
-    for f in found:
-        own = tuple((s.stride, s.size) for s in f.view.slots if s.loop is not None)
-        if f.examples == Examples():
+    loops = _loops(uses[0])
+    for found in uses:
+        if found.examples == LOST:
             return "the examples cannot be told apart where it is used"
-        if own != loops or any(stride < 0 for stride, _ in f.outputs):
+        if _loops(found) != loops or any(stride < 0 for stride, _ in found.outputs):
             return "its uses run along different axes"
-        if loops and _split((*own, *layouts.in_order(f.outputs)), size) is None:
+        if loops and _split((*loops, *layouts.in_order(found.outputs)), math.prod(shape)) is None:
             return "only a part of it is used in a scan"
-    split, axes = _axes(whole, shapes[leaf]) if loops else (None, None)
-    scale = any(f.kind == "scale" for f in found)
+    split, axes = _axes((*loops, *layouts.in_order(uses[0].outputs)), shape) if loops else (None, None)
+    scale = any(found.kind == "scale" for found in uses)
     if split is not None and not scale:
         return "a scan walks along an inner axis of it"
-    layer = Layer(
+    return Layer(
         name="?",
         kind="scale" if scale else "shift",
-        kernel=keys[leaf] if scale else None,
-        bias=None if scale else keys[leaf],
+        kernel=key if scale else None,
+        bias=None if scale else key,
         in_dim=1 if scale else 0,
-        out_dim=size // size_of(loops),
+        out_dim=math.prod(shape) // size_of(loops),
         stack=tuple(length for _, length in loops),
-        shared=_shared(uses, numbers),
+        shared=_shared(uses),
         kernel_split=split,
         kernel_axes=axes if scale else None,
         bias_axes=None if scale else axes,
-        rows=_rows(found[0]),
+        rows=_rows(uses[0]),
     )
-    return leaf, layer, numbers
 
 
-def _uses(uses, numbers, layer, matrix, bias, batch) -> dict[int, Use]:
-    """What is measured at each use of one layer."""
-    rows = _over_branches(
-        [(uses[n], _rows(uses[n]) * math.prod(length for length, own in uses[n].loops if not own)) for n in numbers]
-    )
-    told_apart, example_loop = _told_apart([uses[n] for n in numbers])
-    biased = {f.partner for f in uses if bias is not None and f.view.source == bias}
-    measured = {}
-    for place, number in enumerate(numbers):
-        found = uses[number]
-        stack = sorted(((abs(stride), size) for stride, size in found.stack), reverse=True)
-        if layer.kind in ELEMENTWISE:
-            stack = []
-        fixed = tuple(s.index for s in found.view.slots if s.loop is None)
-        arranged = [
-            layouts.arrangement(segments, stack, found.examples if told_apart else None, batch)
-            for segments in (found.input_segments, found.output_segments)
-        ]
+def _uses(uses, numbers, layer, matrix, shifts, batch) -> dict[int, Use]:
+    """What is measured at each use of one layer, whose bias has the uses `shifts`."""
+    own = [uses[n] for n in numbers]
+    rows, (told_apart, example_loop) = _total(own, _rows), _told_apart(own)
+    biased, measured = {uses[n].partner for n in shifts}, {}
+    for place, (number, found) in enumerate(zip(numbers, own, strict=True)):
+        stack = [] if matrix is None else _own_stack(found)
+        examples = found.examples if told_apart else None
         measured[number] = Use(
             layer=layer,
-            kind=found.kind,
-            inputs=arranged[0],
-            outputs=arranged[1],
-            windows=found.windows,
-            conv=found.conv,
+            found=found,
+            inputs=layouts.arrangement(found.input_segments, stack, examples, batch),
+            outputs=layouts.arrangement(found.output_segments, stack, examples, batch),
             swapped=matrix is not None and matrix.swapped[place],
             bias=number in biased,
-            slots=fixed if matrix is not None else (),
+            slots=() if matrix is None else tuple(s.index for s in found.view.slots if s.loop is None),
             gain=found.view.gain * found.sign,
             loops=tuple(own for _, own in found.loops),
             positions=_positions(found, layer) if matrix is None else None,
@@ -326,20 +280,19 @@ def _uses(uses, numbers, layer, matrix, bias, batch) -> dict[int, Use]:
             examples=batch if told_apart else 1,
             example_loop=example_loop,
             rows=rows,
-            found=found,
         )
     return measured
 
 
 def _told_apart(uses: list[Found]) -> tuple[bool, int | None]:
-    """Whether all uses of a layer tell the examples apart in one way, and the `example_loop` of each `Use`."""
-    ways = {None if f.examples is None else (f.examples.row is None, f.examples.loop) for f in uses}
+    """Whether all uses tell the examples apart in one way, and their `example_loop`."""
+    ways = {None if f.examples is None else (f.examples.axis is None, f.examples.loop) for f in uses}
     way = ways.pop()
     return (False, None) if ways or way in (None, (True, None)) else (True, way[1])
 
 
-def _positions(found: Found, layer: Layer):
-    """Entries of the leaf that a scale or shift touches, in the order of its features; None for all."""
+def _positions(found: Found, layer: Layer) -> np.ndarray | None:
+    """See `Use`; in the order of its features."""
     if size_of(found.outputs) == layer.out_dim:
         return None
     pieces = sorted(found.outputs, reverse=True)
@@ -349,7 +302,7 @@ def _positions(found: Found, layer: Layer):
 
 def _names(paths) -> list[str]:
     """A short unique name for each layer: the module's path, or the leaf's where that is not unique."""
-    # an nnx.State's paths end in .value, which says nothing
+    # those of an nnx.State end in .value
     paths = [path[:-1] if len(path) > 1 and getattr(path[-1], "name", "") == "value" else path for path in paths]
     full = ["/".join(_text(key) for key in path) or "params" for path in paths]
     short = ["/".join(_text(key) for key in path[:-1]) for path in paths]
@@ -358,7 +311,4 @@ def _names(paths) -> list[str]:
 
 def _text(key) -> str:
     """One entry of a key path as a word."""
-    for attribute in ("key", "idx", "name"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
+    return str(next((getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)), key))

@@ -1,7 +1,6 @@
 """The one file that touches JAX internals: what equations are called, where their bodies are, how to run them again.
 
-Everything here rests on `jax.extend.core` and on the names and parameters of primitives, which change between releases
-of JAX; `tests/capture/test_jaxpr.py` fails loudly when one did.
+Names and parameters of primitives change between releases of JAX: `tests/capture/test_jaxpr.py` fails when one did.
 """
 
 import functools
@@ -16,31 +15,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Literal = core.Literal
 
-# Primitives that run one body on their own operands, by the parameter that holds it.
-CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-}
 REMAT = {"remat2", "checkpoint"}
-# Primitives with one array operand and one result of the same entries in the same places.
-SAME_PLACES = {
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "name",
-    "optimization_barrier",
-    "sharding_constraint",
-    "pvary",
-    "pcast",
-    "mesh_cast",
-    "reshard",
-    "reduce_precision",
-    "device_put",
-}
+# Primitives that run one body on their own operands.
+CALLS = {"jit", "pjit", "closed_call", "core_call", *REMAT}
+# Primitives whose one result has the entries of their one array operand in the same places.
+SAME_PLACES = {"convert_element_type", "copy", "copy_p", "name", "optimization_barrier", "sharding_constraint", "pvary"}
+SAME_PLACES |= {"pcast", "mesh_cast", "reshard", "reduce_precision", "device_put"}
 # Primitives whose results are entries of their operand.
 KEEP_ENTRIES = SAME_PLACES | {
     "reshape",
@@ -54,9 +34,9 @@ KEEP_ENTRIES = SAME_PLACES | {
 }
 
 
-def closed(jaxpr) -> core.ClosedJaxpr:
-    """A jaxpr with its constants (bodies of remat come without)."""
-    return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
+def shape_of(variable) -> tuple[int, ...]:
+    """Shape of a variable or literal."""
+    return tuple(getattr(variable.aval, "shape", ()))
 
 
 def inlined(jaxpr) -> core.ClosedJaxpr:
@@ -64,7 +44,7 @@ def inlined(jaxpr) -> core.ClosedJaxpr:
 
     Only where nothing is lost: a call that computes a single array of floating-point numbers has nothing to fuse.
     """
-    jaxpr = closed(jaxpr)
+    jaxpr = jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())  # as the bodies of remat come
     eqns = [inner for eqn in jaxpr.jaxpr.eqns for inner in _spliced(eqn)]
     return core.ClosedJaxpr(jaxpr.jaxpr.replace(eqns=eqns), jaxpr.consts)
 
@@ -73,22 +53,19 @@ def _spliced(eqn):
     """The equations that do what a thin call does; the equation itself if it is no thin call."""
     if eqn.primitive.name not in ("jit", "pjit"):
         return [eqn]
-    body = inlined(eqn.params[CALLS[eqn.primitive.name]])
+    (body,) = bodies(eqn)
     arithmetic = [e for e in body.jaxpr.eqns if e.primitive.name not in KEEP_ENTRIES and any(map(_is_float, e.outvars))]
     results = body.jaxpr.outvars
     made = {v for e in body.jaxpr.eqns for v in e.outvars}
     if body.consts or len(arithmetic) > 1 or not made.issuperset(results) or len(set(results)) != len(results):
         return [eqn]
-    names = dict(zip(body.jaxpr.invars, eqn.invars, strict=True))
-    names |= dict(zip(results, eqn.outvars, strict=True))
-    spliced = []
-    for inner in body.jaxpr.eqns:
-        for v in inner.outvars:
-            if v not in names:
-                names[v] = core.Var(v.aval)
-        operands = [v if isinstance(v, Literal) else names[v] for v in inner.invars]
-        spliced.append(inner.replace(invars=operands, outvars=[names[v] for v in inner.outvars]))
-    return spliced
+    names = {v: core.Var(v.aval) for v in made}
+    names |= zip((*body.jaxpr.invars, *results), (*eqn.invars, *eqn.outvars), strict=True)
+
+    def named(variables):
+        return [v if isinstance(v, Literal) else names[v] for v in variables]
+
+    return [inner.replace(invars=named(inner.invars), outvars=named(inner.outvars)) for inner in body.jaxpr.eqns]
 
 
 def _is_float(variable) -> bool:
@@ -96,28 +73,20 @@ def _is_float(variable) -> bool:
 
 
 def bodies(eqn) -> tuple[core.ClosedJaxpr, ...]:
-    """The bodies of a call, a scan or a cond that can be run again with taps inside; () for every other equation."""
-    name = eqn.primitive.name
-    if name in CALLS:
-        return (inlined(eqn.params[CALLS[name]]),)
-    if name == "scan":
-        return (inlined(eqn.params["jaxpr"]),)
-    if name == "cond":
+    """The bodies of a call, a scan or a cond, which can be run again with taps inside."""
+    if eqn.primitive.name == "cond":
         return tuple(map(inlined, eqn.params["branches"]))
+    if eqn.primitive.name in (*CALLS, "scan"):
+        return (inlined(eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]),)
     return ()
 
 
-def hidden_bodies(eqn) -> tuple[core.ClosedJaxpr, ...]:
-    """The bodies of an equation that cannot: its own derivative rule, or a loop of unknown length, would be lost."""
-    if eqn.primitive.name in (*CALLS, "scan", "cond"):
-        return ()
+def hidden_bodies(eqn) -> list:
+    """Bodies that cannot: a derivative rule, or a loop of unknown length, would be lost."""
+    if bodies(eqn):
+        return []
     params = [v for value in eqn.params.values() for v in (value if isinstance(value, tuple) else (value,))]
-    return tuple(closed(v) for v in params if isinstance(v, core.Jaxpr | core.ClosedJaxpr))
-
-
-def output_shapes(eqn) -> list[tuple[int, ...]]:
-    """Shape of each result."""
-    return [tuple(getattr(v.aval, "shape", ())) for v in eqn.outvars]
+    return [v for v in params if isinstance(v, core.Jaxpr | core.ClosedJaxpr)]
 
 
 def run(eqn, operands) -> list[Any]:
@@ -130,54 +99,80 @@ def run(eqn, operands) -> list[Any]:
 
 
 def run_call(eqn, operands, body: Callable) -> list[Any]:
-    """Runs a call with `body(*operands) -> results` in place of its own, still checkpointed or compiled as one."""
+    """Runs a call with `body(*operands) -> results` in place of its own."""
     if eqn.primitive.name in REMAT:
         prevent, policy = eqn.params["prevent_cse"], eqn.params["policy"]
         return jax.checkpoint(body, prevent_cse=prevent, policy=policy)(*operands)
     return jax.jit(body)(*operands)
 
 
-def run_cond(eqn, operands, branches) -> list[Any]:
-    """Runs a cond with other branches."""
-    return lax.switch(operands[0], branches, *operands[1:])
-
-
 def run_scan(eqn, operands, probes, body: Callable) -> list[Any]:
     """Runs a scan with `body(operands of one step, slice of probes) -> results` in place of its own."""
-    params = eqn.params
-    consts, carry = params["num_consts"], params["num_carry"]
+    consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
 
     def step(state, slices):
         xs, probe = slices
         results = body([*operands[:consts], *state, *xs], probe)
         return results[:carry], results[carry:]
 
-    state, ys = lax.scan(
-        step,
-        list(operands[consts : consts + carry]),
-        (list(operands[consts + carry :]), probes),
-        length=params["length"],
-        reverse=params["reverse"],
-        unroll=params["unroll"],
-    )
+    state, xs = list(operands[consts : consts + carry]), list(operands[consts + carry :])
+    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    state, ys = lax.scan(step, state, (xs, probes), **options)
     return [*state, *ys]
 
 
+def counters_carried(eqn) -> set[int]:
+    """Places of a scan's carry that hold the number of the step, 0, 1, …, by which `fori_loop` picks slices."""
+    body, consts = eqn.params["jaxpr"].jaxpr, eqn.params["num_consts"]
+
+    def counts(k):
+        maker = _maker(body, body.outvars[k], "add")
+        next_one = maker and maker.invars[0] is body.invars[consts + k] and _is_number(maker.invars[1], 1)
+        return next_one and _is_number(eqn.invars[consts + k], 0) and not eqn.params["reverse"]
+
+    return set(filter(counts, range(eqn.params["num_carry"])))
+
+
+def is_range(jaxpr, variable) -> bool:
+    """Whether a variable is 0, 1, … along its only axis."""
+    maker = _maker(jaxpr, variable, "iota")
+    return maker is not None and len(maker.params["shape"]) == 1
+
+
+def same_integers(jaxpr, eqn) -> int | None:
+    """Which operand's non-negative integers the result has too."""
+    if eqn.primitive.name == "convert_element_type":
+        return 0
+    if eqn.primitive.name == "select_n":  # as in x[i], which adds the size to a negative index
+        test = _maker(jaxpr, eqn.invars[0], "lt")
+        if test and test.invars[0] is eqn.invars[1] and _is_number(test.invars[1], 0):
+            return 1
+    return None
+
+
+def _maker(jaxpr, variable, name: str):
+    """The equation that makes a variable, if its primitive has this name."""
+    return next((eqn for eqn in jaxpr.eqns if variable in eqn.outvars and eqn.primitive.name == name), None)
+
+
+def _is_number(variable, number) -> bool:
+    return isinstance(variable, Literal) and jnp.ndim(variable.val) == 0 and variable.val == number
+
+
 def varying_like(tree, arrays):
-    """The tree with types that say it varies over the devices of a `jax.shard_map` as all of `arrays` do."""
+    """The tree, in its types varying over the devices of a `jax.shard_map` as all of `arrays` do."""
     if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
         return tree
     numbers = [x for x in arrays if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
     nothing = [jnp.any(jnp.ravel(x)[:0] != 0) for x in numbers]
-    # A choice between equals varies as all that it depends on; the names of JAX's own casts change with its versions.
+    # a choice between equals varies as all that it depends on; JAX's own casts change names
     return jax.tree.map(lambda x: jnp.where(functools.reduce(jnp.logical_or, nothing), x, x), tree)
 
 
 def with_automatic_sharding(function: Callable, *args):
-    """`function(*args)` where the compiler chooses shardings that are part of the arguments' types.
+    """`function(*args)`, its results the same on all devices, with shardings of the compiler's choice.
 
-    Such types (of a mesh with `AxisType.Explicit`) would have to be given at reshapes and products. The results are the
-    same on all devices.
+    Explicit ones, which are part of types, would have to be given at reshapes and products.
     """
     meshes = {jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args)}
     mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)

@@ -1,4 +1,4 @@
-"""What a layer is: a static, hashable, printable description of how a loss uses its parameters."""
+"""What a layer is: a static, hashable description of how a loss uses its parameters."""
 
 import dataclasses
 import math
@@ -7,35 +7,35 @@ from collections.abc import Iterable, Iterator, Mapping
 import jax
 import jax.numpy as jnp
 
-KINDS = ("dense", "conv", "embedding", "scale", "shift")
-# Beyond these widths the output factor is kept as its diagonal: a full one costs more than it brings. 512 keeps every
-# usual normalisation scale full; 8192 is where one float32 factor takes 256 MiB.
-MAX_FULL_ELEMENTWISE = 512
-MAX_FULL = 8192
+ELEMENTWISE = ("scale", "shift")
+KINDS = ("dense", "conv", "embedding", *ELEMENTWISE)
+# Widths beyond which a factor is kept as its diagonal.
+MAX_FULL_ELEMENTWISE = 512  # keeps every usual normalisation scale full
+MAX_FULL = 8192  # where one factor takes 256 MiB
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """One linear map inside a loss, and the parameter leaves that hold it.
 
-    Seen as a matrix, the layer is the kernel ``[*stack, in_dim, out_dim]`` and, where there is a bias, one more row
-    ``[*stack, 1, out_dim]`` below it: the input carries the coordinate 1 at its end.
+    As a matrix, the layer is the kernel ``[*stack, in_dim, out_dim]`` and, where there is a bias, one more row below:
+    the input carries the coordinate 1 at its end.
 
     Attributes:
       name: the layer's key in the curvature dict.
-      kind: "dense", "conv" (input is a patch), "embedding" (input is one-hot, its factor the diagonal of the token
-        frequencies), "scale" (element-wise product) or "shift" (element-wise sum).
+      kind: "dense", "conv" (input is a patch), "embedding" (input is one-hot, its factor the diagonal of token
+        frequencies), "scale" (element-wise product) or "shift" (sum).
       kernel: key path of the kernel leaf as ``jax.tree_util.keystr`` writes it, None for a "shift".
       bias: key path of the bias leaf, or None.
-      in_dim: width of the input, without the bias's coordinate. 0 for a "shift", 1 for a "scale".
+      in_dim: width of the input without the bias's coordinate, 0 for a "shift", 1 for a "scale".
       out_dim: width of the output of one slice.
-      stack: shape of the leading slices (stacked scans, ensembles, groups), each with a factor pair of its own.
+      stack: shape of the slices (stacked scans, ensembles, groups), each with a factor pair of its own.
       shared: how often one call of the loss uses the kernel (time steps of a scan, tied uses).
-      kernel_split: shape to which the kernel leaf is reshaped before its axes are named; None: its own shape. It
-        differs where one axis holds two meanings, as the output axis of a grouped convolution does.
-      kernel_axes: the axes of the split kernel in the order stack, inputs, outputs; None: they lie so already.
-      bias_axes: the axes of the bias leaf in the order stack, outputs; None: they lie so already.
-      rows: rows (examples times positions) seen in one use, or 0 where nobody counted.
+      kernel_split: shape to which the kernel leaf is reshaped first, where one axis holds two meanings, as the output
+        axis of a grouped convolution does; None: its own.
+      kernel_axes: the axes of the split kernel in the order stack, inputs, outputs; None: they lie so.
+      bias_axes: the axes of the bias leaf in the order stack, outputs; None: they lie so.
+      rows: rows (examples times positions) seen in one use; 0: not counted.
     """
 
     name: str
@@ -72,11 +72,8 @@ class Layer:
         """Shapes of the input and of the output factor, ``stack`` first; a diagonal factor lacks the last axis."""
         rows, out = self.rows_of_matrix, self.out_dim
         full_input = self.kind != "embedding" and rows <= MAX_FULL
-        full_output = out <= (MAX_FULL_ELEMENTWISE if self.kind in ("scale", "shift") else MAX_FULL)
-        return (
-            (*self.stack, rows, rows) if full_input else (*self.stack, rows),
-            (*self.stack, out, out) if full_output else (*self.stack, out),
-        )
+        full_output = out <= (MAX_FULL_ELEMENTWISE if self.kind in ELEMENTWISE else MAX_FULL)
+        return (*self.stack, *[rows] * (1 + full_input)), (*self.stack, *[out] * (1 + full_output))
 
 
 class Layers:
@@ -84,7 +81,7 @@ class Layers:
 
     Args:
       layers: the layers.
-      uncovered: pairs (key path, reason), or a mapping, of parameter leaves that no layer covers.
+      uncovered: pairs (key path, reason), or a mapping, of leaves that no layer covers.
 
     Raises:
       ValueError: if two layers have one name or cover the same leaf.
@@ -100,10 +97,8 @@ class Layers:
     def __init__(self, layers: Iterable[Layer], uncovered=()):
         self._layers = tuple(layers)
         self._uncovered = tuple(dict(uncovered).items())
-        for what, seen in (
-            ("name", [layer.name for layer in self._layers]),
-            ("parameter leaf", [path for layer in self._layers for path in layer.paths]),
-        ):
+        paths = [path for layer in self._layers for path in layer.paths]
+        for what, seen in (("name", [layer.name for layer in self._layers]), ("parameter leaf", paths)):
             twice = sorted({name for name in seen if seen.count(name) > 1})
             if twice:
                 raise ValueError(f"Layers: more than one layer has the {what} {twice}.")
@@ -120,16 +115,13 @@ class Layers:
         return len(self._layers)
 
     def __getitem__(self, name: str) -> Layer:
-        for layer in self._layers:
-            if layer.name == name:
-                return layer
-        raise KeyError(f"No layer {name!r}; there are {[layer.name for layer in self._layers]}.")
+        by_name = {layer.name: layer for layer in self._layers}
+        if name not in by_name:
+            raise KeyError(f"No layer {name!r}; there are {list(by_name)}.")
+        return by_name[name]
 
     def __eq__(self, other) -> bool:
-        return isinstance(other, Layers) and (self._layers, self._uncovered) == (
-            other._layers,
-            other._uncovered,
-        )
+        return isinstance(other, Layers) and vars(self) == vars(other)
 
     def __hash__(self) -> int:
         return hash((self._layers, self._uncovered))
@@ -138,36 +130,22 @@ class Layers:
         return f"Layers({list(self._layers)!r}, uncovered={self.uncovered!r})"
 
     def __str__(self) -> str:
-        header = ("layer", "kind", "kernel", "in", "out", "stack", "shared", "bias", "rows")
-        rows = [header] + [
-            tuple(
-                "-" if cell in (None, ()) else str(cell)
-                for cell in (
-                    *(layer.name, layer.kind, layer.kernel, layer.in_dim, layer.out_dim),
-                    *(layer.stack, layer.shared, layer.bias, layer.rows or None),
-                )
-            )
-            for layer in self._layers
-        ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        lines += [f"uncovered: {path}: {reason}" for path, reason in self._uncovered]
-        return "\n".join(lines)
+        rows: list[tuple[str, ...]] = [("layer", "kind", "kernel", "in", "out", "stack", "shared", "bias", "rows")]
+        for layer in self._layers:
+            cells = (layer.name, layer.kind, layer.kernel, layer.in_dim, layer.out_dim)
+            cells += (layer.stack, layer.shared, layer.bias, layer.rows or None)
+            rows.append(tuple("-" if cell in (None, ()) else str(cell) for cell in cells))
+        return "\n".join([*aligned(rows), *(f"uncovered: {path}: {reason}" for path, reason in self._uncovered)])
+
+
+def aligned(rows) -> list[str]:
+    """The lines of a table."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def layer_matrix(layer: Layer, leaves: Mapping[str, jax.Array]) -> jax.Array:
-    """The layer's leaves as one matrix [*stack, rows_of_matrix, out_dim]: the kernel's rows, then the bias's.
-
-    Args:
-      layer: the layer.
-      leaves: its leaves by key path; others are ignored.
-
-    Returns:
-      The matrix, in the leaves' common dtype.
-
-    Raises:
-      ValueError: if a leaf's size is not what the layer says.
-    """
+    """The layer's leaves, among those by key path, as one matrix [*stack, rows_of_matrix, out_dim], the bias below."""
     parts = []
     for path, rows, split, axes in _parts(layer, leaves):
         leaf = jnp.reshape(leaves[path], split)
@@ -202,5 +180,5 @@ def _parts(layer, leaves):
                 f"{rows} × out_dim={layer.out_dim}; are these the layers of another model?"
             )
         split = split or shape
-        parts.append((path, rows, split, axes or tuple(range(len(split)))))
+        parts.append((path, rows, split, axes or range(len(split))))
     return parts

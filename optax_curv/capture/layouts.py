@@ -1,24 +1,19 @@
 """Strided views: which entry of a parameter leaf (or of a layer's output) an array holds at each of its indices.
 
-Inside a loss a kernel is reshaped, transposed, cast and sliced before it meets its input. Each of these keeps an array
-a strided view of the leaf, and a view says which of its axes are which axes of the leaf.
+What is reshaped, transposed, cast or sliced stays one, which tells which axes of the leaf its axes are.
 """
 
 import math
 from typing import Any, NamedTuple
 
-# One stride and size; an axis is several, outermost first. Stride 0 repeats the same entries; a negative one reverses.
+from optax_curv.capture.jaxpr import SAME_PLACES
+
+# Stride and size; an axis is several, outermost first. Stride 0 repeats the same entries; a negative one reverses.
 Piece = tuple[Any, int]
 
 
 class Slot(NamedTuple):
-    """A part of an axis of the leaf that a scan walks along, or that a slice has fixed at `index`.
-
-    Attributes:
-      stride, size: the part.
-      index: where a slice fixed it; None for a scan.
-      loop: depth of that scan; None for a slice.
-    """
+    """A part of an axis of the leaf that a scan at depth `loop` walks along, or that a slice has fixed at `index`."""
 
     stride: int
     size: int
@@ -27,36 +22,26 @@ class Slot(NamedTuple):
 
 
 class View(NamedTuple):
-    """A strided view of a source.
-
-    Attributes:
-      source: number of the parameter leaf, or of the layer use whose output this is.
-      axes: the pieces of each axis; an axis of size 1 has none.
-      offset: entry of the source at index 0.
-      slots: axes that a scan or a slice took away, in the order they went.
-      aligned: whether every slice so far is one of several equal ones.
-      gain: a number that multiplies the entries.
-      coefficients: variables that multiply the entries (a scale on its way to the data).
-    """
+    """A view of a parameter leaf, or of the output of a group of uses."""
 
     source: int
-    axes: tuple[tuple[Piece, ...], ...]
+    axes: tuple[tuple[Piece, ...], ...]  # without pieces of size 1
     offset: int = 0
-    slots: tuple[Slot, ...] = ()
-    aligned: bool = True
-    gain: float = 1.0
+    slots: tuple[Slot, ...] = ()  # what scans and slices took away, in the order it went
+    aligned: bool = True  # whether every slice was one of several equal ones
+    gain: float = 1.0  # a number, and variables, that multiply the entries
     coefficients: tuple = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the array."""
+        """Sizes of the axes."""
         return tuple(size_of(axis) for axis in self.axes)
 
 
 def whole(source: int, shape: tuple[int, ...]) -> View:
     """The view of a whole array of this shape."""
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    return View(source, tuple(((t, n),) if n != 1 else () for t, n in zip(strides, shape, strict=True)))
+    axes = (((math.prod(shape[axis + 1 :]), size),) if size != 1 else () for axis, size in enumerate(shape))
+    return View(source, tuple(axes))
 
 
 def size_of(pieces) -> int:
@@ -65,27 +50,32 @@ def size_of(pieces) -> int:
 
 
 def regroup(pieces, shape) -> tuple[tuple[Piece, ...], ...] | None:
-    """Cuts consecutive pieces into axes of the given sizes, splitting a piece where needed; None if they do not fit."""
+    """Cuts consecutive pieces into axes of the given sizes; None if they do not fit."""
     left, axes = [piece for piece in pieces if piece[1] != 1], []
     for size in shape:
         axis = []
         while size > 1:
             if not left:
                 return None
-            stride, length = left.pop(0)
-            taken = math.gcd(size, length)
-            if taken == 1 or (taken != length and taken != size):
+            taken = math.gcd(size, left[0][1])
+            if taken == 1 or taken not in (size, left[0][1]):
                 return None
-            if taken != length:
-                left.insert(0, (stride, length // taken))
-            axis.append((stride * (length // taken), taken))
+            axis.append(_take(left, taken))
             size //= taken
         axes.append(tuple(axis))
     return tuple(axes)
 
 
+def _take(pieces: list[Piece], size: int) -> Piece:
+    """Takes as much off the front."""
+    stride, length = pieces.pop(0)
+    if length != size:
+        pieces.insert(0, (stride, length // size))
+    return stride * (length // size), size
+
+
 def merged(pieces) -> tuple[Piece, ...]:
-    """Joins neighbouring pieces that together are one longer piece."""
+    """With neighbouring pieces that together are one longer piece joined."""
     joined: list[Piece] = []
     for stride, size in pieces:
         if joined and joined[-1][0] == stride * size:
@@ -111,49 +101,34 @@ def transpose(view: View, permutation) -> View:
     return view._replace(axes=tuple(view.axes[axis] for axis in permutation))
 
 
+def without(view: View, axes) -> View:
+    """The view without some axes of size 1."""
+    return transpose(view, [axis for axis in range(len(view.axes)) if axis not in axes])
+
+
 def broadcast(view: View, shape, dimensions) -> View:
     """The view after `broadcast_in_dim`."""
-    axes: list[tuple[Piece, ...]] = [((0, size),) if size != 1 else () for size in shape]
-    for axis, dimension in zip(view.axes, dimensions, strict=True):
-        if axis:
-            axes[dimension] = axis
-    return view._replace(axes=tuple(axes))
-
-
-def tile(view: View, reps) -> View:
-    """The view after `tile`, whose copies of an axis lie one after the other."""
-    axes = [((0, count), *axis) if count != 1 else axis for axis, count in zip(view.axes, reps, strict=True)]
-    return view._replace(axes=tuple(axes))
-
-
-def reverse(view: View, dimensions) -> View:
-    """The view after `rev`."""
-    axes, offset = list(view.axes), view.offset
-    for dimension in dimensions:
-        offset += sum(stride * (size - 1) for stride, size in axes[dimension])
-        axes[dimension] = tuple((-stride, size) for stride, size in axes[dimension])
-    return view._replace(axes=tuple(axes), offset=offset)
+    axes = dict(zip(dimensions, view.axes, strict=True))
+    return view._replace(axes=tuple(axes.get(k) or (((0, size),) if size != 1 else ()) for k, size in enumerate(shape)))
 
 
 def cut(view: View, dimension: int, start: int, size: int) -> View | None:
     """The view after taking `size` entries from `start` along one axis."""
-    axis = merged(view.axes[dimension])
-    if size_of(axis) == size:
+    pieces = merged(view.axes[dimension])
+    if size_of(pieces) == size:
         return view
-    if len(axis) != 1:
+    if len(pieces) != 1:
         return None
-    stride, full = axis[0]
-    aligned = full % size == 0 and start % size == 0 and stride > 0
+    stride, full = pieces[0]
+    aligned = view.aligned and full % size == 0 and start % size == 0 and stride > 0
     slots = (*view.slots, Slot(stride * size, full // size, start // size)) if stride else view.slots
     axes = list(view.axes)
     axes[dimension] = ((stride, size),) if size != 1 else ()
-    return view._replace(
-        axes=tuple(axes), offset=view.offset + stride * start, slots=slots, aligned=view.aligned and aligned
-    )
+    return view._replace(axes=tuple(axes), offset=view.offset + stride * start, slots=slots, aligned=aligned)
 
 
 def enter_loop(view: View, depth: int) -> View | None:
-    """The view of one slice of the leading axis, which a scan at this depth walks along."""
+    """The view of one slice of the leading axis, along which a scan at this depth walks."""
     if not view.axes:
         return None
     axis = merged(view.axes[0])
@@ -163,8 +138,45 @@ def enter_loop(view: View, depth: int) -> View | None:
     return view._replace(axes=view.axes[1:], slots=view.slots + slots)
 
 
+def is_plain(view: View) -> bool:
+    """Whether the view has no coefficients, and no entry twice."""
+    return not view.coefficients and all(stride for axis in view.axes for stride, _ in axis)
+
+
+def moved(eqn, view: View) -> View | None:
+    """The view after one layout operation; None if that is not a view."""
+    name, params = eqn.primitive.name, eqn.params
+    if name in SAME_PLACES:
+        return view
+    if name == "reshape":
+        if params.get("dimensions") is not None:
+            view = transpose(view, params["dimensions"])
+        return reshape(view, params["new_sizes"])
+    if name == "transpose":
+        return transpose(view, params["permutation"])
+    if name == "squeeze":
+        return without(view, params["dimensions"])
+    if name in ("broadcast_in_dim", "expand_dims"):
+        return broadcast(view, params["shape"], params["broadcast_dimensions"])
+    if name == "tile":
+        copies = zip(view.axes, params["reps"], strict=True)
+        return view._replace(axes=tuple(((0, count), *axis) if count != 1 else axis for axis, count in copies))
+    if name == "rev":
+        axes, offset = list(view.axes), view.offset
+        for axis in params["dimensions"]:
+            offset += sum(stride * (size - 1) for stride, size in axes[axis])
+            axes[axis] = tuple((-stride, size) for stride, size in axes[axis])
+        return view._replace(axes=tuple(axes), offset=offset)
+    if name == "slice" and all(step == 1 for step in params["strides"] or (1,)):
+        after: View | None = view
+        for axis, start in enumerate(params["start_indices"]):
+            after = after and cut(after, axis, start, params["limit_indices"][axis] - start)
+        return after
+    return None
+
+
 class Arrangement(NamedTuple):
-    """How an array becomes [*stack, examples, positions, features]: reshape, reverse, transpose, reshape."""
+    """How an array becomes [*stack, examples, positions, features]."""
 
     split: tuple[int, ...]
     reverse: tuple[int, ...]
@@ -179,28 +191,23 @@ class Arrangement(NamedTuple):
         return array.transpose(self.order).reshape(self.shape)
 
 
-def arrangement(segments, stack, examples: tuple[int, int] | None, batch: int) -> Arrangement:
-    """Builds the arrangement of an array.
+def arrangement(segments, stack, examples, batch: int) -> Arrangement:
+    """The arrangement of an array; without a row of examples it has one example.
 
     Args:
       segments: the array's axes, or parts of them, in order: pairs of a role ("stack", "row" or "feature") and pieces.
         The stride of a row's piece is its number among the rows: equal in a layer's input and in its output.
-      stack: the stack's pieces in the order wanted.
-      examples: number of the row that holds the examples, and how many of its entries follow for each; None: no row
-        does.
+      stack: the stack's pieces in the order wanted; size 1 where the array lacks them.
+      examples: the `Batch` whose row holds them, or None.
       batch: number of examples.
-
-    Returns:
-      The arrangement; without a row of examples it has one example with all positions, and size 1 along the pieces of
-      the stack that the array lacks.
     """
     places = {stride: place for place, (stride, _) in enumerate(stack)}
     parts = []  # size, stride, sort key
     for role, pieces in segments:
         for stride, size in pieces:
-            if role == "row" and examples is not None and examples[0] == stride:
-                outer = size // (batch * examples[1])
-                parts += [(outer, 1, (2, stride)), (batch, 1, (1, 0)), (examples[1], 1, (2, stride + 0.5))]
+            if role == "row" and examples is not None and examples.axis == stride:
+                outer = size // (batch * examples.inner)
+                parts += [(outer, 1, (2, stride)), (batch, 1, (1, 0)), (examples.inner, 1, (2, stride + 0.5))]
             elif role == "row":
                 parts.append((size, 1, (2, stride)))
             elif role == "stack":
@@ -219,31 +226,22 @@ def arrangement(segments, stack, examples: tuple[int, int] | None, batch: int) -
 
 
 def matched(view: View, other: View) -> list[tuple[Piece, Piece]] | None:
-    """Pairs of pieces of equal size that run together through two views of one shape; None if they do not match."""
+    """Pairs of pieces of equal size that run together through two views of one shape, if they match."""
     pairs = []
-    for axis, across in zip(view.axes, other.axes, strict=True):
-        left = [list(axis), list(across)]
-        while left[0] and left[1]:
-            size = math.gcd(left[0][0][1], left[1][0][1])
+    for axes in zip(view.axes, other.axes, strict=True):
+        left, right = map(list, axes)
+        while left and right:
+            size = math.gcd(left[0][1], right[0][1])
             if size == 1:
                 return None
-            pair = []
-            for pieces in left:
-                stride, length = pieces.pop(0)
-                if length != size:
-                    pieces.insert(0, (stride, length // size))
-                pair.append((stride * (length // size), size))
-            pairs.append(tuple(pair))
-        if left[0] or left[1]:
+            pairs.append((_take(left, size), _take(right, size)))
+        if left or right:
             return None
     return pairs
 
 
 def role_at(segments, stride: int) -> tuple[str, int]:
-    """Role of the piece of an array (given by segments) that moves by `stride` entries.
-
-    Also its stride in the leaf, or for a row its number.
-    """
+    """Role of the piece that moves by `stride` entries, and its stride in the leaf or the row's number."""
     inner = 1
     for role, pieces in reversed(segments):
         for leaf_stride, size in reversed(pieces):

@@ -9,51 +9,45 @@ from optax_curv.capture.statistics import FactorRows, RawSamples
 def average_curvature(mean, curvature, mini_step):
     """The mean of the curvatures of micro-batches of equal size, one after the other.
 
-    `optax.MultiSteps` averages gradients over micro-batches but hands the inner transformation the extra arguments of
-    the last one alone. With this mean as `curvature=` that last one has the factors of the whole batch, each loss being
-    a mean over its own micro-batch.
+    `optax.MultiSteps` averages gradients, but hands the inner transformation the extra arguments of the last
+    micro-batch alone. With this mean as `curvature=` these have the factors of the whole batch, each loss being a mean
+    over its own micro-batch.
 
     Args:
       mean: the mean so far, a tree like `curvature`; of any values in the first mini-step.
-      curvature: factors, moments or diagonals of this micro-batch. Rows and raw samples cannot be averaged.
+      curvature: factors, moments or diagonals of this micro-batch.
       mini_step: how many micro-batches the mean has, `MultiStepsState.mini_step`.
 
     Returns:
-      The mean with this micro-batch in it.
+      The mean with this one in it.
 
     Raises:
-      ValueError: for rows or raw samples.
+      ValueError: for rows or raw samples, which cannot be averaged.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax, optax_curv
-      >>> def loss(params, x):
-      ...     return jnp.mean((x @ params["w"]) ** 2)
-      >>> params, x = {"w": jnp.ones((3, 1))}, jnp.arange(24.0).reshape(8, 3)
-      >>> take = optax_curv.value_grad_and_curvature(loss)
-      >>> tx = optax.MultiSteps(optax_curv.kfac(0.1, optax_curv.find_layers(loss, params, x)), every_k_schedule=2)
-      >>> state, mean = tx.init(params), None
-      >>> for micro_batch in jnp.split(x, 2):
-      ...     _, grads, curvature = take(params, micro_batch)
-      ...     mean = curvature if mean is None else optax_curv.average_curvature(mean, curvature, state.mini_step)
-      ...     updates, state = tx.update(grads, state, params, curvature=mean)
+      >>> import jax.numpy as jnp, optax_curv
+      >>> params, x, mean = {"w": jnp.ones((3, 1))}, jnp.arange(24.0).reshape(8, 3), None
+      >>> take = optax_curv.value_grad_and_curvature(lambda params, x: jnp.mean((x @ params["w"]) ** 2))
+      >>> for mini_step, micro_batch in enumerate(jnp.split(x, 2)):
+      ...     curvature = take(params, micro_batch)[2]
+      ...     mean = curvature if mean is None else optax_curv.average_curvature(mean, curvature, mini_step)
       >>> bool(jnp.allclose(mean["w"].input_factor, x.T @ x / 8))
       True
     """
 
-    def is_statistic(x):
+    def has_rows(x):
         return isinstance(x, FactorRows | RawSamples)
 
-    if any(map(is_statistic, jax.tree.leaves(curvature, is_leaf=is_statistic))):
+    if any(map(has_rows, jax.tree.leaves(curvature, is_leaf=has_rows))):
         raise ValueError(
             "average_curvature: expected factors, moments or diagonals, got rows of layers, which cannot be averaged; "
-            'make the curvature with statistic="kronecker".'
+            'take statistic="kronecker".'
         )
 
     def average(old, new):
         if not jnp.issubdtype(new.dtype, jnp.inexact):
             return new
-        first = mini_step == 0  # in which the old values may be anything
-        return jnp.where(first, new, old + (new - old) / (mini_step + 1).astype(new.dtype))
+        return jnp.where(mini_step == 0, new, old + (new - old) / (mini_step + 1).astype(new.dtype))
 
     mini_step = jnp.asarray(mini_step)
     return jax.tree.map(average, mean, curvature)

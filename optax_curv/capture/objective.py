@@ -1,4 +1,4 @@
-"""Objectives: a network and a likelihood, from which targets can be drawn and whose Hessian is known."""
+"""Objectives: a network and a likelihood, whose Hessian is known."""
 
 import dataclasses
 import math
@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_curv.linalg.checks import widen
+
 
 class Likelihood(Protocol):
     """What an `Objective` asks of a likelihood; `outputs` are [*leading, O], and rows are independent.
 
-    A user-made one may also have ``hessian_product(outputs, v)``, H v in the shape of `outputs`; without it the
-    product goes through the columns of `hessian_sqrt`.
+    It may also have ``hessian_product(outputs, v)``, H v, as a shorter way than by the columns of `hessian_sqrt`.
     """
 
     def loss(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
@@ -30,12 +31,8 @@ class Likelihood(Protocol):
         ...
 
 
-def _at_least_float32(outputs):
-    return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
-
-
 def _diagonal_columns(entries):
-    """The columns of diag(entries): [O, *leading, O] from [*leading, O]."""
+    """Those of diag(entries): [O, *leading, O] from [*leading, O]."""
     one_hot = jnp.eye(entries.shape[-1], dtype=entries.dtype)
     return one_hot.reshape(len(one_hot), *(1,) * (entries.ndim - 1), -1) * entries
 
@@ -44,19 +41,19 @@ def _require_targets(likelihood: str, targets, outputs):
     if jnp.shape(targets) != outputs.shape:
         raise ValueError(
             f"Objective: likelihood={likelihood!r} expects targets in the shape of the outputs, {outputs.shape}, "
-            f"got {jnp.shape(targets)}; reshape the targets (a [N] target of one output is [N, 1])."
+            f"got {jnp.shape(targets)}; reshape them (a [N] target of one output is [N, 1])."
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Categorical:
-    """Softmax cross-entropy: outputs are logits, targets classes [*leading] or probabilities [*leading, O]."""
+    """Softmax cross-entropy."""
 
     def loss(self, outputs, targets):
         """−log softmax(outputs)[target], or −Σ targets · log softmax(outputs)."""
-        log_p, targets = jax.nn.log_softmax(_at_least_float32(outputs)), jnp.asarray(targets)
+        log_p, targets = jax.nn.log_softmax(widen(outputs)), jnp.asarray(targets)
         if targets.shape == outputs.shape:
-            # A class of probability zero costs nothing, also where its logit is -inf.
+            # what has probability zero costs nothing, also where its logit is -inf
             return -jnp.sum(jnp.where(targets == 0, 0, targets * log_p), -1)
         if targets.shape != outputs.shape[:-1] or not jnp.issubdtype(targets.dtype, jnp.integer):
             raise ValueError(
@@ -67,56 +64,55 @@ class Categorical:
 
     def sample_cotangent(self, key, outputs):
         """The gradient p − onehot(y), y ~ Categorical(p)."""
-        outputs = _at_least_float32(outputs)
+        outputs = widen(outputs)
         drawn = jax.random.categorical(key, outputs)
         return jax.nn.softmax(outputs) - jax.nn.one_hot(drawn, outputs.shape[-1], dtype=outputs.dtype)
 
     def hessian_sqrt(self, outputs):
         """B = diag(√p) − p √pᵀ, for which B Bᵀ = diag(p) − p pᵀ."""
-        p = jax.nn.softmax(_at_least_float32(outputs))
+        p = jax.nn.softmax(widen(outputs))
         root = jnp.sqrt(p)
         return _diagonal_columns(root) - p * jnp.moveaxis(root, -1, 0)[..., None]
 
     def hessian_product(self, outputs, v):
         """(diag(p) − p pᵀ) v."""
-        p = jax.nn.softmax(_at_least_float32(outputs))
+        p = jax.nn.softmax(widen(outputs))
         return p * (v - jnp.sum(p * v, -1, keepdims=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Bernoulli:
-    """Sigmoid cross-entropy: outputs are logits, targets lie in [0, 1] and have the shape of the outputs."""
+    """Sigmoid cross-entropy."""
 
     def loss(self, outputs, targets):
         """−Σ targets · log σ(outputs) + (1 − targets) · log σ(−outputs)."""
         _require_targets("bernoulli", targets, outputs)
-        outputs = _at_least_float32(outputs)
+        outputs = widen(outputs)
         return jnp.sum(targets * jax.nn.softplus(-outputs) + (1 - targets) * jax.nn.softplus(outputs), -1)
 
     def sample_cotangent(self, key, outputs):
         """The gradient p − y, y ~ Bernoulli(p)."""
-        p = jax.nn.sigmoid(_at_least_float32(outputs))
+        p = jax.nn.sigmoid(widen(outputs))
         return p - jax.random.bernoulli(key, p).astype(p.dtype)
 
     def hessian_sqrt(self, outputs):
         """diag(√(p (1 − p)))."""
-        outputs = _at_least_float32(outputs)
-        return _diagonal_columns(jnp.sqrt(jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs)))
+        return _diagonal_columns(jnp.sqrt(self.hessian_product(outputs, 1)))
 
     def hessian_product(self, outputs, v):
         """The product p (1 − p) v."""
-        outputs = _at_least_float32(outputs)
+        outputs = widen(outputs)
         return jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs) * v
 
 
 @dataclasses.dataclass(frozen=True)
 class Normal:
-    """Unit-variance normal: outputs are means, the loss is ½ Σ (output − target)² without its constant."""
+    """Of unit variance, without the loss's constant."""
 
     def loss(self, outputs, targets):
         """½ Σ (outputs − targets)²."""
         _require_targets("normal", targets, outputs)
-        return 0.5 * jnp.sum(jnp.square(_at_least_float32(outputs) - targets), -1)
+        return 0.5 * jnp.sum(jnp.square(widen(outputs) - targets), -1)
 
     def sample_cotangent(self, key, outputs):
         """The gradient outputs − y, y ~ N(outputs, I)."""
@@ -124,11 +120,10 @@ class Normal:
 
     def hessian_sqrt(self, outputs):
         """The identity."""
-        return _diagonal_columns(jnp.ones_like(_at_least_float32(outputs)))
+        return _diagonal_columns(jnp.ones_like(widen(outputs)))
 
     def hessian_product(self, outputs, v):
         """The product I v."""
-        del outputs
         return v
 
 
@@ -145,40 +140,34 @@ class Objective:
 
       L(params) = Σ_r w_r ℓ(z_r, t_r) / Σ_r w_r + regularizer(params),
 
-    a mean over all leading axes where no weights are given. It is an ordinary loss function: ``jax.value_and_grad``,
-    Optax and `value_grad_and_curvature` take it as one. What a plain loss hides, it knows: the Hessian H_r = B_r B_rᵀ
-    of a row's loss in its outputs, hence the Gauss-Newton matrix Σ_r w_r J_rᵀ H_r J_r / Σ_r w_r, which is the Fisher
-    matrix of the three built-in likelihoods, and targets drawn from the model.
+    a mean over all leading axes where no weights are given. ``jax.value_and_grad``, Optax and
+    `value_grad_and_curvature` take it as an ordinary loss function. What a plain loss hides, it knows: targets drawn
+    from the model, and the Hessian H_r = B_r B_rᵀ of a row's loss in its outputs, hence the Gauss-Newton matrix
+    Σ_r w_r J_rᵀ H_r J_r / Σ_r w_r, which for the three built-in likelihoods is the Fisher matrix.
 
-    An objective is frozen and hashable, and a pytree without leaves: it may be an argument of a jitted function.
+    It is hashable, and a pytree without leaves: it may be an argument of a jitted function.
 
     Args:
       predict_fn: ``predict_fn(params, inputs) -> outputs``, outputs floating [*leading, O]; the first leading axis
         counts the examples.
-      likelihood: "categorical" (outputs are logits; targets are integers [*leading], or one-hot or probabilities
-        [*leading, O]), "bernoulli" (outputs are logits, targets [*leading, O] in [0, 1]), "normal" (outputs are means,
-        ½ Σ (output − target)²), or an object with the methods of `Likelihood`.
-      regularizer: ``regularizer(params) -> scalar`` added to the loss. It enters value and gradient only, never the
-        curvature.
+      likelihood: "categorical" (outputs are logits, targets integers [*leading] or probabilities [*leading, O]),
+        "bernoulli" (outputs are logits, targets [*leading, O] in [0, 1]), "normal" (½ Σ (output − target)²), or an
+        object with the methods of `Likelihood`.
+      regularizer: ``regularizer(params) -> scalar`` added to the loss; it does not enter the curvature of layers.
 
     Raises:
-      ValueError: for an unknown likelihood, an object that lacks one of the three methods, or a `predict_fn` or
-        `regularizer` that cannot be called; when called, for targets or weights whose shape does not fit the outputs.
+      ValueError: for an unknown likelihood, an object that lacks one of its methods, or a `predict_fn` or `regularizer`
+        that cannot be called; when called, for targets or weights whose shape does not fit the outputs.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> import optax_curv
       >>> objective = optax_curv.Objective(lambda w, x: x @ w, "categorical")
-      >>> inputs, targets = jnp.eye(3), jnp.array([0, 1, 2])
-      >>> round(float(objective(jnp.zeros((3, 4)), inputs, targets)), 4)  # log 4
+      >>> round(float(objective(jnp.zeros((3, 4)), jnp.eye(3), jnp.array([0, 1, 2]))), 4)  # log 4
       1.3863
-      >>> mask = jnp.array([1.0, 1.0, 0.0])
-      >>> round(float(objective(10 * jnp.eye(3, 4), inputs, jnp.array([0, 1, 0]), weights=mask)), 3)
-      0.0
 
     References:
-      Martens, `New Insights and Perspectives on the Natural Gradient Method <https://arxiv.org/abs/1412.1193>`_, §9.2
-      (the generalised Gauss-Newton matrix as a Fisher matrix).
+      Martens, *New Insights and Perspectives on the Natural Gradient Method*, 2014, arXiv:1412.1193, §9.2.
     """
 
     predict_fn: Callable[[Any, Any], jax.Array]
@@ -186,37 +175,31 @@ class Objective:
     regularizer: Callable[[Any], jax.Array] | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
-        for name, function in (("predict_fn", self.predict_fn), ("regularizer", self.regularizer)):
+        for name in ("predict_fn", "regularizer"):
+            function = getattr(self, name)
             if not callable(function) and (name, function) != ("regularizer", None):
                 raise ValueError(f"Objective: expected a function as {name}, got {function!r}.")
-        if isinstance(self.likelihood, str):
-            if self.likelihood not in LIKELIHOODS:
-                raise ValueError(
-                    f"Objective: unknown likelihood={self.likelihood!r}; expected one of {tuple(LIKELIHOODS)} or an "
-                    "object with the methods loss, sample_cotangent and hessian_sqrt."
-                )
+        if isinstance(self.likelihood, str) and self.likelihood in LIKELIHOODS:
             object.__setattr__(self, "likelihood", LIKELIHOODS[self.likelihood])
-        missing = [
-            name
-            for name in ("loss", "sample_cotangent", "hessian_sqrt")
-            if not callable(getattr(self.likelihood, name, None))
-        ]
+        methods = ("loss", "sample_cotangent", "hessian_sqrt")
+        missing = [name for name in methods if not callable(getattr(self.likelihood, name, None))]
         if missing or isinstance(self.likelihood, type):
+            why = f"lacks {missing}" if missing else "is a class: give an instance of it"
             raise ValueError(
-                f"Objective: expected a likelihood object with the methods loss, sample_cotangent and hessian_sqrt, "
-                f"got {self.likelihood!r}{f', which lacks {missing}' if missing else '; give an instance of it'}."
+                f"Objective: unknown likelihood={self.likelihood!r}, which {why}; expected one of "
+                f"{tuple(LIKELIHOODS)} or an object with the methods {methods}."
             )
 
     def __call__(self, params, inputs, targets, *, weights=None) -> jax.Array:
         """The loss.
 
         Args:
-          params: the parameters, first argument of `predict_fn`.
-          inputs: the inputs, second argument of `predict_fn`.
-          targets: the targets, in the shape the likelihood asks for.
+          params: first argument of `predict_fn`.
+          inputs: the second.
+          targets: in the shape the likelihood asks for.
           weights: a mask or weight for each example, [N], or each row, [*leading]; fewer axes are broadcast over the
-            later ones. The mean is divided by the sum of the weights, so a mask leaves out rows as if they were not
-            in the batch; where all are zero the mean is zero. Masked rows must be finite.
+            later ones. The mean is over their sum, as if masked rows (which must be finite) were not in the batch;
+            where all are zero it is zero.
 
         Returns:
           The mean loss plus the regularizer, a scalar, float32 at least.
@@ -230,7 +213,7 @@ class Objective:
         return value if self.regularizer is None else value + self.regularizer(params), outputs
 
     def loss_of_outputs(self, outputs, targets, weights=None) -> jax.Array:
-        """The mean loss of outputs already computed, without the regularizer: a scalar."""
+        """The mean loss of outputs already computed, without the regularizer."""
         shares = self.row_shares(outputs, weights)
         losses = self.likelihood.loss(outputs, targets)
         if jnp.shape(losses) != shares.shape:
@@ -261,27 +244,20 @@ class Objective:
         return weights / jnp.where(total == 0, 1, total)
 
     def sampled_cotangents(self, key, outputs, *, samples=1, weights=None) -> jax.Array:
-        """Cotangents c of the outputs for which E[Σ_c Jᵀ c (Jᵀ c)ᵀ] is the Gauss-Newton matrix.
-
-        Returns:
-          √(w_r / Σw / samples) times the gradient of a row's loss at a drawn target: [samples, *outputs.shape].
-        """
+        """[samples, *outputs.shape] of √(w_r / Σw / samples) times the gradient of a row's loss at a drawn target."""
+        # E[Σ_c Jᵀ c (Jᵀ c)ᵀ] is the Gauss-Newton matrix
         draw = jax.vmap(self.likelihood.sample_cotangent, in_axes=(0, None))
         scale = jnp.sqrt(self.row_shares(outputs, weights) / samples)[..., None]
         return (scale * draw(jax.random.split(key, samples), outputs)).astype(outputs.dtype)
 
     def exact_cotangents(self, outputs, *, weights=None) -> jax.Array:
-        """Cotangents c for which Σ_c Σ_r (J_rᵀ c_r)(J_rᵀ c_r)ᵀ is the Gauss-Newton matrix.
-
-        Returns:
-          √(w_r / Σw) times the columns of B_r: [columns, *outputs.shape]. Rows that meet inside the network have to be
-          pulled back apart.
-        """
+        """[columns, *outputs.shape] of √(w_r / Σw) times the columns of B_r."""
+        # Σ_c Σ_r (J_rᵀ c_r)(J_rᵀ c_r)ᵀ is the Gauss-Newton matrix: rows that meet are to be pulled back apart
         scale = jnp.sqrt(self.row_shares(outputs, weights))[..., None]
         return (scale * self.likelihood.hessian_sqrt(outputs)).astype(outputs.dtype)
 
     def hessian_product(self, outputs, v, *, weights=None) -> jax.Array:
-        """H v, H the Hessian of the mean loss in the outputs; v and the product have the shape of `outputs`."""
+        """H v in the shape of `outputs`, H the Hessian of the mean loss in them."""
         if hasattr(self.likelihood, "hessian_product"):
             curved = self.likelihood.hessian_product(outputs, v)
         else:
@@ -290,31 +266,11 @@ class Objective:
         return self.row_shares(outputs, weights)[..., None] * curved
 
     def gauss_newton_product(self, params, inputs, v, *, weights=None):
-        """Jᵀ H J v of the mean loss, without the regularizer: a tree like `params`.
-
-        Args:
-          params: the parameters.
-          inputs: the inputs.
-          v: a tree like `params`.
-          weights: as in a call of the objective.
-
-        Returns:
-          The product, leaf by leaf in the dtype of `params`.
-        """
+        """Jᵀ H J v of the mean loss, without the regularizer: a tree like `params` and `v`, in their dtypes."""
         return self._gauss_newton(params, inputs, weights)(v)
 
     def curvature_operator(self, params, inputs, *, weights=None) -> Callable[[Any], Any]:
-        """The map v ↦ C v of `quadratic_model`'s curvature C, linearised once for many products.
-
-        Args:
-          params: the parameters.
-          inputs: the inputs.
-          weights: as in a call of the objective.
-
-        Returns:
-          A function of a tree like `params`, leaf by leaf in its dtype: (Jᵀ H J + the regularizer's Hessian) v. A
-          product costs less than two gradients: only linear passes, and no forward pass.
-        """
+        """The map v ↦ C v of trees like `params`, C = Jᵀ H J + the regularizer's Hessian, by linear passes alone."""
         gauss_newton = self._gauss_newton(params, inputs, weights)
         if self.regularizer is None:
             return gauss_newton
@@ -322,7 +278,6 @@ class Objective:
         return lambda v: optax.tree.add(gauss_newton(v), regularizer_product(v))
 
     def _gauss_newton(self, params, inputs, weights):
-        """The map v ↦ Jᵀ H J v, with the network linearised outside of it."""
         outputs, push_forward = jax.linearize(lambda p: self.predict_fn(p, inputs), params)
         pull_back = jax.linear_transpose(push_forward, params)
 
@@ -335,22 +290,21 @@ class Objective:
     def quadratic_model(self, params, inputs, targets, directions, *, weights=None) -> tuple[jax.Array, jax.Array]:
         """The objective along some directions d_i: L(params + Σ c_i d_i) ≈ L + cᵀ slopes + ½ cᵀ curvature c.
 
-        The curvature C is the Gauss-Newton matrix plus the regularizer's Hessian; it costs one Jacobian product for
-        each direction.
+        It costs one Jacobian product a direction.
 
         Args:
           params: the parameters.
           inputs: the inputs.
           targets: the targets.
-          directions: a sequence of k trees like `params`, leaf by leaf in its dtype.
+          directions: k trees like `params`.
           weights: as in a call of the objective.
 
         Returns:
-          slopes ⟨∇L, d_i⟩ [k] and curvature ⟨d_i, C d_j⟩ [k, k], float32 at least.
+          slopes ⟨∇L, d_i⟩ [k] and curvature ⟨d_i, C d_j⟩ [k, k], C as above, float32 at least.
         """
         outputs, push_forward = jax.linearize(lambda p: self.predict_fn(p, inputs), params)
-        tangents = jnp.stack([_at_least_float32(push_forward(d)) for d in directions])
-        outputs = _at_least_float32(outputs)
+        tangents = jnp.stack([widen(push_forward(d)) for d in directions])
+        outputs = widen(outputs)
         pull = jax.grad(self.loss_of_outputs)(outputs, targets, weights)
         curved = jax.vmap(lambda v: self.hessian_product(outputs, v, weights=weights))(tangents)
         axes = tuple(range(1, tangents.ndim))
@@ -358,7 +312,6 @@ class Objective:
         if self.regularizer is not None:
             hessian_products = [jax.jvp(jax.grad(self.regularizer), (params,), (d,)) for d in directions]
             slopes += jnp.stack([optax.tree.vdot(hessian_products[0][0], d) for d in directions])
-            curvature += jnp.stack(
-                [jnp.stack([optax.tree.vdot(d, product) for _, product in hessian_products]) for d in directions]
-            )
+            of_regularizer = [[optax.tree.vdot(d, product) for _, product in hessian_products] for d in directions]
+            curvature += jnp.stack(list(map(jnp.stack, of_regularizer)))
         return slopes, curvature

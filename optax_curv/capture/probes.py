@@ -3,14 +3,16 @@
 import jax
 import jax.numpy as jnp
 
+from optax_curv.linalg.checks import widen
+
 
 def hessian_probe(loss_fn, params, *args, key, has_aux=False, finite_difference=False, **kwargs):
     """Value, gradient, a random probe v ~ N(0, I) and the Hessian-vector product Hv, in one linearisation.
 
-    With E[v vᵀ] = I, E[Hv (Hv)ᵀ] = H²: what Newton-type preconditioners are fitted to. Forward-over-reverse, about the
-    cost of three gradients where the gradient alone costs one. `finite_difference=True` is for losses without a second
-    derivative (custom rules, integer tables): Hv ≈ (∇f(θ + εv) - ∇f(θ)) / ε with ε = √eps(dtype) · max(1, rms(θ)), two
-    gradients, and a relative error of about √eps.
+    As E[v vᵀ] = I, E[Hv (Hv)ᵀ] = H², to which Newton-type preconditioners are fitted. Forward-over-reverse, at about
+    the cost of three gradients. `finite_difference=True` is for losses without a second derivative (custom rules,
+    integer tables): Hv ≈ (∇f(θ + εv) - ∇f(θ)) / ε with ε = √eps(dtype) · max(1, rms(θ)), two gradients, and a relative
+    error of about √eps.
 
     Args:
       loss_fn: scalar function of (params, *args, **kwargs).
@@ -22,8 +24,8 @@ def hessian_probe(loss_fn, params, *args, key, has_aux=False, finite_difference=
       **kwargs: passed to the loss.
 
     Returns:
-      (value, grads, probe, hvp), or ((value, aux), grads, probe, hvp); the last three are like the parameters. With
-      complex leaves the derivative of jax.grad's gradient, the conjugate of the steepest ascent, is taken.
+      (value, grads, probe, hvp), or ((value, aux), grads, probe, hvp); the last three are like the parameters. Of
+      complex leaves hvp is the derivative of jax.grad's gradient, the conjugate of the steepest ascent.
 
     Raises:
       TypeError: from jax.grad, for integer parameters or a loss that is not scalar.
@@ -45,28 +47,23 @@ def hessian_probe(loss_fn, params, *args, key, has_aux=False, finite_difference=
         for i, leaf in enumerate(leaves)
     ]
 
-    def value_and_grad(leaves):
-        return jax.value_and_grad(loss_fn, has_aux=has_aux)(treedef.unflatten(leaves), *args, **kwargs)
-
-    def value_and_leaf_grads(leaves):
-        value, grads = value_and_grad(leaves)
+    def grads_and_value(leaves):
+        value, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(treedef.unflatten(leaves), *args, **kwargs)
         return jax.tree.leaves(grads), value
 
     if not finite_difference:
-        grads, products, value = jax.jvp(value_and_leaf_grads, (leaves,), (probes,), has_aux=True)
+        grads, products, value = jax.jvp(grads_and_value, (leaves,), (probes,), has_aux=True)
     else:
         step = _difference_step(leaves)
-        grads, value = value_and_leaf_grads(leaves)
-        ahead, _ = value_and_leaf_grads([x + (step * v).astype(v.dtype) for x, v in zip(leaves, probes, strict=True)])
+        grads, value = grads_and_value(leaves)
+        ahead, _ = grads_and_value([x + (step * v).astype(v.dtype) for x, v in zip(leaves, probes, strict=True)])
         products = [((b - a) / step).astype(a.dtype) for a, b in zip(grads, ahead, strict=True)]
     return value, treedef.unflatten(grads), treedef.unflatten(probes), treedef.unflatten(products)
 
 
 def _difference_step(leaves):
-    """√eps · max(1, rms of all parameters): balances the rounding of the difference and its second-order error."""
-    size = max(1, sum(jnp.size(x) for x in leaves))
-    rms = jnp.sqrt(
-        sum(jnp.sum(jnp.square(jnp.abs(jnp.asarray(x, jnp.result_type(x, jnp.float32))))) for x in leaves) / size
-    )
+    """√eps · max(1, rms of all parameters): balances rounding and the second-order error."""
+    size = max(1, sum(map(jnp.size, leaves)))
+    rms = jnp.sqrt(sum(jnp.sum(jnp.square(jnp.abs(widen(x)))) for x in leaves) / size)
     coarsest = max([float(jnp.finfo(jnp.result_type(x)).eps) for x in leaves], default=1.0)
     return coarsest**0.5 * jnp.maximum(1, rms)

@@ -1,11 +1,12 @@
-"""Layers with a kernel: matrix products, convolutions, embeddings. Rules as in `views`."""
+"""Where parameters meet activations: in products, convolutions, look-ups of rows, or entry by entry; see `rules`."""
 
+import math
 from typing import Any
 
 from optax_curv.capture import layouts
-from optax_curv.capture.layouts import size_of
-from optax_curv.capture.marks import Found, Mark
-from optax_curv.capture.views import is_plain, shape_of
+from optax_curv.capture.jaxpr import Literal, shape_of
+from optax_curv.capture.layouts import View, is_plain, size_of
+from optax_curv.capture.marks import Found, Mark, known_batch
 
 
 def _kernel_side(marks):
@@ -17,10 +18,7 @@ def _kernel_side(marks):
 
 
 def _own_stack(found: Found) -> Found:
-    """Takes free axes on the far side of the inputs as a stack: [members, in, out] is not [in, members, out].
-
-    So lies the first kernel of a vmapped ensemble, whose input is the same for all members.
-    """
+    """Takes free axes on the far side of the inputs as a stack, as in [members, in, out] of a vmapped ensemble."""
     inputs = [abs(stride) for stride, _ in found.inputs]
     outputs = [abs(stride) for stride, _ in found.outputs]
     if not inputs or not outputs or not min(outputs) < min(inputs) <= max(inputs) < max(outputs):
@@ -37,7 +35,7 @@ def _own_stack(found: Found) -> Found:
 
 
 def without_own_stack(found: Found) -> Found:
-    """The use with those axes as outputs, as another use of the kernel has them."""
+    """The use with those axes as outputs."""
     segments = [("feature" if set(pieces) & set(found.far) else role, pieces) for role, pieces in found.output_segments]
     found.output_segments, found.outputs = tuple(segments), (*found.far, *found.outputs)
     found.stack, found.far = tuple(piece for piece in found.stack if piece not in found.far), ()
@@ -49,15 +47,10 @@ def dot_general(walk, eqn, marks):
     side = _kernel_side(marks)
     if side is None:
         return None
-    contracting, together = eqn.params["dimension_numbers"]
-    shape = shape_of(eqn.invars[1 - side])
     groups, first = [], 0
     for view in marks[side].leaves:
-        found = _dense_use(walk, eqn, marks, side, view, shape, contracting, together)
-        if found is None:
-            return None
-        windows = _dense_windows(eqn, marks[side], view, first, side, contracting, together)
-        if windows is None:
+        found, windows = _dense_use(walk, eqn, marks, side, view), _dense_windows(eqn, marks[side], view, first, side)
+        if found is None or windows is None:
             return None
         found.windows = windows
         first += view.shape[marks[side].joined]
@@ -65,8 +58,10 @@ def dot_general(walk, eqn, marks):
     return [Mark(output=walk.add_uses(groups, eqn))]
 
 
-def _dense_use(walk, eqn, marks, side, view, shape, contracting, together):
+def _dense_use(walk, eqn, marks, side, view):
+    contracting, together = eqn.params["dimension_numbers"]
     kc, xc, kb, xb = contracting[side], contracting[1 - side], together[side], together[1 - side]
+    shape = shape_of(eqn.invars[1 - side])
     if any(stride == 0 for axis, pieces in enumerate(view.axes) if axis not in kb for stride, _ in pieces):
         return None
     kernel_free = [axis for axis in range(len(view.axes)) if axis not in (*kc, *kb)]
@@ -85,30 +80,21 @@ def _dense_use(walk, eqn, marks, side, view, shape, contracting, together):
         inputs[other] = ("feature", view.axes[axis])
     free = [[rows[axis] for axis in input_free], [("feature", view.axes[axis]) for axis in kernel_free]]
     outputs = [*batched, *(free[0] + free[1] if side == 1 else free[1] + free[0])]
-    return Found(
-        kind="dense",
-        view=view,
-        operands=(eqn.invars[1 - side],),
-        stack=tuple(piece for role, pieces in batched if role == "stack" for piece in pieces),
-        inputs=tuple(piece for axis in kc for piece in view.axes[axis]),
-        outputs=tuple(piece for axis in kernel_free for piece in view.axes[axis]),
-        input_segments=tuple(inputs),
-        output_segments=tuple(outputs),
-        examples=walk.examples(marks[1 - side].batch, outputs),
-    )
+    return _found(walk, "dense", view, (eqn.invars[1 - side],), inputs, outputs, marks[1 - side].batch)
 
 
-def _dense_windows(eqn, mark, view, first, side, contracting, together):
+def _dense_windows(eqn, mark, view, first, side):
     """The part of input and output that belongs to one of several concatenated kernels."""
     if len(mark.leaves) == 1:
         return (None, None)
-    size = view.shape[mark.joined]
-    if mark.joined in contracting[side]:
-        return ((contracting[1 - side][contracting[side].index(mark.joined)], first, size), None)
-    if mark.joined in together[side]:
+    contracting, together = eqn.params["dimension_numbers"]
+    joined, size = mark.joined, view.shape[mark.joined]
+    if joined in contracting[side]:
+        return ((contracting[1 - side][contracting[side].index(joined)], first, size), None)
+    if joined in together[side]:
         return None
-    free = [axis for axis in range(len(view.axes)) if axis not in (*contracting[side], *together[side])]
-    axis = len(together[side]) + free.index(mark.joined)
+    before = sum(axis not in (*contracting[side], *together[side]) for axis in range(joined))
+    axis = len(together[side]) + before
     if side == 1:
         axis += len(shape_of(eqn.invars[0])) - len(contracting[0]) - len(together[0])
     return (None, (axis, first, size))
@@ -135,24 +121,11 @@ def convolution(walk, eqn, marks):
     batch = marks[0].batch
     if batch is not None and batch.axis is not None:
         batch = batch._replace(axis=spec.out_spec[0]) if batch.axis == spec.lhs_spec[0] else batch._replace(axis=None)
-    found = Found(
-        kind="conv",
-        view=view,
-        operands=(eqn.invars[0],),
-        stack=grouped[0],
-        inputs=tuple(piece for _, pieces in patch[1:] for piece in pieces),
-        outputs=grouped[1],
-        input_segments=tuple(inputs),
-        output_segments=tuple(outputs),
-        examples=walk.examples(batch, outputs),
-        conv=(
-            tuple(shape_of(eqn.invars[1])[axis] for axis in spec.rhs_spec[2:]),
-            tuple(params["window_strides"]),
-            tuple(params["padding"]),
-            tuple(params["lhs_dilation"]),
-            tuple(params["rhs_dilation"]),
-            spec,
-        ),
+    found = _found(walk, "conv", view, (eqn.invars[0],), inputs, outputs, batch)
+    found.conv = (
+        tuple(shape_of(eqn.invars[1])[axis] for axis in spec.rhs_spec[2:]),
+        *(tuple(params[name]) for name in ("window_strides", "padding", "lhs_dilation", "rhs_dilation")),
+        spec,
     )
     return [Mark(output=walk.add_uses([_own_stack(found)], eqn))]
 
@@ -163,36 +136,176 @@ def gather(walk, eqn, marks):
     if len(marks[0].leaves) != 1 or not is_plain(marks[0].leaves[0]) or len(numbers.start_index_map) != 1:
         return None
     view, axis = marks[0].leaves[0], numbers.start_index_map[0]
-    stacked = tuple(numbers.operand_batching_dims)
-    sizes = [1 if k in (axis, *stacked) else size for k, size in enumerate(view.shape)]
+    stacked = dict(zip(numbers.start_indices_batching_dims, numbers.operand_batching_dims, strict=True))
+    gone = (axis, *stacked.values())
+    sizes = [1 if k in gone else size for k, size in enumerate(view.shape)]
     table = layouts.merged(view.axes[axis])
     if list(eqn.params["slice_sizes"]) != sizes or tuple(numbers.collapsed_slice_dims) != (axis,):
         return None
     if len(table) != 1 or table[0][0] < 0:
         return None
-    shape, out = shape_of(ids)[:-1], shape_of(eqn.outvars[0])
-    kept = [k for k in range(len(view.axes)) if k not in (axis, *stacked)]
-    picked = iter(range(len(shape)))
-    inputs = []
-    for k, size in enumerate(shape):
-        if k in numbers.start_indices_batching_dims:
-            inputs.append(("stack", view.axes[stacked[numbers.start_indices_batching_dims.index(k)]]))
-        else:
-            inputs.append(("row", ((float(k), size),)))
-    offsets = iter(kept)
-    outputs = [
-        ("feature", view.axes[next(offsets)]) if k in numbers.offset_dims else inputs[next(picked)]
-        for k in range(len(out))
+    inputs = [
+        ("stack", view.axes[stacked[k]]) if k in stacked else ("row", ((float(k), size),))
+        for k, size in enumerate(shape_of(ids)[:-1])
     ]
-    found = Found(
-        kind="embedding",
+    picked, offsets = iter(inputs), iter(pieces for k, pieces in enumerate(view.axes) if k not in gone)
+    outputs = [
+        ("feature", next(offsets)) if k in numbers.offset_dims else next(picked)
+        for k in range(len(shape_of(eqn.outvars[0])))
+    ]
+    found = _found(walk, "embedding", view, (ids,), inputs, outputs, marks[1].batch)
+    found.inputs = table
+    return [Mark(output=walk.add_uses([found], eqn))]
+
+
+def multiply(walk, eqn, marks):
+    """A scale where a leaf meets the examples; before that, coefficients of the leaf."""
+    side = 0 if marks[0].leaves else 1
+    if marks[1 - side].leaves or marks[1 - side].derived or len(marks[side].leaves) != 1:
+        return None
+    view, other = _spread(marks[side].leaves[0], eqn), eqn.invars[1 - side]
+    if isinstance(other, Literal) and math.prod(shape_of(other)) == 1:
+        return [Mark(leaves=(view._replace(gain=view.gain * float(other.val)),))]
+    if marks[1 - side].batch is None:
+        return [Mark(leaves=(view._replace(coefficients=(*view.coefficients, other)),))]
+    walk.add_uses([_elementwise_use(walk, marks, view, "scale", (other, *view.coefficients))], eqn)
+    return [Mark()]
+
+
+def divide(walk, eqn, marks):
+    """A leaf divided by a number."""
+    if len(marks[0].leaves) != 1 or not isinstance(eqn.invars[1], Literal):
+        return None
+    view = marks[0].leaves[0]
+    return [Mark(leaves=(view._replace(gain=view.gain / float(eqn.invars[1].val)),))]
+
+
+def negate(walk, eqn, marks):
+    """A leaf with the other sign."""
+    if len(marks[0].leaves) != 1:
+        return None
+    view = marks[0].leaves[0]
+    return [Mark(leaves=(view._replace(gain=-view.gain),))]
+
+
+def add(walk, eqn, marks):
+    """A bias where a leaf meets its layer's output, a shift where it meets others that depend on the examples."""
+    side = next((side for side in (1, 0) if marks[side].leaves), None)
+    if side is None:
+        return [Mark()] if not any(mark.derived for mark in marks) else None
+    if marks[1 - side].leaves:
+        return None
+    mark, other = marks[side], marks[1 - side]
+    subtracted = eqn.primitive.name == "sub"
+    if other.batch is None and other.output is None:
+        if len(mark.leaves) > 1 or (subtracted and side == 1):
+            return None
+        return [Mark(leaves=(_spread(mark.leaves[0], eqn),), derived=other.derived)]
+    if len(mark.leaves) > 1:
+        return _joined_bias(walk, eqn, mark, marks, side)
+    view = _spread(mark.leaves[0], eqn)
+    found = _elementwise_use(walk, marks, view, "shift", view.coefficients)
+    found.sign = -1.0 if subtracted and side == 1 else 1.0
+    group = walk.groups[other.output.source] if other.output and walk.once(eqn.invars[1 - side]) else []
+    if len(group) == 1 and not subtracted and not view.coefficients and view.gain == 1.0:
+        seen = _spread(other.output, eqn)
+        found.partner = group[0] if walk.is_bias(group[0], seen, found) else None
+    walk.add_uses([found], eqn)
+    return [Mark()]
+
+
+def select(walk, eqn, marks):
+    """A shift where a leaf takes the place of activations, as the token of a masked autoencoder."""
+    cases = [number for number, mark in enumerate(marks[1:]) if mark.leaves]
+    if len(cases) != 1 or len(marks[1 + cases[0]].leaves) > 1 or all(mark.batch is None for mark in marks):
+        return None
+    view = _spread(marks[1 + cases[0]].leaves[0], eqn)
+    found = _elementwise_use(walk, marks, view, "shift", (eqn.invars[0], *view.coefficients))
+    found.choice = cases[0]
+    walk.add_uses([found], eqn)
+    return [Mark()]
+
+
+def _joined_bias(walk, eqn, mark, marks, side):
+    """Concatenated biases that meet the output of equally concatenated kernels."""
+    output = marks[1 - side].output
+    group = walk.groups[output.source] if output else []
+    if len(group) != len(mark.leaves) or output.axes != layouts.whole(0, output.shape).axes:
+        return None
+    first, uses = 0, []
+    for number, view in zip(group, mark.leaves, strict=True):
+        size = view.shape[mark.joined]
+        window = walk.uses[number].windows[1]
+        if window != (mark.joined, first, size):
+            return None
+        first += size
+        sizes = list(shape_of(eqn.outvars[0]))
+        sizes[mark.joined] = size
+        view = layouts.broadcast(view, sizes, range(len(sizes)))
+        found = _elementwise_use(walk, marks, view, "shift", ())
+        found.windows = (None, window)
+        if not walk.is_bias(number, layouts.whole(0, tuple(sizes)), found):
+            return None
+        found.partner = number
+        uses.append(found)
+    walk.add_uses(uses, eqn)
+    return [Mark()]
+
+
+def _spread(view: View, eqn) -> View:
+    """The view in the shape of an element-wise result; a scalar has no axes to keep."""
+    out = shape_of(eqn.outvars[0])
+    return layouts.broadcast(view, out, range(len(view.axes)))
+
+
+def _elementwise_use(walk, marks, view, kind, operands):
+    segments = []
+    for axis, (size, pieces) in enumerate(zip(view.shape, view.axes, strict=True)):
+        if not pieces or all(stride == 0 for stride, _ in pieces):
+            segments.append(("row", ((float(axis), size),)))
+        else:
+            for number, (stride, length) in enumerate(pieces):
+                row = ("row", ((axis + number / (len(pieces) + 1), length),))
+                segments.append(("feature", ((stride, length),)) if stride else row)
+    return _found(walk, kind, view, operands, (), segments, known_batch(marks))
+
+
+def _found(walk, kind, view, operands, inputs, outputs, batch):
+    """A use whose input and output have these segments."""
+
+    def of(role, segments):
+        return tuple(piece for own, pieces in segments if own == role for piece in pieces)
+
+    return Found(
+        kind=kind,
         view=view,
-        operands=(ids,),
-        stack=tuple(piece for role, pieces in inputs if role == "stack" for piece in pieces),
-        inputs=table,
-        outputs=tuple(piece for k in kept for piece in view.axes[k]),
+        operands=tuple(operands),
+        stack=of("stack", outputs),
+        inputs=of("feature", inputs),
+        outputs=of("feature", outputs),
         input_segments=tuple(inputs),
         output_segments=tuple(outputs),
-        examples=walk.examples(marks[1].batch, outputs),
+        examples=walk.examples(batch, outputs),
     )
-    return [Mark(output=walk.add_uses([found], eqn))]
+
+
+def concatenate(walk, eqn, marks):
+    """Several whole leaves side by side, as in a fused recurrent cell."""
+    leaves = [k for k, mark in enumerate(marks) if mark.leaves]
+    if len(leaves) == 1 and any(mark.batch is not None for mark in marks):
+        return _beside_examples(walk, eqn, marks, leaves[0])
+    if not all(len(mark.leaves) == 1 and is_plain(mark.leaves[0]) for mark in marks):
+        return None
+    return [Mark(leaves=tuple(mark.leaves[0] for mark in marks), joined=eqn.params["dimension"])]
+
+
+def _beside_examples(walk, eqn, marks, place):
+    """A shift of a part: a leaf repeated for every example and put beside its activations, as a class token."""
+    view, axis = marks[place].leaves[0], eqn.params["dimension"]
+    if len(marks[place].leaves) > 1 or view.coefficients:
+        return None
+    found = _elementwise_use(walk, marks, view, "shift", ())
+    first = sum(shape_of(variable)[axis] for variable in eqn.invars[:place])
+    found.windows = (None, (axis, first, view.shape[axis]))
+    walk.add_uses([found], eqn)
+    return [Mark()]

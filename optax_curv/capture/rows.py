@@ -1,25 +1,23 @@
-"""Makers of branches in parameter space: per-example gradients, Jacobian rows, weighted residuals."""
+"""Branches in parameter space: per-example gradients, Jacobian rows, weighted residuals."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 def per_example_grads(loss_fn: Callable, *, chunk_size: int | None = None) -> Callable:
     """The gradient of every example's own loss, as branches of the empirical Fisher.
 
-    Their mean is the gradient of the batch, and `scale_by_branch_fisher(centered=False)` takes Σ_n g_n g_nᵀ / N from
-    them, the empirical Fisher.
+    Their mean is the batch's gradient; `scale_by_branch_fisher(centered=False)` takes the empirical Fisher
+    Σ_n g_n g_nᵀ / N from them.
 
     Args:
       loss_fn: `loss_fn(params, *batch)`, a scalar that is a mean over examples; it is called with batches of one.
       chunk_size: examples differentiated at once, which bounds the memory; None: all.
 
     Returns:
-      f(params, *batch) -> a tree like the parameters with a leading axis N. `batch` is trees of arrays with N
-      examples on the leading axis.
+      f(params, *batch) -> a tree like the parameters with a leading axis N, that of the arrays in `batch`.
 
     Raises:
       ValueError: by f, where the batch has no example or its leading axes differ.
@@ -32,23 +30,20 @@ def per_example_grads(loss_fn: Callable, *, chunk_size: int | None = None) -> Ca
       [[1. 0.]
        [0. 2.]]
     """
-
-    def rows(params, *batch):
-        return _map_examples("per_example_grads", lambda *one: jax.grad(loss_fn)(params, *one), batch, chunk_size)
-
-    return rows
+    return lambda params, *batch: _map_examples(
+        "per_example_grads", lambda *one: jax.grad(loss_fn)(params, *one), batch, chunk_size
+    )
 
 
 def jacobian_rows(fn: Callable, *, chunk_size: int | None = None) -> Callable:
     """The Jacobian of a network's outputs, one row an output of an example, as branches of a Gauss-Newton matrix.
 
-    Reverse mode, one example at a time or `chunk_size` of them. `scale_by_branch_fisher(centered=False)` divides by
-    the number of rows K = N O: for the Gauss-Newton matrix Σ_n J_nᵀ J_n / N of a sum over O outputs multiply rows by
-    √O.
+    By reverse mode. `scale_by_branch_fisher(centered=False)` divides by the number of rows K = N O: for the
+    Gauss-Newton matrix Σ_n J_nᵀ J_n / N of a sum over O outputs multiply rows by √O.
 
     Args:
-      fn: `fn(params, *batch)` -> outputs [N, ...]; called with batches of one. Complex outputs have complex rows, in
-        which the outputs must be holomorphic in complex parameters.
+      fn: `fn(params, *batch)` -> outputs [N, ...]; called with batches of one. Complex outputs, which must be
+        holomorphic in complex parameters, have complex rows.
       chunk_size: examples differentiated at once, which bounds the memory; None: all.
 
     Returns:
@@ -64,12 +59,7 @@ def jacobian_rows(fn: Callable, *, chunk_size: int | None = None) -> Callable:
       [[1. 0.]
        [0. 1.]]
     """
-
-    def rows(params, *batch):
-        jacobian = _map_examples("jacobian_rows", lambda *one: _jacobian(fn, params, one)[1], batch, chunk_size)
-        return jax.tree.map(lambda row, leaf: row.reshape(-1, *jnp.shape(leaf)), jacobian, params)
-
-    return rows
+    return lambda params, *batch: _jacobian("jacobian_rows", fn, params, batch, chunk_size)[1]
 
 
 def residual_rows(*residual_fns: Callable, weights=None, chunk_size: int | None = None) -> Callable:
@@ -78,9 +68,9 @@ def residual_rows(*residual_fns: Callable, weights=None, chunk_size: int | None 
     .. math::
       L = \frac12 \sum_b w_b \frac{1}{N_b} \sum_{n \in b} \|r_{bn}\|^2
 
-    The rows are those of the residuals times √(w_b K / N_b), with K the number of all rows, so that
-    `scale_by_branch_fisher(centered=False)` takes exactly the Gauss-Newton matrix of L from them, and the gradient is
-    that of L. One pass of reverse mode gives all three.
+    The rows are those of the residuals times √(w_b K / N_b), K the number of all rows, so that
+    `scale_by_branch_fisher(centered=False)` takes the Gauss-Newton matrix of L from them. One pass of reverse mode
+    gives all.
 
     Args:
       *residual_fns: one a block: `fn(params, batch)` -> residuals [N_b, ...], real; called with batches of one.
@@ -88,7 +78,7 @@ def residual_rows(*residual_fns: Callable, weights=None, chunk_size: int | None 
       chunk_size: examples differentiated at once, which bounds the memory; None: all.
 
     Returns:
-      f(params, *batches) -> (L, its gradient, rows): one batch a block, an array or tree with its own leading axis.
+      f(params, *batches) -> (L, its gradient, rows), where each block's batch has its own leading axis.
 
     Raises:
       ValueError: where the number of weights or batches is not that of the blocks, or a batch is empty.
@@ -112,24 +102,19 @@ def residual_rows(*residual_fns: Callable, weights=None, chunk_size: int | None 
             raise ValueError(
                 f"residual_rows: expected one batch a block, got {len(batches)} batches for {len(residual_fns)} blocks."
             )
-        residuals, jacobians, counts = [], [], []
-        for fn, batch in zip(residual_fns, batches, strict=True):
-            r, jacobian = _map_examples(
-                "residual_rows",
-                lambda one, fn=fn: _jacobian(fn, params, (one,)),
-                (batch,),
-                chunk_size,
-            )
-            residuals.append(r.ravel())
-            jacobians.append(jax.tree.map(lambda row, leaf: row.reshape(-1, *jnp.shape(leaf)), jacobian, params))
-            counts.append(len(r))
-        total = sum(map(len, residuals))
-        scales = [jnp.sqrt(w * total / count) for w, count in zip(weights, counts, strict=True)]
-        residual = jnp.concatenate([r * s.astype(r.dtype) for r, s in zip(residuals, scales, strict=True)])
-        branches = jax.tree.map(
-            lambda *blocks: jnp.concatenate([j * s.astype(j.dtype) for j, s in zip(blocks, scales, strict=True)]),
-            *jacobians,
-        )
+        found = [
+            _jacobian("residual_rows", fn, params, (batch,), chunk_size)
+            for fn, batch in zip(residual_fns, batches, strict=True)
+        ]
+        residuals, jacobians = zip(*found, strict=True)
+        total = sum(r.size for r in residuals)
+        scales = [jnp.sqrt(w * total / len(r)) for w, r in zip(weights, residuals, strict=True)]
+
+        def scaled(blocks):
+            return jnp.concatenate([x * s.astype(x.dtype) for x, s in zip(blocks, scales, strict=True)])
+
+        residual = scaled(map(jnp.ravel, residuals))
+        branches = jax.tree.map(lambda *blocks: scaled(blocks), *jacobians)
         grads = jax.tree.map(
             lambda j: (jnp.tensordot(residual, j, 1, precision="highest") / total).astype(j.dtype), branches
         )
@@ -138,23 +123,28 @@ def residual_rows(*residual_fns: Callable, weights=None, chunk_size: int | None 
     return rows
 
 
-def _jacobian(fn, params, one):
-    """Outputs [O] of a batch of one, and the tree of their gradients [O, *shape]."""
-    outputs, pullback = jax.vjp(lambda p: jnp.ravel(fn(p, *one)), params)
-    one_hot = jnp.eye(outputs.size, dtype=outputs.dtype)
-    rows = jax.vmap(pullback)(one_hot)[0]
-    if not jnp.iscomplexobj(outputs):
-        return outputs, rows
-    # A real parameter takes the real part of what is pulled back: of J from 1, of -iJ (which is J's imaginary) from -i.
-    imaginary = jax.vmap(pullback)(-1j * one_hot)[0]
-    return outputs, jax.tree.map(lambda a, b: a if jnp.iscomplexobj(a) else a + 1j * b, rows, imaginary)
+def _jacobian(method, fn, params, batch, chunk_size):
+    """Outputs [N, O] of the examples, and the tree of their gradients [N O, *shape]."""
+
+    def of_one(*one):
+        outputs, pullback = jax.vjp(lambda p: jnp.ravel(fn(p, *one)), params)
+        one_hot = jnp.eye(outputs.size, dtype=outputs.dtype)
+        rows = jax.vmap(pullback)(one_hot)[0]
+        if not jnp.iscomplexobj(outputs):
+            return outputs, rows
+        # A real parameter takes the real part of what is pulled back: of J from 1, of -iJ, J's imaginary part, from -i.
+        imaginary = jax.vmap(pullback)(-1j * one_hot)[0]
+        return outputs, jax.tree.map(lambda a, b: a if jnp.iscomplexobj(a) else a + 1j * b, rows, imaginary)
+
+    outputs, rows = _map_examples(method, of_one, batch, chunk_size)
+    return outputs, jax.tree.map(lambda row, leaf: row.reshape(-1, *jnp.shape(leaf)), rows, params)
 
 
 def _map_examples(method, function, batch, chunk_size):
-    """`function` of every example as a batch of one, stacked: at once, or in chunks."""
+    """`function` of every example as a batch of one, stacked."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
     counts = {shape[:1] for shape in shapes}
-    if len(counts) != 1 or not all(np.prod(count) for count in counts) or () in counts:
+    if len(counts) != 1 or counts <= {(), (0,)}:
         raise ValueError(f"{method}: expected arrays with one leading axis of examples, not empty, got {shapes}.")
 
     def one(example):

@@ -1,4 +1,4 @@
-"""The walk over a loss's jaxpr that finds layers by where parameters flow, and the run of it with a tap at each."""
+"""The walk over a loss that finds uses of parameters, and the run of it with a tap at each."""
 
 import collections
 import dataclasses
@@ -6,46 +6,49 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 
-from optax_curv.capture import counters, layouts
-from optax_curv.capture.batch import LOST, propagate
+from optax_curv.capture import layouts
+from optax_curv.capture.grouping import Use
 from optax_curv.capture.jaxpr import (
     Literal,
     bodies,
+    counters_carried,
     inlined,
+    is_range,
     run,
     run_call,
-    run_cond,
     run_scan,
+    same_integers,
+    shape_of,
 )
-from optax_curv.capture.marks import NOTHING, REPEATED, Batch, Examples, Found, Mark, Node
-from optax_curv.capture.reasons import WHILE, is_complex, why_not
-from optax_curv.capture.rules import RULES
-from optax_curv.capture.seeds import Seeds, is_widened, run_widened
-from optax_curv.capture.views import shape_of
-
-ELEMENTWISE = {"add", "sub", "add_any"}
+from optax_curv.capture.marks import (
+    LOST,
+    NOTHING,
+    REPEATED,
+    Batch,
+    Found,
+    Mark,
+    Node,
+    Seeds,
+    is_widened,
+    known_batch,
+    propagate,
+    run_widened,
+)
+from optax_curv.capture.rules import RULES, is_complex, why_not
 
 
 class Walk:
-    """Walks a jaxpr and collects the uses of parameter leaves.
-
-    Attributes:
-      batch: number of examples.
-      uses: every use found, in the order of the loss.
-      groups: uses made by one equation.
-      refused: leaves that met the examples in a way no layer describes, with the reason.
-      seeds: what becomes of uses that all examples share.
-      loops: lengths of the scans around the current equation.
-    """
+    """Collects the uses of parameter leaves."""
 
     def __init__(self, paths: list[str], batch: int):
         self.paths, self.batch = paths, batch
         self.uses: list[Found] = []
-        self.groups: list[list[int]] = []
-        self.refused: dict[int, str] = {}
-        self.loops: tuple[int, ...] = ()
+        self.groups: list[list[int]] = []  # numbers of the uses that one equation makes
+        self.refused: dict[int, str] = {}  # why leaves met the examples in a way no layer describes
+        self.loops: tuple[int, ...] = ()  # lengths of the scans around the current equation
         self._example_loop: int | None = None
         self._branch: tuple[int, int] | None = None
         self._counts: collections.Counter = collections.Counter()
@@ -53,31 +56,27 @@ class Walk:
         self._index = 0
         self.seeds = Seeds(batch)
 
-    # -- what rules ask --
-
     def once(self, variable) -> bool:
         """Whether a variable is read only once."""
         return self._counts[variable] == 1
 
-    def examples(self, batch: Batch | None, segments) -> Examples | None:
-        """What tells the examples apart in the rows of a layer whose input has them there."""
+    def examples(self, batch: Batch | None, segments) -> Batch | None:
+        """Where they lie in the rows of a layer whose input has them there."""
         if batch is None:
-            return None if self._example_loop is None else Examples(loop=self._example_loop)
+            return None if self._example_loop is None else Batch(None, loop=self._example_loop)
         if batch.loop is not None or batch == LOST:
-            return Examples(loop=batch.loop)
-        rows = [piece for role, pieces in segments if role == "row" for piece in pieces]
+            return batch
+        rows = {number: size for role, pieces in segments if role == "row" for number, size in pieces}
         if batch.axis is not None:
-            fits = [size for number, size in rows if number == batch.axis and size % (self.batch * batch.inner) == 0]
-            return Examples(batch.axis, batch.inner) if fits else Examples()
-        for number, size in rows:
-            if size == self.batch:
-                return Examples(number)
-        if rows and rows[0][1] % self.batch == 0:
-            return Examples(rows[0][0], rows[0][1] // self.batch)
-        return Examples()
+            fits = batch.axis in rows and rows[batch.axis] % (self.batch * batch.inner) == 0
+            return batch if fits else LOST
+        row = next((row for row, size in rows.items() if size == self.batch), next(iter(rows), None))
+        if row is None or rows[row] % self.batch:
+            return LOST
+        return Batch(row, rows[row] // self.batch)
 
     def add_uses(self, uses: list[Found], eqn) -> layouts.View:
-        """Records the uses one equation makes; returns the view of its result as their output."""
+        """Records the uses one equation makes; its result is viewed as their output."""
         self.groups.append([])
         for found in uses:
             stacked = {slot.loop for slot in found.view.slots}
@@ -89,7 +88,7 @@ class Walk:
         return layouts.whole(len(self.groups) - 1, shape_of(eqn.outvars[0]))
 
     def is_bias(self, number: int, output: layouts.View, shift: Found) -> bool:
-        """Whether a shift lies along exactly the outputs (and the stack) of a use; notes the order of its pieces."""
+        """Whether a shift lies along the outputs and the stack of a use; notes the order of its pieces."""
         kernel = self.uses[number]
         slots = [[(s.size, s.index, s.loop) for s in view.slots] for view in (kernel.view, shift.view)]
         pairs = layouts.matched(output, shift.view)
@@ -100,21 +99,19 @@ class Walk:
             role, kernel_stride = layouts.role_at(kernel.output_segments, stride)
             if stride == 0 or bias_stride < 0 or (role == "row") != (bias_stride == 0):
                 return False
-            if role != "row" and kernel_stride < 0:
-                return False
             if role != "row":
-                order[role != "stack", -kernel_stride] = role, (bias_stride, size)
-        pieces = [order[key] for key in sorted(order)]
-        if layouts.size_of(piece for _, piece in pieces) != layouts.size_of((*kernel.stack, *kernel.outputs)):
+                if kernel_stride < 0:
+                    return False
+                order[role != "stack", -kernel_stride] = bias_stride, size
+        if layouts.size_of(order.values()) != layouts.size_of((*kernel.stack, *kernel.outputs)):
             return False
-        shift.stack = tuple(piece for role, piece in pieces if role == "stack")
-        shift.outputs = tuple(piece for role, piece in pieces if role != "stack")
+        shift.stack, shift.outputs = (
+            tuple(order[key] for key in sorted(order) if key[0] == below) for below in (False, True)
+        )
         return True
 
-    # -- the walk --
-
     def node(self, node: Node, marks: list[Mark], constants=()) -> list[Mark]:
-        """Marks of the results of a node's jaxpr, given those of its operands (and of its constants)."""
+        """Marks of the results of a node's jaxpr, given those of its operands and constants."""
         outer, jaxpr = (self._counts, self._node, self._index), node.jaxpr.jaxpr
         counts = collections.Counter(v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, Literal))
         counts.update(v for v in jaxpr.outvars if not isinstance(v, Literal))
@@ -144,8 +141,7 @@ class Walk:
             results = enter(eqn, given, nodes)
             node.children[index] = nodes
             return results
-        shapes = [shape_of(v) for v in eqn.invars]
-        batches = propagate(eqn, [mark.batch for mark in given], shapes, self.batch)
+        batches = propagate(eqn, [mark.batch for mark in given], self.batch)
         results, before = None, len(self.uses)
         if any(mark.leaves or mark.output for mark in given) and name in RULES and not is_complex(eqn.outvars):
             results = RULES[name](self, eqn, given)
@@ -156,7 +152,8 @@ class Walk:
             derived = tuple({entry for mark in given for entry in mark.derived})
             results = [mark if mark.leaves else mark._replace(derived=derived) for mark in results]
         seeds = self.seeds.follow(node, index, given, batches[0], self.uses, range(before, len(self.uses)))
-        counter = counters.followed(node.jaxpr.jaxpr, eqn, given)
+        counting = same_integers(node.jaxpr.jaxpr, eqn)
+        counter = None if counting is None else given[counting].counter
         return [
             self._met(eqn, mark._replace(batch=batch, seeds=seeds, counter=counter))
             for mark, batch in zip(results, batches, strict=True)
@@ -171,21 +168,17 @@ class Walk:
         return tuple(entries.items())
 
     def _met(self, eqn, mark):
-        """Refuses the leaves of a result that depends on the examples too; an added penalty is no such thing."""
-        if mark.batch is None or not mark.derived:
+        """Refuses the leaves of a result that depends on the examples too, but for an added penalty."""
+        if mark.batch is None or eqn.primitive.name in ("add", "sub", "add_any"):
             return mark
-        if eqn.primitive.name not in ELEMENTWISE:
-            for leaf, reason in mark.derived:
-                self.refused.setdefault(leaf, reason)
-            return mark._replace(derived=())
-        return mark
+        for leaf, reason in mark.derived:
+            self.refused.setdefault(leaf, reason)
+        return mark._replace(derived=())
 
     def _at_boundary(self, mark):
         """What a variable keeps when it enters a body: coefficients are variables of the outer jaxpr."""
         if any(view.coefficients for view in mark.leaves):
-            reason = "it is multiplied element-wise before it enters a function call"
-            derived = tuple((view.source, reason) for view in mark.leaves)
-            return mark._replace(leaves=(), derived=mark.derived + derived, output=None)
+            mark = _as_derived(mark, "it is multiplied element-wise before it enters a function call")
         return mark._replace(output=None)
 
     def _call(self, eqn, given, nodes):
@@ -204,28 +197,26 @@ class Walk:
         params, body, given = eqn.params, nodes[0].jaxpr.jaxpr, self.seeds.lose(given)
         consts, carry = params["num_consts"], params["num_carry"]
         unchanged = {k for k in range(carry) if body.invars[consts + k] is body.outvars[k]}
+        counted = counters_carried(eqn)
+        outer, depth, counting = self._example_loop, len(self.loops), Mark(counter=len(self.loops))
         state = [
-            mark if k in unchanged else mark._replace(leaves=(), derived=mark.derived + _entries(mark))
+            counting if k in counted else mark if k in unchanged else _carried(mark)
             for k, mark in enumerate(given[consts : consts + carry])
         ]
-        slices = [self._slice(mark, params["length"]) for mark in given[consts + carry :]]
-        outer, depth, counting = self._example_loop, len(self.loops), Mark(counter=len(self.loops))
-        state = [counting if k in counters.carried(eqn) else mark for k, mark in enumerate(state)]
         slices = [
-            counting if counters.is_range(self._node.jaxpr.jaxpr, variable) else mark
-            for variable, mark in zip(eqn.invars[consts + carry :], slices, strict=True)
+            counting if is_range(self._node.jaxpr.jaxpr, variable) else self._slice(mark, params["length"])
+            for variable, mark in zip(eqn.invars[consts + carry :], given[consts + carry :], strict=True)
         ]
         if any(mark.batch is not None and mark.batch.loop == depth for mark in slices):
             self._example_loop = depth
         self.loops = (*self.loops, params["length"])
         saved, met = (len(self.uses), len(self.groups), dict(self.refused)), {}
-        while True:  # until the marks of the carry no longer change: only `batch` and `derived` can, and only grow
-            nodes[0].taps.clear()
-            nodes[0].meetings.clear()
-            nodes[0].children.clear()
+        while True:  # until the marks of the carry no longer change: `batch` and `derived` only grow
+            for noted in (nodes[0].taps, nodes[0].meetings, nodes[0].children):
+                noted.clear()
             results = self.seeds.lose(self.node(nodes[0], [*given[:consts], *state, *slices]))
             grown = [
-                old if k in unchanged or old is counting else _either((old, self._carried(new)))
+                old if k in unchanged or old is counting else _either((old, self._after_step(new)))
                 for k, (old, new) in enumerate(zip(state, results[:carry], strict=True))
             ]
             met |= {leaf: reason for mark in grown if mark.batch is not None for leaf, reason in mark.derived}
@@ -241,7 +232,7 @@ class Walk:
         state = [NOTHING if mark is counting else mark for mark in state]
         return state + [self._unsliced(mark) for mark in results[carry:]]
 
-    def _carried(self, mark):
+    def _after_step(self, mark):
         """The mark of a state after a step; one that runs from example to example mixes them."""
         mixed = mark.batch is not None and mark.batch.loop == len(self.loops) - 1
         return mark._replace(leaves=(), output=None, batch=LOST if mixed else mark.batch)
@@ -256,7 +247,7 @@ class Walk:
             first = Batch(None, loop=len(self.loops)) if one else LOST
             batch = first if batch.axis == 0 else batch._replace(axis=batch.axis - 1)
         if len(leaves) != len(mark.leaves) or len(leaves) > 1:
-            return Mark(batch=batch, derived=mark.derived + _entries(mark))
+            return Mark(batch=batch, derived=_carried(mark).derived)
         return Mark(leaves=leaves, batch=batch, derived=mark.derived)
 
     def _unsliced(self, mark):
@@ -266,38 +257,44 @@ class Walk:
             batch = batch._replace(axis=batch.axis + 1)
         elif batch is not None and batch.loop == len(self.loops):
             batch = Batch(0)
-        return Mark(batch=batch, derived=mark.derived + _entries(mark))
+        return Mark(batch=batch, derived=_carried(mark).derived)
 
     def _hidden(self, eqn, given):
         """Refuses a while loop around a layer."""
         if eqn.primitive.name != "while" or not any(mark.leaves for mark in given):
             return
-        params, before = eqn.params, len(self.uses)
-        consts = [*given[params["cond_nconsts"] : params["cond_nconsts"] + params["body_nconsts"]]]
-        state = [mark._replace(output=None) for mark in given[params["cond_nconsts"] + params["body_nconsts"] :]]
+        before, consts = len(self.uses), eqn.params["body_nconsts"]
         self.seeds.lose(given)
-        self.node(Node(inlined(params["body_jaxpr"])), consts + state)
+        given = given[eqn.params["cond_nconsts"] :]
+        state = [mark._replace(output=None) for mark in given[consts:]]
+        self.node(Node(inlined(eqn.params["body_jaxpr"])), given[:consts] + state)
         if len(self.uses) > before:
             raise ValueError(
-                "value_grad_and_curvature: " + WHILE.format(path=self.paths[self.uses[before].view.source])
+                "value_grad_and_curvature: a while_loop around the layer that uses "
+                f"{self.paths[self.uses[before].view.source]}: reverse-mode differentiation does not pass through it; "
+                "use jax.lax.scan, or fori_loop with a number of steps known at trace time."
             )
 
 
-def _entries(mark):
-    return tuple((view.source, "it is carried through a scan that changes it") for view in mark.leaves)
+def _as_derived(mark, reason: str):
+    """The mark of what is made of its leaves in a way no layer describes."""
+    return mark._replace(leaves=(), derived=mark.derived + tuple((view.source, reason) for view in mark.leaves))
+
+
+def _carried(mark):
+    return _as_derived(mark, "it is carried through a scan that changes it")
 
 
 def _either(marks):
     """What holds for a variable that is one of several."""
     leaves = marks[0].leaves if all(mark.leaves == marks[0].leaves for mark in marks) else ()
-    batches = [mark.batch for mark in marks if mark.batch is not None]
     derived = dict(entry for mark in marks for entry in mark.derived)
     if not leaves:
         derived |= {view.source: "it is one of several results of a cond" for mark in marks for view in mark.leaves}
     return Mark(
         leaves=leaves,
         joined=marks[0].joined,
-        batch=next((b for b in batches if b.axis is not None), batches[0] if batches else None),
+        batch=known_batch(marks),
         derived=tuple(derived.items()),
     )
 
@@ -307,33 +304,19 @@ class Tap:
     """What happens at a use when the loss is run again.
 
     Attributes:
-      found: the use.
       key: which probe it reads and writes.
       apply: `(output, operands, probe) -> output`, an identity whose derivative writes the probe.
       loops: for each scan around it, whether the probe is sliced along it.
-      batch: number of examples.
     """
 
-    found: Found
+    use: Use
     key: str
     apply: Callable
     loops: tuple[bool, ...]
-    batch: int
 
 
-def run_with_taps(node: Node, operands, taps: dict[int, Tap], probes: dict, depth: int = 0):
-    """Runs a node's jaxpr with taps on the results of some equations.
-
-    Args:
-      node: the jaxpr, and where the uses are.
-      operands: its operands.
-      taps: the tap of each use that has one.
-      probes: the probe of each key, as the taps inside see it.
-      depth: number of scans around.
-
-    Returns:
-      The results.
-    """
+def run_with_taps(node: Node, operands, taps: dict[int, Tap], probes: dict, depth: int = 0) -> list:
+    """Runs a node's jaxpr, `depth` scans deep, with the taps of uses, which read the probes of their keys."""
     jaxpr = node.jaxpr
     env = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
     env.update(zip(jaxpr.jaxpr.invars, operands, strict=True))
@@ -344,9 +327,10 @@ def run_with_taps(node: Node, operands, taps: dict[int, Tap], probes: dict, dept
     for index, eqn in enumerate(jaxpr.eqns):
         results = _run_equation(node, index, [read(v) for v in eqn.invars], taps, probes, depth)
         for tap in [taps[number] for number in node.taps.get(index, ()) if number in taps]:
-            if tap.found.examples == Examples(REPEATED) and not is_widened(eqn.outvars[0], results[0]):
-                results[0] = jnp.broadcast_to(results[0], (tap.batch, *results[0].shape))
-            shown = tuple(read(v)[0] if is_widened(v, read(v)) else read(v) for v in tap.found.operands)
+            found = tap.use.found
+            if found.examples == Batch(REPEATED) and not is_widened(eqn.outvars[0], results[0]):
+                results[0] = jnp.broadcast_to(results[0], (tap.use.batch, *results[0].shape))
+            shown = tuple(read(v)[0] if is_widened(v, read(v)) else read(v) for v in found.operands)
             results[0] = tap.apply(results[0], shown, probes[tap.key])
         env.update(zip(eqn.outvars, results, strict=True))
     return [read(v) for v in jaxpr.jaxpr.outvars]
@@ -358,10 +342,10 @@ def _run_equation(node, index, given, taps, probes, depth):
     widened = any(map(is_widened, eqn.invars, given))
     if widened and not nodes:
         return run_widened(node, index, given)
-    if not widened and not any(use in taps for node in nodes for use in node.uses()):
+    inside = [taps[use] for node in nodes for use in node.uses() if use in taps]
+    if not widened and not inside:
         return run(eqn, given)
     if eqn.primitive.name == "scan":
-        inside = [taps[use] for use in nodes[0].uses() if use in taps]
         sliced = {tap.key: probes[tap.key] for tap in inside if tap.loops[depth]}
 
         def step(operands, probe):
@@ -374,5 +358,5 @@ def _run_equation(node, index, given, taps, probes, depth):
 
     functions = [body_of(node) for node in nodes]
     if eqn.primitive.name == "cond":
-        return list(run_cond(eqn, given, functions))
+        return list(lax.switch(given[0], functions, *given[1:]))
     return list(run_call(eqn, given, functions[0]))

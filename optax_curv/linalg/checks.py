@@ -16,19 +16,24 @@ def require_square(kernel: str, a):
         raise ValueError(f"{kernel}: expected square matrices [..., n, n], got an array of shape {a.shape}.")
 
 
+def hermitian(a) -> jax.Array:
+    """The symmetric or Hermitian part of square matrices."""
+    return a / 2 + a.mT.conj() / 2  # halved first: the sum of two huge entries overflows
+
+
 def symmetric_part(kernel: str, a) -> jax.Array:
-    """The symmetric or Hermitian part of square matrices, in float32 at least."""
+    """The same of any array, in float32 at least."""
     a = widen(a)
     require_square(kernel, a)
-    return a / 2 + a.mT.conj() / 2  # halved first: the sum of two huge entries overflows
+    return hermitian(a)
 
 
 def per_matrix(kernel: str, name: str, value, a) -> jax.Array:
     """A number, or one number for each matrix of `a`, as a real array of `a`'s batch shape."""
     value, batch = jnp.asarray(value, jnp.finfo(a.dtype).dtype), a.shape[:-2]
-    sizes = zip(value.shape[::-1], batch[::-1], strict=False)
-    if value.ndim > len(batch) or any(given not in (1, wanted) for given, wanted in sizes):
+    try:
+        return jnp.broadcast_to(value, batch)
+    except ValueError:
         raise ValueError(
             f"{kernel}: {name} of shape {value.shape} does not fit the batch {batch} of matrices of shape {a.shape}."
-        )
-    return jnp.broadcast_to(value, batch)
+        ) from None

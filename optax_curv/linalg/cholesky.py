@@ -1,4 +1,4 @@
-"""Cholesky factors that never fail, and solves with triangular matrices."""
+"""Cholesky factors that never fail, and triangular solves."""
 
 import functools
 
@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from optax_curv.linalg import lapack
 from optax_curv.linalg.checks import per_matrix, require_square, symmetric_part, widen
 
-# From eps · max|a| to n · max|a|, beyond which a symmetric matrix is positive definite (Gershgorin), lie at most
-# 16 + log10(n) steps of ten in float64.
+# From eps · max|a| to n · max|a|, where it is positive definite (Gershgorin), lie 16 + log10(n) steps in float64.
 MAX_ATTEMPTS = 32
 
 
@@ -17,16 +16,15 @@ MAX_ATTEMPTS = 32
 def cholesky(a, damping=0.0) -> tuple[jax.Array, jax.Array]:
     r"""Factors `a + damping I = L Lᴴ`, with as much more damping as it takes.
 
-    Where the factorisation fails (a pivot that is not positive), the damping is raised to
-    `max(10 damping, eps max|a|)` and tried again, inside the compiled program and for each matrix of a batch on its
-    own. So the factor of a finite matrix is finite, whether the matrix is singular, indefinite or zero. A zero matrix
-    has no scale and gets the damping eps, the machine epsilon.
+    Where a pivot is not positive, the damping is raised to `max(10 damping, eps max|a|)` (eps, the machine epsilon, for
+    a zero matrix) and tried again, for each matrix of a batch on its own, inside the compiled program. So the factor of
+    a finite matrix is finite, be it singular, indefinite or zero.
 
-    The derivative is that of the factor of `a + damping_used I`, with `damping_used` a constant where it was raised.
+    The derivative is that of `a + damping_used I`'s factor, `damping_used` constant where it was raised.
 
     Args:
-      a: symmetric or Hermitian matrices [*batch, n, n]. The symmetric part is taken. float16 and bfloat16 are computed
-        and returned as float32.
+      a: symmetric or Hermitian matrices [*batch, n, n], of which the symmetric part is taken; float32 at least is
+        computed and returned.
       damping: number, or an array that broadcasts to [*batch].
 
     Returns:
@@ -39,10 +37,7 @@ def cholesky(a, damping=0.0) -> tuple[jax.Array, jax.Array]:
     Examples:
       >>> import jax.numpy as jnp
       >>> from optax_curv import linalg
-      >>> factor, damping_used = linalg.cholesky(jnp.array([[4.0, 2.0], [2.0, 1.0]]), 0.01)
-      >>> float(damping_used)
-      0.009999999776482582
-      >>> _, damping_used = linalg.cholesky(-jnp.eye(2))
+      >>> factor, damping_used = linalg.cholesky(-jnp.eye(2))
       >>> bool(damping_used > 1)
       True
     """
@@ -64,7 +59,7 @@ def _attempts(kernel, a, damping):
     def attempt(carry):
         damping, factor, done, attempts = carry
         found = kernel(a + damping[..., None, None] * eye)
-        # a failure is NaN all over, and an entry that overflows leaves its row no finite pivot
+        # a failure is NaN all over; an overflow leaves its row no finite pivot
         pivots = jnp.sum(found * eye, axis=-1).real
         well = jnp.all((pivots > 0) & (pivots < jnp.inf), axis=-1)
         factor = jnp.where(done[..., None, None], factor, found)
@@ -78,7 +73,7 @@ def _attempts(kernel, a, damping):
 
 @_factorize.defjvp
 def _factorize_jvp(primals, tangents):
-    # dL = L Φ(L⁻¹ dA L⁻ᴴ), where Φ takes the lower triangle and half of the diagonal: no second factorisation.
+    # dL = L Φ(L⁻¹ dA L⁻ᴴ), where Φ takes the lower triangle and half of the diagonal
     (_, damping), (a_dot, damping_dot) = primals, tangents
     factor, used = _factorize(*primals)
     used_dot = jnp.where(used == damping, damping_dot, 0)
@@ -113,21 +108,12 @@ def cholesky_solve(factor, b) -> jax.Array:
       >>> linalg.cholesky_solve(factor, jnp.array([8.0, 3.0])).tolist()
       [2.0, 3.0]
     """
-    factor = jnp.asarray(factor)
     half = triangular_solve(factor, b, lower=True)
-    return triangular_solve(factor.conj(), half, lower=True, transpose=True)
+    return triangular_solve(jnp.conj(factor), half, lower=True, transpose=True)
 
 
 def damped_inverse(a, damping) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(a + d I)⁻¹ of symmetric matrices [batch, n, n] by `cholesky`, d, and the square of its pivots' ratio.
-
-    Args:
-      a: the matrices; one triangle is read.
-      damping: [batch].
-
-    Returns:
-      Inverses [batch, n, n], dampings used [batch], and a lower bound of the damped matrices' condition [batch].
-    """
+    """(a + d I)⁻¹ of symmetric [batch, n, n] by `cholesky`, d [batch], and a bound below the condition, [batch]."""
     inverse, used, ratio = _damped_inverse(a, damping[:, None, None])
     return inverse, used[:, 0, 0], ratio[:, 0, 0]
 
@@ -155,13 +141,12 @@ def triangular_solve(t, b, *, lower, transpose=False, side="left", zero_pivot=No
     Args:
       t: matrices [*batch, n, n]; only the triangle that `lower` names is read.
       b: one right-hand side [*batch, n] if it has one axis less than `t`, else k of them: [*batch, n, k] on the left,
-        [*batch, k, n] on the right. The batch axes of `t` and `b` may broadcast. float16 and bfloat16 are computed and
-        returned as float32.
+        [*batch, k, n] on the right. The batch axes of `t` and `b` may broadcast; float32 at least is computed and
+        returned.
       lower: whether t is lower triangular.
       transpose: whether op(t) is the (unconjugated) transpose of t.
       side: "left" or "right".
-      zero_pivot: None, or a number: substitution gives an entry of x the value zero wherever the pivot's magnitude is
-        at most this, instead of dividing by it.
+      zero_pivot: None, or a number: an entry of x is zero where its pivot's magnitude is at most this.
 
     Returns:
       The solution x, of the shape of `b`.
@@ -180,24 +165,24 @@ def triangular_solve(t, b, *, lower, transpose=False, side="left", zero_pivot=No
     require_square("triangular_solve", t)
     if side not in ("left", "right"):
         raise ValueError(f"triangular_solve: unknown side={side!r}; expected 'left' or 'right'.")
-    left, vector = side == "left", b.ndim == t.ndim - 1
-    if vector:
-        b = b[..., None] if left else b[..., None, :]
-    axis, n = (-2 if left else -1), t.shape[-1]
-    if b.ndim < 2 or b.shape[axis] != n or not _broadcasts(t.shape[:-2], b.shape[:-2]):
-        given = b.shape if not vector else b[..., 0].shape if left else b[..., 0, :].shape
-        wanted = "[..., n] or [..., n, k]" if left else "[..., n] or [..., k, n]"
-        raise ValueError(f"triangular_solve: b of shape {given} does not fit t of shape {t.shape}; expected {wanted}.")
+    left, given, n = side == "left", b.shape, t.shape[-1]
+    across = -1 if left else -2
+    if vector := b.ndim == t.ndim - 1:
+        b = jnp.expand_dims(b, across)
+    if b.ndim < 2 or b.shape[-3 - across] != n or not _broadcasts(t.shape[:-2], b.shape[:-2]):
+        wanted = "[..., n, k]" if left else "[..., k, n]"
+        raise ValueError(
+            f"triangular_solve: b of shape {given} does not fit t of shape {t.shape}; expected [..., n] or {wanted}."
+        )
     dtype, batch = jnp.promote_types(t.dtype, b.dtype), jnp.broadcast_shapes(t.shape[:-2], b.shape[:-2])
     if zero_pivot is not None:
-        # An equation x_i = 0 in place of the pivot's own gives what substitution with the guard gives.
+        # an equation x_i = 0 in place of the pivot's own
         dead = jnp.abs(jnp.diagonal(t, axis1=-2, axis2=-1)) <= zero_pivot
-        line = dead[..., None, :] if left == transpose else dead[..., None]
-        t = jnp.where(line, jnp.eye(n, dtype=t.dtype), t)
-        b = jnp.where(dead[..., None] if left else dead[..., None, :], 0, b)
+        t = jnp.where(jnp.expand_dims(dead, -2 if left == transpose else -1), jnp.eye(n, dtype=t.dtype), t)
+        b = jnp.where(jnp.expand_dims(dead, across), 0, b)
     t, b = (jnp.broadcast_to(x, batch + x.shape[-2:]).astype(dtype) for x in (t, b))
     x = lapack.triangular_solve(t, b, left_side=left, lower=lower, transpose_a=transpose)
-    return (x[..., 0] if left else x[..., 0, :]) if vector else x
+    return jnp.squeeze(x, across) if vector else x
 
 
 def _broadcasts(*shapes) -> bool:

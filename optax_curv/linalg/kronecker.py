@@ -14,13 +14,12 @@ def kron_matvec(factors, x, *, precision=jax.lax.Precision.HIGHEST) -> jax.Array
     factors and `x` is formed.
 
     Args:
-      factors: sequence of arrays, each dense [*batch, d, d] or a diagonal [*batch, d], for the last `len(factors)` axes
-        of `x` in order.
+      factors: arrays, each dense [*batch, d, d] or a diagonal [*batch, d], for the last axes of `x` in order.
       x: array [*batch, d_1, d_2, …].
-      precision: of the matrix products. Lower is faster where the accelerator has such units.
+      precision: of the matrix products.
 
     Returns:
-      The product, of the shape of `x`, in the type to which `x` and the factors promote.
+      The product, of the shape of `x`, in the type to which all promote.
 
     Raises:
       ValueError: if a factor does not fit its axis.
@@ -35,10 +34,9 @@ def kron_matvec(factors, x, *, precision=jax.lax.Precision.HIGHEST) -> jax.Array
     batch = x.ndim - len(factors)
     if batch < 0:
         raise ValueError(f"kron_matvec: got {len(factors)} factors for x of shape {x.shape}, which has fewer axes.")
-    axes = list(range(x.ndim))
+    axes, leading = list(range(x.ndim)), x.shape[:batch]
     for axis, factor in enumerate(factors, start=batch):
         factor, d = jnp.asarray(factor), x.shape[axis]
-        leading = x.shape[:batch]
         if factor.shape == (*leading, d):
             x = x * factor.reshape(*leading, *(d if i == axis else 1 for i in axes[batch:]))
         elif factor.shape == (*leading, d, d):

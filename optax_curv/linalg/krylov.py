@@ -8,19 +8,17 @@ import jax.numpy as jnp
 
 from optax_curv.linalg.checks import widen
 
-# The longest window of the progress rule: beyond 1280 iterations it no longer grows with their number.
-LONGEST_WINDOW = 128
-# Ratio of successive iterates whose merit is taken (Martens 2010, §4.6).
-MERIT_RATIO = 1.3
+LONGEST_WINDOW = 128  # of the progress rule, reached at 1280 iterations
+MERIT_RATIO = 1.3  # of successive iterates whose merit is taken (Martens 2010, §4.6)
 
 
 class ConjugateGradientInfo(NamedTuple):
     """How a solve ended.
 
     Attributes:
-      iterations: iterations done, one product with the operator each (and one more if `x0` was given), int32 [].
-      residual_norm: Euclidean norm of the last iterate's recursive residual, float [].
-      returned: number of the iterate that was returned; the last one unless `merit` chose, int32 [].
+      iterations: iterations done, one product with the operator each (and one for `x0`), int32 [].
+      residual_norm: norm of the last iterate's recursive residual, float [].
+      returned: number of the iterate returned; the last one unless `merit` chose, int32 [].
     """
 
     iterations: jax.Array
@@ -50,25 +48,23 @@ def conjugate_gradient(
 
     It stops when `‖r‖ ≤ max(tol ‖b‖, atol)`, or after `max_iters`.
 
-    With `floor` above zero both quotients' denominators are `max(floor, ·)`, the test `‖r‖ < max(tol ‖b‖, atol)` comes
-    after the update, and so at least one iteration is done: the guarded rule of the original branch natural gradient
-    (floor 1e-12, atol 1e-6), kept for parity. Its step is not invariant to the scale of b.
+    With `floor` above zero both denominators are `max(floor, ·)` and the test `‖r‖ < max(tol ‖b‖, atol)` comes after
+    the update, so at least one iteration is done: the original branch natural gradient (floor 1e-12, atol 1e-6), whose
+    step is not invariant to the scale of b.
 
-    The solution may be differentiated in `b` and in what `matvec` closes over, through the equation it solves; that is
-    exact for a converged solution. Norms neither overflow nor underflow for any representable `b`. Under `jax.vmap` a
-    lane that is done keeps its solution.
+    Derivatives in `b` and in what `matvec` closes over are those of the equation: exact once converged. Norms do not
+    overflow or underflow for any `b`. Under `jax.vmap` a lane that is done keeps its solution.
 
-    Two more rules are those of Hessian-free optimisation, where A x = b is solved for the minimum of the quadratic
-    φ(x) = ½⟨x, A x⟩ - ⟨b, x⟩ and far from convergence. With `min_progress` ε it also stops at an iteration i > k where
+    Two rules are for solves far from convergence, of the minimum of φ(x) = ½⟨x, A x⟩ - ⟨b, x⟩. With `min_progress` ε it
+    also stops at an iteration i > k where
 
         φ(x_i) < 0   and   (φ(x_i) - φ(x_{i-k})) / φ(x_i) < k ε,   k = max(10, i / 10).
 
-    With `merit` the iterate returned is not the last but the one of least merit among the iterates 1, 2, 3, 4, 6, 8,
-    11, …, each 1.3 times the one before, and the last. That keeps one more copy of x.
+    With `merit`, for one more copy of x, the iterate of least merit is returned, among the last and 1, 2, 3, 4, 6, 8,
+    11, …, each 1.3 times the one before.
 
     Args:
-      matvec: function from pytrees like `b` to pytrees like `b`. It gets float32 where `b` is narrower than that; all
-        arithmetic is in float32 at least.
+      matvec: function from pytrees like `b`, in float32 at least as all arithmetic, to the same.
       b: pytree of arrays, real or complex.
       x0: pytree like `b` to start from; None: zero.
       max_iters: most iterations; a number, array or tracer, like the three below.
@@ -76,16 +72,16 @@ def conjugate_gradient(
       atol: absolute tolerance.
       preconditioner: function `r ↦ M r` for a Hermitian positive definite M that approximates A⁻¹; None: the identity.
       floor: smallest denominator; see above.
-      min_progress: ε, a number or tracer; None: no such rule. 5e-4 in the paper.
+      min_progress: ε, a number or tracer, 5e-4 in the paper; None: no such rule.
       merit: function from pytrees like `b` to a number; a NaN counts as the worst. None: the last iterate is returned.
-      keep_finite: an iteration that ends in a residual which is not finite is not taken, and so the solution is as
-        finite as `x0`; only `residual_norm` shows it. By default NaNs in `b` or `matvec` show in the solution too.
+      keep_finite: whether an iteration whose residual is not finite is not taken: then only `residual_norm` shows NaNs
+        in `b` or `matvec`, and else the solution too.
 
     Returns:
       The solution, with the structure, shapes and float types of `b`, and a `ConjugateGradientInfo`.
 
     Raises:
-      ValueError: if `matvec` or `preconditioner` return, or `x0` has, another structure or other shapes than `b`.
+      ValueError: if `x0`, or what `matvec` or `preconditioner` return, has another structure or shapes than `b`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -123,37 +119,33 @@ def conjugate_gradient(
 
 
 class _Search(NamedTuple):
-    """What an iteration hands to the next.
-
-    Iterate, residual, direction, ⟨r, z⟩, ‖r‖, iterations done, and for the rules that ask for them the last values of
-    φ (by the iteration modulo their number) and the best iterate so far.
-    """
+    """The state of an iteration."""
 
     x: Any
     r: Any
     p: Any
-    rz: jax.Array
-    norm: jax.Array
+    rz: jax.Array  # ⟨r, z⟩
+    norm: jax.Array  # ‖r‖
     done: jax.Array
-    values: jax.Array | None
+    values: jax.Array | None  # the last of φ, by the iteration modulo their number
     best: Any
 
 
 class _Best(NamedTuple):
-    """The iterate of least merit so far, its merit and number, and the number of the next one that is tried."""
+    """The iterate of least merit so far."""
 
     x: Any
     merit: jax.Array
     number: jax.Array
-    following: jax.Array
+    following: jax.Array  # the next that is tried
 
 
 def _iterate(operator, precondition, b, x, limits, merit, keep_finite):
     max_iters, tol, atol, floor, min_progress = limits
     leaves = jax.tree.leaves(b)
     real = jnp.finfo(jnp.result_type(jnp.float32, *leaves)).dtype
-    largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(x), initial=0) for x in leaves), jnp.zeros((), real))
-    scale = _power_of_two(largest)
+    initial = jnp.zeros((), real)
+    scale = _power_of_two(functools.reduce(jnp.maximum, (jnp.max(jnp.abs(x), initial=0) for x in leaves), initial))
     b = _times(1 / scale, b)
     threshold = jnp.maximum(tol * jnp.sqrt(_dot(b, b)), atol / scale).astype(real)
     floor = jnp.asarray(floor, real)
@@ -164,7 +156,7 @@ def _iterate(operator, precondition, b, x, limits, merit, keep_finite):
         return numerator / jnp.where(denominator == 0, jnp.inf, denominator)
 
     def unfinished(search):
-        # A residual that is not finite runs one iteration, which carries it into the solution, and no more.
+        # a residual that is not finite runs one iteration, which carries it into the solution
         first = (search.done == 0) & (guarded | ~jnp.isfinite(search.norm))
         above = jnp.where(guarded, search.norm >= threshold, search.norm > threshold)
         if min_progress is not None:
@@ -191,7 +183,6 @@ def _iterate(operator, precondition, b, x, limits, merit, keep_finite):
         return _Search(x, r, p, rz, norm, done, values, best)
 
     def tried(best, x):
-        """The better of the best and the iterate x, whose number is due."""
         number, value = best.following, jnp.asarray(merit(_times(scale, x)), real)
         better = (value < best.merit) | (number == 1)
         following = jnp.maximum(number + 1, jnp.ceil(MERIT_RATIO * number).astype(number.dtype))
@@ -199,7 +190,6 @@ def _iterate(operator, precondition, b, x, limits, merit, keep_finite):
         value = jnp.where(better, jnp.where(jnp.isnan(value), jnp.inf, value), best.merit)
         return _Best(chosen, value, jnp.where(better, number, best.number), following)
 
-    initial = jnp.zeros((), real)
     if x is None:
         x, r = jax.tree.map(jnp.zeros_like, b), b
     else:
@@ -212,22 +202,22 @@ def _iterate(operator, precondition, b, x, limits, merit, keep_finite):
     start = _Search(x, r, z, _dot(r, z), jnp.sqrt(_dot(r, r)), zero, values, best)
     search = jax.lax.while_loop(unfinished, iterate, start)
     x, number = search.x, search.done
-    if best is not None:  # whichever iterate is the last is tried too
-        last = search.best._replace(following=jnp.maximum(search.done, 1))
-        x, _, number, _ = tried(last, search.x)
-        number = jnp.minimum(number, search.done)
+    if best is not None:  # the last is tried too
+        last = search.best._replace(following=jnp.maximum(number, 1))
+        x, _, chosen, _ = tried(last, x)
+        number = jnp.minimum(chosen, number)
     return _times(scale, x), ConjugateGradientInfo(search.done, search.norm * scale, number)
 
 
 def _stalled(values, done, min_progress):
-    """Whether φ fell by less than k ε of itself over the last k iterations, k = max(10, done / 10)."""
+    """Whether φ fell by less than k ε of itself over the last k = max(10, done / 10) iterations."""
     window = jnp.clip(done // 10, 10, LONGEST_WINDOW - 1)
     now, before = values[done % LONGEST_WINDOW], values[(done - window) % LONGEST_WINDOW]
     return (done > window) & (now < 0) & (now - before > window * min_progress * now)
 
 
 def _power_of_two(largest):
-    """A power of two near `largest`; 1 for zero or what is not finite. Dividing by it changes no digit."""
+    """A power of two near `largest`, 1 for zero or what is not finite; dividing by it changes no digit."""
     limit = -jnp.finfo(largest.dtype).minexp - 1  # neither the power nor its inverse leaves the normal numbers
     exponent = jnp.where(jnp.isfinite(largest), jnp.frexp(largest)[1], 0)
     return jnp.ldexp(jnp.ones_like(largest), jnp.clip(exponent, -limit, limit))
@@ -247,9 +237,8 @@ def _plus(x, factor, y):
 
 
 def _like(what, tree, b):
-    """`tree` in the float types of `b`, if its structure and shapes are those of `b`."""
+    """`tree` in the float types of `b`, whose structure and shapes it must have."""
     given, expected = (jax.tree.map(jnp.shape, x) for x in (tree, b))
-    fits = jax.tree.structure(tree) == jax.tree.structure(b)
-    if not fits or jax.tree.leaves(given) != jax.tree.leaves(expected):
+    if jax.tree.structure(tree) != jax.tree.structure(b) or jax.tree.leaves(given) != jax.tree.leaves(expected):
         raise ValueError(f"conjugate_gradient: {what} has shapes {given}, but b has shapes {expected}.")
     return jax.tree.map(lambda x, y: jnp.asarray(x).astype(y.dtype), tree, b)

@@ -1,25 +1,24 @@
 """JAX's dense factorisations, of many matrices without a deadlock on CPU.
 
-From JAX 0.10 on, LAPACK's kernels share a large batch out over the thread pool in which they run themselves, and wait.
-As many such kernels at a time as there are threads wait for ever; two of K-FAC's factor widths are enough on two cores.
-So on CPU a large batch, also one that `jax.vmap` makes, is a loop over calls too small to be shared out.
+From JAX 0.10 on, LAPACK's kernels share a large batch out over the thread pool in which they run themselves, and wait:
+as many at a time as there are threads (on two cores, two of K-FAC's factor widths) wait for ever. So on CPU a large
+batch, also one that `jax.vmap` makes, is a loop over calls too small to be shared out.
 """
 
 import functools
-import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 
-# Kernels share a batch out from 2e5 operations on; the dearest, `eigh`, takes about 25 n³ for a matrix.
+# Batches are shared out from 2e5 operations on; the dearest, `eigh`, takes about 25 n³ a matrix.
 SMALL_CUBES = 8_000
 
 
 def in_small_calls(kernel, derivable=None):
     """`kernel`, a function of arrays [*batch, m, n], with small calls alone on CPU.
 
-    Derivatives are those of `derivable`, by default of the kernel itself: the loop over small calls has no transpose.
+    The loop over them has no transpose: derivatives are those of the kernel itself, or of `derivable`.
     """
 
     @jax.custom_batching.custom_vmap
@@ -31,10 +30,8 @@ def in_small_calls(kernel, derivable=None):
         given = zip(arrays, is_batched, strict=True)
         arrays = [x if batched else jnp.broadcast_to(x, (size, *x.shape)) for x, batched in given]
         results = in_calls(*(x.reshape(-1, *x.shape[2:]) for x in arrays))
-        return (
-            jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results),
-            jax.tree.map(lambda _: True, results),
-        )
+        results = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results)
+        return results, jax.tree.map(lambda _: True, results)
 
     def in_calls(*arrays):
         size, largest = len(arrays[0]), max(max(x.shape[1:]) for x in arrays)
@@ -61,23 +58,21 @@ def in_small_calls(kernel, derivable=None):
 
 
 def for_each(function, *lists) -> list:
-    """`function` of the arrays [*batch, n, n] of every entry of lists of equal length and width.
+    """`function` of the arrays [*batch, n, n] of every entry of some lists.
 
-    On CPU one by one: LAPACK takes them so anyway, and what is done alike to arrays of one shape is compiled once,
-    unlike what joins them and takes them apart. Elsewhere all of them are one batch.
+    On CPU one by one, as LAPACK takes them anyway: what is done to arrays of one shape is compiled once, unlike what
+    joins them and takes them apart. Elsewhere those of one width are one batch.
     """
 
     def one_by_one(*lists):
         return [function(*arrays) for arrays in zip(*lists, strict=True)]
 
-    def in_a_batch(*lists):
+    def in_batches(*lists):
+        found = joined(function, *([x.reshape(-1, *x.shape[-2:]) for x in arrays] for arrays in lists))
         stacks = [x.shape[:-2] for x in lists[0]]
-        ends = list(itertools.accumulate(map(math.prod, stacks)))[:-1]
-        joined = function(*(jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in arrays]) for arrays in lists))
-        parts = zip(*(jnp.split(x, ends) for x in joined), strict=True)
-        return [tuple(x.reshape(*stack, *x.shape[1:]) for x in part) for part, stack in zip(parts, stacks, strict=True)]
+        return [tuple(x.reshape(*stack, *x.shape[1:]) for x in part) for part, stack in zip(found, stacks, strict=True)]
 
-    return jax.lax.platform_dependent(*lists, cpu=one_by_one, default=in_a_batch)
+    return jax.lax.platform_dependent(*lists, cpu=one_by_one, default=in_batches)
 
 
 @functools.cache
@@ -97,7 +92,7 @@ def triangular_solve(t, b, **options):
 
 
 def joined(kernel, *columns):
-    """`kernel` of every row of some columns of arrays [batch, ...], with one call for all rows of equal shapes."""
+    """`kernel` of every row of columns of arrays [batch, ...], in one call for all rows of equal shapes."""
     rows = list(zip(*columns, strict=True))
     groups: dict = {}
     for place, row in enumerate(rows):
@@ -105,7 +100,8 @@ def joined(kernel, *columns):
     results: list = [None] * len(rows)
     for places in groups.values():
         found = kernel(*map(jnp.concatenate, zip(*(rows[place] for place in places), strict=True)))
-        ends = list(itertools.accumulate(len(rows[place][0]) for place in places))
-        for place, start, end in zip(places, [0, *ends], ends, strict=False):
+        end = 0
+        for place in places:
+            start, end = end, end + len(rows[place][0])
             results[place] = jax.tree.map(lambda x, part=slice(start, end): x[part], found)
     return results
