@@ -250,7 +250,7 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
     if updates.size == 0:
         return updates, state
     require_probe(LRA, options.criterion, probe, hvp)
-    momentum = averaged(options.b1, updates, state)
+    momentum = averaged(options.b1, updates, state.momentum, jnp.bool_(True))
     direction = updates if momentum is None else (momentum / bias_correction(options.b1, state)).astype(momentum.dtype)
     whitened = updates if options.whiten == "gradient" else direction
     signal = jnp.asarray(hvp if options.criterion == "newton" else whitened)

@@ -300,14 +300,15 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
     state = state._replace(**{name: contracts.tuples_at_leaves(getattr(state, name), grads) for name in LIKE_FACTORS})
     layout = layout_of_state(options, grads, state)
     state = state._replace(factors=layout.as_kept(state.factors))
-    momentum = kron_steps.averaged(options.b1, grads, state)
+    sound = contracts.is_squarable(grads, probe, hvp)
     correction = kron_steps.bias_correction(options.b1, state)
-    direction = grads if momentum is None else momentum
+    state = state._replace(momentum=kron_steps.averaged(options.b1, grads, state.momentum, sound))
+    direction = grads if state.momentum is None else state.momentum
     newton = options.criterion == "newton"
     signal = hvp if newton else grads if options.whiten == "gradient" else direction
 
     key, step_key, noise_key = jax.random.split(jax.random.wrap_key_data(state.key), 3)
-    now = kron_steps.numbers(options, state.count, correction, step_key)
+    now = kron_steps.numbers(options, state.count, sound, correction, step_key)
     # None: the signal is what P is applied to.
     given = None if signal is direction else signal, direction, probe if newton else None
     step = functools.partial(_step, options, layout, now, noise_key, grads)
@@ -319,11 +320,7 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
     else:
         updates, kept, good = step(state, *given)
     old = state._replace(**dict.fromkeys(kept))
-    new = old._replace(
-        count=jnp.asarray(optax.safe_increment(state.count)),
-        key=jax.random.key_data(key),
-        momentum=kron_steps.averaged(options.b1, grads, state, good),  # once more, rather than held during the step
-    )
+    new = old._replace(count=jnp.asarray(optax.safe_increment(state.count)), key=jax.random.key_data(key))
     updates, new = contracts.skip_unless(good, updates, new, old)
     return updates, _as_kept(options, new._replace(**kept))
 
@@ -341,21 +338,20 @@ def _step(options, layout, now, key, grads, state, signal, direction, probe):
     signals = nothing if signal is None else layout.tensors(signal)
     probes = nothing if probe is None else layout.tensors(probe)
     rest = [leaf / now.correction for leaf in layout.without_pieces(direction)]
-    sound = contracts.is_squarable(tensors, signals, probes, rest)
     givens = zip(signals, probes, kron_steps.random_bits(options, tensors, key), strict=True)
     steps = [
-        kron_steps.step_of_group(options, now, sound, kept, group, kron_steps.Given(*given))
+        kron_steps.step_of_group(options, now, kept, group, kron_steps.Given(*given))
         for kept, group, given in zip(layout.kept_dtypes, layout.groups(state, tensors), givens, strict=True)
     ]
-    good = functools.reduce(jnp.logical_and, [fine for _, fine in steps], sound)
+    good = functools.reduce(jnp.logical_and, [fine for _, fine in steps], now.sound)
     updates = layout.leaves([group.tensor for group, _ in steps], rest, grads)
     return updates, _kept(layout.with_groups(state, [group for group, _ in steps])), good
 
 
-def _apply(layout, now, grads, state, signal, direction, probe):
+def _apply(layout, now, grads, state, _signal, direction, _probe):
     """The same where Q does not move and the P that is kept is Q's, by leaf: nothing is joined or copied."""
-    tensors = [x / jnp.asarray(now.correction, jnp.finfo(x.dtype).dtype) for x in layout.blocks(direction)]
-    products = list(map(kron_matvec, layout.by_piece(state.preconditioners), tensors))
+    products = map(kron_matvec, layout.by_piece(state.preconditioners), layout.blocks(direction))
+    products = [x / jnp.asarray(now.correction, jnp.finfo(x.dtype).dtype) for x in products]
     rest = [leaf / now.correction for leaf in layout.without_pieces(direction)]
-    good = contracts.is_squarable(signal, tensors, probe, rest) & contracts.is_finite(products)
+    good = now.sound & contracts.is_finite(products)
     return layout.leaves_of_blocks(products, rest, grads), _kept(state), good

@@ -27,6 +27,7 @@ class Numbers(NamedTuple):
 
     moves: jax.Array
     balances: jax.Array
+    sound: jax.Array
     correction: Any
     rate: jax.Array
     damping: jax.Array
@@ -40,17 +41,12 @@ class Given(NamedTuple):
     bits: jax.Array | None
 
 
-def averaged(b1, grads, state, good: Any = True):
-    """The new momentum m + (1 - b1)(g - m), or where not `good` the old one; None where there is none."""
-    if state.momentum is None:
+def averaged(b1, grads, momentum, sound):
+    """The new momentum m + (1 - b1)(g - m), the old one where not `sound`, None where there is none."""
+    if momentum is None:
         return None
     b1 = jnp.asarray(b1)
-
-    def average(m, g):
-        change = (1 - b1) * (g - m)
-        return (m + (change if good is True else jnp.where(good, change, 0))).astype(m.dtype)
-
-    return jax.tree.map(average, state.momentum, grads)
+    return jax.tree.map(lambda m, g: (m + jnp.where(sound, (1 - b1) * (g - m), 0)).astype(m.dtype), momentum, grads)
 
 
 def bias_correction(b1, state):
@@ -58,7 +54,7 @@ def bias_correction(b1, state):
     return 1.0 if state.momentum is None else 1 - jnp.asarray(b1) ** (state.count + 1)
 
 
-def numbers(options: Options, count, correction, key) -> Numbers:
+def numbers(options: Options, count, sound, correction, key) -> Numbers:
     """The scalars of the step `count`."""
     update_key, balance_key = jax.random.split(key)
     moves = jnp.bool_(True)
@@ -67,6 +63,7 @@ def numbers(options: Options, count, correction, key) -> Numbers:
     return Numbers(
         moves=moves,
         balances=jax.random.bernoulli(balance_key, BALANCE_PROBABILITY),
+        sound=sound,
         correction=correction,
         rate=contracts.value_at(options.precond_lr, count),
         damping=contracts.value_at(options.damping, count),
@@ -171,7 +168,7 @@ def kept_is_usable(layout, state):
     return jnp.all(prints == state.fingerprint) & jnp.all(first != 0)
 
 
-def _step(options, now: Numbers, sound, kept, group: Group, given: Given):
+def _step(options, now: Numbers, kept, group: Group, given: Given):
     """(group after the step, whether all that the batch saw and made is sound: bool [n]); else only P is applied."""
     tensor = group.tensor / jnp.asarray(now.correction, jnp.finfo(group.tensor.dtype).dtype)
     signal = tensor if given.signal is None else given.signal
@@ -201,7 +198,7 @@ def _step(options, now: Numbers, sound, kept, group: Group, given: Given):
         factors, applied, lipschitz, fingerprint = jax.lax.cond(now.moves, moved, lambda *kept: kept, *old)
     product = jax.vmap(kron_matvec)(applied, tensor)
     # A bound is not finite wherever a second moment is not, so the factors need not be read.
-    good = sound & contracts.is_squarable(given.signal, tensor, given.probe) & contracts.is_finite(lipschitz, product)
+    good = now.sound & contracts.is_finite(lipschitz, product)
     new = Group(factors, lipschitz, applied if options.caches else None, fingerprint, product)
     new = jax.tree.map(lambda x, old: jnp.where(good, x, old), new, group)
     return new._replace(tensor=product), jnp.broadcast_to(good, len(tensor))
@@ -223,19 +220,13 @@ def _in_chunks(step, group: Group, given: Given):
     return jax.lax.fori_loop(0, count // chunk, body, (group, group.lipschitz[:, 0] < 0))
 
 
-def step_of_group(options: Options, now: Numbers, sound, kept, group: Group, given: Given):
-    """(group after the step, whether all that it saw and made is sound).
+def step_of_group(options: Options, now: Numbers, kept, group: Group, given: Given):
+    """(group after the step, whether all that it saw and made is sound); `kept` are the dtypes of kept factors.
 
-    Args:
-      options: of the method.
-      now: scalars of the step.
-      sound: whether all that the step is given can be squared, else nothing moves: bool []. What turns out not to be
-        finite on the way (in products of numbers that all are) keeps the factors of its own chunk where they were:
-        to choose between all new and all old ones in the end would read them once more.
-      kept: dtypes in which the factors are kept.
-      group: before the step.
-      given: what the step reads.
+    Where what is given cannot be squared, `now.sound`, nothing moves. What turns out not to be finite on the way, in
+    products of numbers that all are, leaves the factors of its own chunk where they were: to choose in the end between
+    all new and all old factors would read them once more.
     """
-    step = functools.partial(_in_chunks, functools.partial(_step, options, now, sound, kept))
+    step = functools.partial(_in_chunks, functools.partial(_step, options, now, kept))
     group, good = divided(step, options.factor_sharding)(*equally_varying((group, given)))
     return group, jnp.all(good)
