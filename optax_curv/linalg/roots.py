@@ -225,14 +225,15 @@ def _power_jvp(primals, tangents):
 
 
 @jax.jit
-def spectral_norm_bound(a) -> jax.Array:
+def spectral_norm_bound(a, iterations: int = POWER_ITERATIONS) -> jax.Array:
     """Lower bound on the spectral norm, from a few power iterations.
 
-    From the row of largest norm, `x ← AᴴA x / ‖AᴴA x‖` four times; the bound is `‖A x‖`, at least the largest row norm.
-    Nine products with a vector in all.
+    From the row of largest norm, `x ← AᴴA x / ‖AᴴA x‖` repeatedly; the bound is `‖A x‖`, at least the largest row norm.
 
     Args:
       a: matrices [*batch, m, n], of any scale; float32 at least is computed and returned.
+      iterations: each costs two products with a vector, the bound one more. For random matrices of up to 300 rows one
+        gives at least 0.8 of the norm where A is skew, four do where it is positive definite.
 
     Returns:
       The bounds, real [*batch]: 0 for a zero or an empty matrix, NaN where an entry is not finite.
@@ -270,5 +271,5 @@ def spectral_norm_bound(a) -> jax.Array:
 
     longest = jnp.argmax(norm(a), axis=-2, keepdims=True)
     x = unit(jnp.take_along_axis(a, longest, axis=-2)[..., 0, :].conj())
-    x = jax.lax.fori_loop(0, POWER_ITERATIONS, lambda _, x: unit(times(a.mT.conj(), times(a, x))), x)
+    x = jax.lax.fori_loop(0, iterations, lambda _, x: unit(times(a.mT.conj(), times(a, x))), x)
     return norm(times(a, x))[..., 0] * scale

@@ -41,6 +41,15 @@ def test_any_matrix_is_bounded_from_below(x64, shape):
         assert ratio.min() >= LOWEST and ratio.max() <= HIGHEST
 
 
+def test_one_iteration_is_enough_for_a_skew_matrix():
+    rng = np.random.default_rng(2)
+    for n in (2, 5, 30, 300):
+        a = rng.standard_normal((20, n, n))
+        a = (a - a.swapaxes(1, 2)).astype(np.float32)
+        ratio = linalg.spectral_norm_bound(a, iterations=1) / np.linalg.norm(a, 2, axis=(-2, -1))
+        assert ratio.min() >= LOWEST and ratio.max() <= HIGHEST
+
+
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1.0, 1e30, 1e38])
 def test_bound_scales_with_the_matrix(scale):
     a = np.diag(np.float32([1, -3, 2])) * np.float32(scale)
