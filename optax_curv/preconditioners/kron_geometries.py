@@ -73,14 +73,14 @@ def _rotation(q):
     Since R is skew, tr(RQ) = ‖R‖²_F / 2 ≥ 0: the first-order term always raises the trace.
     """
     skew = adjoint(q) - q
-    norm = spectral_norm_bound(skew, iterations=1)
-    skew = skew / jnp.where(norm > 0, norm, 1.0)
     first = product(skew, q)
-    slope = 0.5 * norm * jnp.vdot(skew, skew).real
-    curvature = -jnp.vdot(skew, first).real  # tr(R RQ), as R is skew
-    angle = jnp.where(curvature < 0, -slope / jnp.where(curvature < 0, curvature, -1.0), ROTATION_LIMIT)
-    angle = jnp.clip(angle, 0.0, ROTATION_LIMIT)
-    return angle * skew, angle * first
+    norm = spectral_norm_bound(skew, iterations=1)
+    scale = 1 / jnp.where(norm > 0, norm, 1.0)  # R = scale · skew; scalars take it, and no matrix
+    slope = 0.5 * scale * jnp.vdot(skew, skew).real
+    curvature = -jnp.square(scale) * jnp.vdot(skew, first).real  # tr(R RQ), as R is skew
+    best = -slope / jnp.where(curvature < 0, curvature, -1.0)
+    angle = jnp.where(curvature < 0, jnp.minimum(best, ROTATION_LIMIT), jnp.where(slope > 0, ROTATION_LIMIT, 0.0))
+    return scale * angle * skew, scale * angle * first
 
 
 def _move_eq(q, d, rate):
@@ -129,7 +129,7 @@ GEOMETRIES = (*MOVES, "right_triangular")
 
 
 def _norm_bound(a):
-    return jnp.max(a) if a.ndim == 1 else spectral_norm_bound(a)
+    return jnp.max(a) if a.ndim == 1 else spectral_norm_bound(a, iterations=2)
 
 
 def _solve_adjoint(q, x, pivot_floor=0.0):
