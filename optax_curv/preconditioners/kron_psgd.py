@@ -312,7 +312,7 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
     # None: the signal is what P is applied to.
     given = None if signal is direction else signal, direction, probe if newton else None
     step = functools.partial(_step, options, layout, now, noise_key, grads)
-    if options.caches:
+    if not options.always_updates:
         state, given = equally_varying((state, given))
         apply = functools.partial(_apply, layout, now, grads)
         moves = now.moves | ~kron_steps.kept_is_usable(layout, state)
@@ -350,7 +350,8 @@ def _step(options, layout, now, key, grads, state, signal, direction, probe):
 
 def _apply(layout, now, grads, state, _signal, direction, _probe):
     """The same where Q does not move and the P that is kept is Q's, by leaf: nothing is joined or copied."""
-    products = map(kron_matvec, layout.by_piece(state.preconditioners), layout.blocks(direction))
+    kept = state.factors if state.preconditioners is None else state.preconditioners  # "quad4p" has P for its factors
+    products = map(kron_matvec, layout.by_piece(kept), layout.blocks(direction))
     products = [x / jnp.asarray(now.correction, jnp.finfo(x.dtype).dtype) for x in products]
     rest = [leaf / now.correction for leaf in layout.without_pieces(direction)]
     good = now.sound & contracts.is_finite(products)

@@ -158,14 +158,16 @@ def _fingerprint(factors):
 
 
 def kept_is_usable(layout, state):
-    """Whether the P that is kept is that of the factors, and every factor has been set: bool []."""
+    """Whether every factor has been set, and the P that is kept, if it is, is that of the factors: bool []."""
     factors = [
         tuple(q.reshape(-1, *q.shape[len(piece.stack) :]) for q in of_piece)
         for piece, of_piece in zip(layout.pieces, layout.by_piece(state.factors), strict=True)
     ]
+    usable = jnp.all(jnp.concatenate([jnp.ones([0]), *map(first_entries, factors)]) != 0)
+    if state.fingerprint is None:
+        return usable
     prints = jnp.concatenate([state.fingerprint[:0], *layout.in_order_of_groups(list(map(_fingerprint, factors)))])
-    first = jnp.concatenate([jnp.ones([0]), *map(first_entries, factors)])
-    return jnp.all(prints == state.fingerprint) & jnp.all(first != 0)
+    return usable & jnp.all(prints == state.fingerprint)
 
 
 def _step(options, now: Numbers, kept, group: Group, given: Given):

@@ -255,9 +255,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counter(bad):
     )
 
 
-def test_replaced_factors_are_applied_though_p_is_cached():
-    """The update is ⊗QᵀQ · g of the factors in the state, also where nothing has moved them."""
-    tx = optax_curv.scale_by_kron_psgd(update_probability=0.0, max_skew=np.inf)
+@pytest.mark.parametrize("geometry", ["q0.5eq1.5", "quad4p"])
+def test_replaced_factors_are_applied_though_p_is_cached(geometry):
+    """The update is that of the factors in the state, also where nothing has moved them."""
+    tx = optax_curv.scale_by_kron_psgd(geometry=geometry, update_probability=0.0, max_skew=np.inf)
     g = gradients((4, 3))[0]
     _, state = first_update(tx, g, 2)
     update = quick_jit(tx.update)
@@ -266,7 +267,8 @@ def test_replaced_factors_are_applied_though_p_is_cached():
         _, state = update(g, state._replace(factors=tuple(base)))  # keeps the P of these
         factors = tuple(map(edit, base))
         updates, _ = update(g, state._replace(factors=factors))
-        expected = factors[0].T @ factors[0] @ g @ factors[1].T @ factors[1]
+        left, right = factors if geometry == "quad4p" else (q.T @ q for q in factors)
+        expected = left @ g @ right.T
         np.testing.assert_allclose(updates, expected, rtol=1e-4, atol=1e-4)
 
 
