@@ -10,6 +10,8 @@ References:
   Pooladzandi and Li, "Curvature-Informed SGD via General Purpose Lie-Group Preconditioners", arXiv:2402.04553.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -76,8 +78,9 @@ def _rotation(q):
     first = product(skew, q)
     norm = spectral_norm_bound(skew, iterations=1)
     scale = 1 / jnp.where(norm > 0, norm, 1.0)  # R = scale · skew; scalars take it, and no matrix
-    slope = 0.5 * scale * jnp.vdot(skew, skew).real
-    curvature = -jnp.square(scale) * jnp.vdot(skew, first).real  # tr(R RQ), as R is skew
+    dot = functools.partial(jnp.vdot, precision=jax.lax.Precision.HIGHEST)
+    slope = 0.5 * scale * dot(skew, skew).real
+    curvature = -jnp.square(scale) * dot(skew, first).real  # tr(R RQ), as R is skew
     best = -slope / jnp.where(curvature < 0, curvature, -1.0)
     angle = jnp.where(curvature < 0, jnp.minimum(best, ROTATION_LIMIT), jnp.where(slope > 0, ROTATION_LIMIT, 0.0))
     return scale * angle * skew, scale * angle * first
