@@ -141,15 +141,15 @@ def _moved(options, now: Numbers, factors, applied, lipschitz, signal, given: Gi
 def _fingerprint(factors):
     """Of each piece a sum of bits weighted by position, exact in any order of summation: uint32 [n].
 
-    The bits are those of diagonal factors, and of the diagonal, first row and first column of dense ones: no other
-    factors keep them all, and to read every entry costs as much as to apply P.
+    The bits are those of diagonal factors, and of the diagonal, first row and first column of dense ones: whatever
+    scales, replaces, transposes or masks a factor changes some of them, and to read all costs as much as to apply P.
     """
     total = jnp.uint32(0)
     for q in factors:
-        lines = [q] if q.ndim == 2 else [jnp.diagonal(q, axis1=1, axis2=2), q[:, 0], q[:, :, 0]]
-        for part in [
-            f(line) for line in lines for f in ([jnp.real, jnp.imag] if jnp.iscomplexobj(q) else [jnp.asarray])
-        ]:
+        lines = q
+        if q.ndim > 2:
+            lines = jnp.concatenate([jnp.diagonal(q, axis1=1, axis2=2), q[:, 0], q[:, :, 0]], axis=1)
+        for part in [lines.real, lines.imag] if jnp.iscomplexobj(q) else [lines]:
             unsigned = jnp.dtype(f"uint{8 * min(4, part.dtype.itemsize)}")
             bits = jax.lax.bitcast_convert_type(part, unsigned).reshape(len(q), -1).astype(jnp.uint32)
             weights = 2 * jnp.arange(bits.shape[1], dtype=jnp.uint32) + 1
@@ -171,7 +171,7 @@ def kept_is_usable(layout, state):
 
 
 def _step(options, now: Numbers, kept, group: Group, given: Given):
-    """(group after the step, whether all that the batch saw and made is sound: bool [n]); else only P is applied."""
+    """(group after the step, whether all that the batch saw and made is sound: bool [n])."""
     tensor = group.tensor / jnp.asarray(now.correction, jnp.finfo(group.tensor.dtype).dtype)
     signal = tensor if given.signal is None else given.signal
     preconditioners = jax.vmap(functools.partial(kron_geometries.preconditioners, options.geometry))
