@@ -86,9 +86,10 @@ def soundness(grads, sound, total_notfinite):
       sound: bool [] to go by instead; or None.
       total_notfinite: the counter, int32 [].
     """
-    if sound is None:
-        squares = [square_norms(g, 0) for g in _with_few_vectors(jax.tree.leaves(grads))]
-        sound = jnp.all(jnp.isfinite(jnp.stack(squares))) if squares else jnp.bool_(True)
+    if sound is not None:
+        return sound, jnp.where(sound, total_notfinite, total_notfinite + 1)
+    squares = [square_norms(g, 0) for g in _with_few_vectors(jax.tree.leaves(grads))]
+    sound = jnp.all(jnp.isfinite(jnp.stack(squares))) if squares else jnp.bool_(True)
     # By way of a conditional, behind which the compiler does not derive it anew for every use.
     total = jax.lax.cond(sound, lambda n: n, lambda n: n + 1, total_notfinite)
     return total == total_notfinite, total
@@ -206,12 +207,12 @@ def power(values, exponent, damping) -> jax.Array:
     return jnp.where(damped > 0, jnp.where(damped > 0, damped, 1) ** -exponent, 0)
 
 
-def refresh(pieces, kept, moments, weight, roots, bases, energies, squares, due, limit, take_roots):
-    """(roots, bases, energies) with the roots of dense factors taken anew where they are due or a factor has moved.
+def refresh(pieces, kept, moments, weight, roots, bases, energies, squares, due, limit, take_roots, then):
+    """(`then` of the roots, bases, energies) with dense factors' roots taken anew where due or where one has moved.
 
     A factor has moved when tr(F R) has grown by more than `limit` since the root R was taken: when gradients grow, or
     turn to where there were none and R is large, or come for the first time. As F is an average of moments M, so is
-    tr(F R) of tr(M R) while R stays. All factors of one batch are refreshed together.
+    tr(F R) of tr(M R) while R stays. All factors are refreshed together.
 
     Args:
       pieces: of the layout.
@@ -226,47 +227,39 @@ def refresh(pieces, kept, moments, weight, roots, bases, energies, squares, due,
       limit: see above.
       take_roots: function of a list of factors [*stack, d, d] and one of bases that returns a root R, tr(F R) and a
         basis for each.
+      then: what is done with the roots by piece and axis. It is part of either branch, so that none copies old roots.
     """
-    found, found_bases = ([list(of_piece) for of_piece in tree] for tree in (roots, bases))
-    of_batches, start = [], 0
-    for places in batches(pieces):
+    of_batches = batches(pieces)
+    places = [place for of_batch in of_batches for place in of_batch]
 
-        def pick(tree, places=places):
-            return [tree[p][axis] for p, axis in places]
+    def pick(tree, places=places):
+        return [tree[p][axis] for p, axis in places]
 
-        dtypes = [pieces[p].factor_dtype for p, _ in places]
-        norms = [squares[p] for p, _ in places]
-        count = sum(map(jnp.size, norms))
-        of_batch = pick(roots), pick(bases), energies[:, start : start + count]
-        of_batch = _refreshed(dtypes, pick(kept), pick(moments), weight, *of_batch, norms, due, limit, take_roots)
-        start += count
-        for (p, axis), root, basis in zip(places, *of_batch[:2], strict=True):
-            found[p][axis], found_bases[p][axis] = root, basis
-        of_batches.append(of_batch[2])
-    energies = jnp.concatenate([energies[:, :0], *of_batches], axis=1)
-    return list(map(tuple, found)), list(map(tuple, found_bases)), energies
-
-
-def _refreshed(dtypes, kept, moments, weight, roots, bases, energies, squares, due, limit, take_roots):
-    """`refresh` of one batch; all but `weight`, `energies`, `due` and `limit` are lists of one entry a factor."""
+    def put(tree, found):
+        found = dict(zip(places, found, strict=True))
+        return [tuple(found.get((p, axis), x) for axis, x in enumerate(xs)) for p, xs in enumerate(tree)]
 
     def flat(arrays):
-        return jnp.concatenate([x.reshape(-1) for x in arrays]).astype(energies.dtype)
+        return jnp.concatenate([energies[0, :0], *(x.reshape(-1).astype(energies.dtype) for x in arrays)])
 
     running, reference = energies
-    running = averaged(running, weight, flat(map(energy, moments, roots)))
-    wakes = (weight > 0) & (reference == 0) & (flat(squares) > 0)
+    running = averaged(running, weight, flat(map(energy, pick(moments), pick(roots))))
+    wakes = (weight > 0) & (reference == 0) & (flat(squares[p] for p, _ in places) > 0)
     lost = ~jnp.isfinite(reference)  # where LAPACK has found no root
     moved = jnp.any(wakes | lost | (running > limit * reference))
-    old = roots, bases, jnp.stack([running, reference])
 
     def fresh():
-        factors = [rounded(factor_with(p, weight, m), d) for p, m, d in zip(kept, moments, dtypes, strict=True)]
-        taken, now, new = zip(*take_roots(factors, bases), strict=True)
+        found = []
+        for of_batch in of_batches:
+            pairs = zip(pick(kept, of_batch), pick(moments, of_batch), of_batch, strict=True)
+            factors = [rounded(factor_with(x, weight, m), pieces[p].factor_dtype) for x, m, (p, _) in pairs]
+            found += take_roots(factors, pick(bases, of_batch))
+        taken, now, new = zip(*found, strict=True) if found else ((), (), ())
+        dtypes = [pieces[p].factor_dtype for p, _ in places]
         new = [q if q is None else rounded(q, dtype) for q, dtype in zip(new, dtypes, strict=True)]
-        return list(map(rounded, taken, dtypes)), new, jnp.stack([flat(now)] * 2)
+        return then(put(roots, map(rounded, taken, dtypes))), put(bases, new), jnp.stack([flat(now)] * 2)
 
-    return jax.lax.cond(due | moved, fresh, lambda: old)
+    return jax.lax.cond(due | moved, fresh, lambda: (then(roots), bases, jnp.stack([running, reference])))
 
 
 def rounded(x, dtype) -> jax.Array:

@@ -272,13 +272,15 @@ def _magnitudes(u) -> jax.Array:
 
 
 def _peak(u) -> jax.Array:
-    return jnp.max(_magnitudes(u), initial=0)
+    u = u if jnp.isrealobj(u) else _magnitudes(u)  # no array of magnitudes where two reductions do
+    return jnp.maximum(jnp.max(u, initial=0), -jnp.min(u, initial=0)).astype(jnp.promote_types(jnp.float32, u.dtype))
 
 
 def _norm(u) -> jax.Array:
     """Euclidean norm, free of underflow and overflow in the squares."""
     peak = _peak(u)
-    return peak * jnp.sqrt(jnp.sum(jnp.square(_magnitudes(u) / jnp.where(peak == 0, 1, peak))))
+    unit = (u if jnp.isrealobj(u) else _magnitudes(u)) / jnp.where(peak == 0, 1, peak)
+    return peak * jnp.sqrt(jnp.sum(jnp.square(unit)))
 
 
 def _scaled(u, numerator, denominator) -> jax.Array:
