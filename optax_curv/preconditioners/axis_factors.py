@@ -9,6 +9,7 @@ from jax.sharding import AxisType
 
 from optax_curv.linalg import kron_matvec
 from optax_curv.linalg.checks import widen
+from optax_curv.linalg.kronecker import laid_out
 from optax_curv.preconditioners import contracts, kron_layout, symmetric_pairs
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -133,12 +134,11 @@ def momentum_and_direction(b1, nesterov: bool, count, momentum, grads, good):
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def axis_moment(x, axis: int, diagonal: bool, stack: int) -> jax.Array:
     """Mode moments X₍ᵢ₎X₍ᵢ₎ᴴ of tensors [*stack, ...], [*stack, d, d], or their diagonals [*stack, d]."""
-    axis += stack
-    axes = list(range(x.ndim))
     if diagonal:
-        return jnp.sum(jnp.square(jnp.abs(x)), axis=tuple(i for i in axes[stack:] if i != axis))
-    others = [x.ndim if i == axis else i for i in axes]
-    return jnp.einsum(x, axes, x.conj(), others, [*axes[:stack], axis, x.ndim], precision=HIGHEST)
+        return jnp.sum(jnp.square(jnp.abs(x)), axis=tuple(i for i in range(stack, x.ndim) if i != stack + axis))
+    x = laid_out(jnp.moveaxis(x, stack + axis, stack))
+    x = x.reshape(*x.shape[: stack + 1], -1)
+    return jnp.matmul(x, x.mT.conj(), precision=HIGHEST)
 
 
 def root_or_identity(root, diagonal: bool, stack: int) -> jax.Array:
@@ -158,10 +158,10 @@ def whitened_moment(x, roots, axis: int, diagonal: bool, stack: int) -> jax.Arra
 
 
 @jax.jit
-def repacked(packed, weight, moment, root) -> jax.Array:
-    """The same with a moment averaged into the factor, and another root."""
+def moment_averaged_in(packed, weight, moment) -> jax.Array:
+    """The same with a moment averaged into the factor."""
     factor = averaged(packed[..., :-1], weight, moment)  # of which one triangle is the factor's, and no other is read
-    return symmetric_pairs.with_first(symmetric_pairs.with_second(packed, root), factor)
+    return symmetric_pairs.with_first(packed, factor)
 
 
 @jax.jit
@@ -176,16 +176,16 @@ def energy(factor, root) -> jax.Array:
     return jnp.sum((factor * root.conj()).real, axis=(-2, -1))
 
 
-def batches(pieces, small: int = SMALL) -> list[list[tuple[int, int]]]:
+def batches(pieces) -> list[list[tuple[int, int]]]:
     """Where the dense factors of one batch of roots stand, (piece, axis): those of one width and dtype.
 
-    Widths up to `small` go with the largest of them: elsewhere than on CPU a larger root costs less than one more call.
+    Widths up to `SMALL` go with the largest of them: elsewhere than on CPU a larger root costs less than one more call.
     """
     places = {}
     for position, piece in enumerate(pieces):
         for axis, (width, diagonal) in enumerate(zip(piece.shape, piece.diagonal, strict=True)):
             if not diagonal:
-                places.setdefault((max(width, small), piece.dtype), []).append((position, axis))
+                places.setdefault((max(width, SMALL), piece.dtype), []).append((position, axis))
     return list(places.values())
 
 
@@ -227,7 +227,8 @@ def refresh(pieces, kept, moments, weight, roots, bases, energies, squares, due,
       limit: see above.
       take_roots: function of a list of factors [*stack, d, d] and one of bases that returns a root R, tr(F R) and a
         basis for each.
-      then: what is done with the roots by piece and axis. It is part of either branch, so that none copies old roots.
+      then: what is done with factors and roots as in `kept`, and roots as in `roots`. It is part of either branch, so
+        that none copies what is old.
     """
     of_batches = batches(pieces)
     places = [place for of_batch in of_batches for place in of_batch]
@@ -257,9 +258,11 @@ def refresh(pieces, kept, moments, weight, roots, bases, energies, squares, due,
         taken, now, new = zip(*found, strict=True) if found else ((), (), ())
         dtypes = [pieces[p].factor_dtype for p, _ in places]
         new = [q if q is None else rounded(q, dtype) for q, dtype in zip(new, dtypes, strict=True)]
-        return then(put(roots, map(rounded, taken, dtypes))), put(bases, new), jnp.stack([flat(now)] * 2)
+        taken = list(map(rounded, taken, dtypes))
+        packed = map(symmetric_pairs.with_second, pick(kept), taken)
+        return then(put(kept, packed), put(roots, taken)), put(bases, new), jnp.stack([flat(now)] * 2)
 
-    return jax.lax.cond(due | moved, fresh, lambda: (then(roots), bases, jnp.stack([running, reference])))
+    return jax.lax.cond(due | moved, fresh, lambda: (then(kept, roots), bases, jnp.stack([running, reference])))
 
 
 def rounded(x, dtype) -> jax.Array:

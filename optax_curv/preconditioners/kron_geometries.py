@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_curv.linalg import kron_matvec, spectral_norm_bound, triangular_solve
+from optax_curv.linalg.kronecker import laid_out
 
 Factors = tuple[jax.Array, ...]
 
@@ -35,13 +36,8 @@ def adjoint(a):
 
 
 def gram(x):
-    """X Xᴴ of a matrix; on CPU a large one by halves of its rows, a quarter of the products being another's adjoint.
-
-    There a transposed X is laid out anew: XLA's faster product takes XXᵀ but not XᵀX.
-    """
-    rows, on_cpu = x.shape[0], jax.default_backend() == "cpu"
-    if on_cpu:
-        x = jax.lax.optimization_barrier(x)
+    """X Xᴴ of a matrix; on CPU a large one by halves of its rows, a quarter of the products being another's adjoint."""
+    x, rows, on_cpu = laid_out(x), x.shape[0], jax.default_backend() == "cpu"
     if not on_cpu or min(x.shape) < HALVED_FROM or rows % 2:
         return product(x, x.conj().T)
     upper, lower = x[: rows // 2], x[rows // 2 :]

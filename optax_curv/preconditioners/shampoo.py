@@ -185,8 +185,8 @@ def _update(options, updates, state, params=None, *, sound=None, **extra_args):
     )
     bases = layout.by_piece(state.bases) if tracks else [(None,) * len(piece.shape) for piece in pieces]
 
-    def applied(roots):
-        new = list(map(functools.partial(_renewed, weight), pieces, kept, moments, roots))
+    def applied(kept, roots):
+        new = list(map(functools.partial(_renewed, weight), pieces, kept, moments))
         roots = map(functools.partial(_with_diagonal_roots, options), pieces, new, roots)
         return new, list(map(kron_matvec, roots, layout.blocks(direction)))
 
@@ -208,11 +208,11 @@ def _update(options, updates, state, params=None, *, sound=None, **extra_args):
     return jax.tree.map(lambda u: jnp.where(good & jnp.isfinite(u), u, jnp.zeros_like(u)), directions), new
 
 
-def _renewed(weight, piece, kept, moments, roots):
+def _renewed(weight, piece, kept, moments):
     """What is kept of each axis, with the moments averaged in."""
     return tuple(
-        axis_factors.averaged(x, weight, m) if diagonal else axis_factors.repacked(x, weight, m, r)
-        for x, m, r, diagonal in zip(kept, moments, roots, piece.diagonal, strict=True)
+        (axis_factors.averaged if diagonal else axis_factors.moment_averaged_in)(x, weight, m)
+        for x, m, diagonal in zip(kept, moments, piece.diagonal, strict=True)
     )
 
 

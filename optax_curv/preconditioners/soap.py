@@ -11,6 +11,7 @@ import optax
 from optax_curv.capture.layers import Layers
 from optax_curv.capture.statistics import KroneckerFactors
 from optax_curv.linalg import kron_matvec, lapack
+from optax_curv.linalg.kronecker import laid_out
 from optax_curv.linalg.roots import orthogonal_iteration
 from optax_curv.preconditioners import axis_factors, contracts, ekfac
 from optax_curv.preconditioners.distribution import with_sharding_types
@@ -193,19 +194,24 @@ def _update(options, updates, state, params=None, *, sound=None, **extra_args):
 
     # Leaf by leaf: what is done alike to leaves of one shape is compiled once.
     pieces, tensors, directions = layout.pieces, layout.blocks(updates), layout.blocks(direction)
-    factors, bases, moments = (layout.by_piece(tree) for tree in (state.factors, state.bases, state.moments))
+    factors, old_bases, moments = (layout.by_piece(tree) for tree in (state.factors, state.bases, state.moments))
     weight = _weight(options.decay, state.count, good)
     factors = list(map(functools.partial(_averaged, weight), pieces, tensors, factors))
-    first = good & (state.count == 0)
-    bases = jax.lax.cond(first, lambda: _eigenvectors(pieces, factors, bases), lambda: bases)
     weight = _weight(options.b2, state.count, good)
-    adam = functools.partial(_adam, options.eps, weight)
-    steps = list(map(adam, pieces, tensors, directions, bases, moments))
-    directions, moments = ([step[i] for step in steps] for i in (0, 1))
-    directions = map(kron_matvec, bases, directions)
+
+    def taken(bases):
+        steps = list(map(functools.partial(_adam, options.eps, weight), pieces, tensors, directions, bases, moments))
+        return [kron_matvec(q, step) for q, (step, _) in zip(bases, steps, strict=True)], bases, [v for _, v in steps]
+
+    def iterated():
+        directions, bases, moments = taken(old_bases)
+        return directions, *_iterated(pieces, factors, bases, moments)
+
+    # In whole branches, so that none copies the bases.
+    branches = lambda: taken(old_bases), lambda: taken(_eigenvectors(pieces, factors, old_bases)), iterated
+    due = jnp.where(state.count == 0, 1, jnp.where(state.count % options.basis_every == 0, 2, 0))
+    directions, bases, moments = jax.lax.switch(jnp.where(good, due, 0), branches)
     directions = layout.leaves_of_blocks(directions, layout.without_pieces(direction), updates)
-    due = good & (state.count > 0) & (state.count % options.basis_every == 0)
-    bases, moments = jax.lax.cond(due, lambda: _iterated(pieces, factors, bases, moments), lambda: (bases, moments))
     new = ScaleBySoapState(
         count=jnp.where(good, optax.safe_increment(state.count), state.count),
         momentum=momentum,
@@ -232,20 +238,18 @@ def _averaged(weight, piece, x, factors):
 
 def _adam(eps, weight, piece, x, momentum, bases, v):
     """(a piece's direction within the basis, its average squares there)."""
-    inverse = [q if diagonal else q.mT.conj() for q, diagonal in zip(bases, piece.diagonal, strict=True)]
+    inverse = [q if diagonal else laid_out(q.mT.conj()) for q, diagonal in zip(bases, piece.diagonal, strict=True)]
     x, momentum = (kron_matvec(inverse, y) for y in (x, momentum))
     v = axis_factors.averaged(v, weight, jnp.square(jnp.abs(x)))
     scale = jnp.sqrt(v) + jnp.asarray(eps, v.dtype)
     return jnp.where(scale > 0, momentum / jnp.where(scale > 0, scale, 1), 0), v
 
 
-def _by_width(function, pieces, *trees):
+def _of_dense(function, pieces, *trees):
     """`function` of every dense factor's entries in trees by piece and axis; its outputs by (piece, axis)."""
-    found = {}
-    for places in axis_factors.batches(pieces, small=0):
-        lists = [[tree[p][axis] for p, axis in places] for tree in trees]
-        found |= dict(zip(places, lapack.for_each(function, *lists), strict=True))
-    return found
+    places = [(p, axis) for p, piece in enumerate(pieces) for axis, d in enumerate(piece.diagonal) if not d]
+    found = lapack.for_each(function, *([tree[p][axis] for p, axis in places] for tree in trees))
+    return dict(zip(places, found, strict=True))
 
 
 def _with(pieces, bases, found):
@@ -261,12 +265,12 @@ def _with(pieces, bases, found):
 
 def _eigenvectors(pieces, factors, bases):
     """The bases of a first step, largest eigenvalue first."""
-    return _with(pieces, bases, _by_width(lambda f: (lapack.eigh(f)[1][..., ::-1],), pieces, factors))
+    return _with(pieces, bases, _of_dense(lambda f: (lapack.eigh(f)[1][..., ::-1],), pieces, factors))
 
 
 def _iterated(pieces, factors, bases, moments):
     """Bases after one step of orthogonal iteration, and the moments in the order of their columns."""
-    found, new_moments = _by_width(orthogonal_iteration, pieces, factors, bases), []
+    found, new_moments = _of_dense(orthogonal_iteration, pieces, factors, bases), []
     for p, (piece, v) in enumerate(zip(pieces, moments, strict=True)):
         for axis in range(len(piece.shape)):
             if (p, axis) in found:
