@@ -62,7 +62,7 @@ def opened(method: str, layout_of, likes, updates, state, params, sound):
     Args:
       method: name for error messages.
       layout_of: function of a tree that returns its `Layout`.
-      likes: names of the state's trees like the factors.
+      likes: names of the state's trees like the factors; the momentum, if not one of them, is like the gradients.
       updates: the gradients.
       state: has momentum and total_notfinite.
       params: to compare with; or None.
@@ -73,10 +73,13 @@ def opened(method: str, layout_of, likes, updates, state, params, sound):
     """
     if params is not None:
         contracts.require_same_leaves(method, "the gradients", updates, "the parameters", params)
-    contracts.require_same_leaves(method, "the gradients", updates, "the state's momentum", state.momentum)
     state = state._replace(**{name: contracts.tuples_at_leaves(getattr(state, name), updates) for name in likes})
+    layout, found = layout_of(updates), updates
+    if "momentum" in likes:
+        found = layout.build(lambda piece: jax.ShapeDtypeStruct((*piece.stack, *piece.shape), piece.dtype))
+    contracts.require_same_leaves(method, "the gradients", found, "the state's momentum", state.momentum)
     good, total_notfinite = soundness(updates, sound, state.total_notfinite)
-    return state, layout_of(updates), good, total_notfinite
+    return state, layout, good, total_notfinite
 
 
 def soundness(grads, sound, total_notfinite):

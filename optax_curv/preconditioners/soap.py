@@ -26,8 +26,8 @@ class ScaleBySoapState(NamedTuple):
 
     Attributes:
       count: steps taken, int32 [].
-      momentum: like the parameters, float32 at least.
-      moments: like the parameters, each leaf replaced by its blocks' average squares in the basis, [*stack, ...].
+      momentum: like the parameters, each leaf replaced by its blocks' average gradients in the basis, [*stack, ...].
+      moments: like momentum, the average squares.
       factors: like the parameters, each leaf replaced by the tuple of its axis factors, [*stack, d, d] or diagonal
         [*stack, d] (or of its blocks' tuples).
       bases: like factors: orthonormal columns, or ones where the factor is diagonal.
@@ -58,10 +58,10 @@ def scale_by_soap(
 
     With Qᵢ the basis of axis i and G' = ⊗Qᵢᴴ · G, which is Q_Lᵀ G Q_R for a matrix,
 
-        M ← b1 M + (1 - b1) G,    V ← b2 V + (1 - b2) |G'|²,    u = ⊗Qᵢ · [(⊗Qᵢᴴ · M) / (√V + eps)],
+        M ← b1 M + (1 - b1) G',    V ← b2 V + (1 - b2) |G'|²,    u = ⊗Qᵢ · [M / (√V + eps)],
 
     M and V free of the bias of their start. Then Fᵢ ← decay · Fᵢ + (1 - decay) · G₍ᵢ₎G₍ᵢ₎ᴴ, and every `basis_every`
-    steps Qᵢ ← QR(Fᵢ Qᵢ), after the columns (and V with them) have been sorted by qᴴ Fᵢ q.
+    steps Qᵢ ← QR(Fᵢ Qᵢ), after the columns (and V with them) have been sorted by qᴴ Fᵢ q. M turns with the basis.
 
     Args:
       b1: decay of the momentum, in [0, 1]; a number or a schedule.
@@ -95,8 +95,9 @@ def scale_by_soap(
       {'b': (3,), 'w': (4, 3)}
 
     References:
-      Vyas et al. 2024, arXiv:2409.11321, Algorithms 3 and 4. Deviation: their first step only sets the basis; here it
-      is also taken, in the basis of its own factors.
+      Vyas et al. 2024, arXiv:2409.11321, Algorithms 3 and 4. Deviations: their first step only sets the basis; here
+      it is also taken, in the basis of its own factors. They keep M outside the basis, which takes two products more
+      a matrix and step.
     """
     decay = b2 if decay is None else decay
     options = SimpleNamespace(**locals())
@@ -176,7 +177,7 @@ def _init(options, params) -> Any:
     layout = layout_of(METHOD, options, params)
     return ScaleBySoapState(
         count=jnp.zeros([], jnp.int32),
-        momentum=contracts.wide_zeros(params),
+        momentum=layout.build(lambda piece: jnp.zeros((*piece.stack, *piece.shape), piece.dtype)),
         moments=layout.build(lambda piece: jnp.zeros((*piece.stack, *piece.shape), piece.real_dtype)),
         factors=layout.build(lambda piece: tuple(jnp.zeros(f.shape, f.dtype) for f in piece.factors)),
         bases=layout.build(axis_factors.identities),
@@ -186,35 +187,33 @@ def _init(options, params) -> Any:
 
 def _update(options, updates, state, params=None, *, sound=None, **extra_args):
     del extra_args
-    likes, layout_by = ("factors", "bases", "moments"), functools.partial(layout_of, METHOD, options)
+    likes, layout_by = ("factors", "bases", "momentum", "moments"), functools.partial(layout_of, METHOD, options)
     state, layout, good, total_notfinite = axis_factors.opened(METHOD, layout_by, likes, updates, state, params, sound)
-    momentum, direction = axis_factors.momentum_and_direction(
-        options.b1, False, state.count, state.momentum, updates, good
-    )
 
     # Leaf by leaf: what is done alike to leaves of one shape is compiled once.
-    pieces, tensors, directions = layout.pieces, layout.blocks(updates), layout.blocks(direction)
-    factors, old_bases, moments = (layout.by_piece(tree) for tree in (state.factors, state.bases, state.moments))
-    weight = _weight(options.decay, state.count, good)
-    factors = list(map(functools.partial(_averaged, weight), pieces, tensors, factors))
-    weight = _weight(options.b2, state.count, good)
+    pieces, tensors = layout.pieces, layout.blocks(updates)
+    factors, old_bases, *averages = (layout.by_piece(getattr(state, name)) for name in likes)
+    averages = list(zip(*averages, strict=True))
+    decay, *weights = (_weight(x, state.count, good) for x in (options.decay, options.b1, options.b2))
+    factors = list(map(functools.partial(_averaged, decay), pieces, tensors, factors))
 
     def taken(bases):
-        steps = list(map(functools.partial(_adam, options.eps, weight), pieces, tensors, directions, bases, moments))
-        return [kron_matvec(q, step) for q, (step, _) in zip(bases, steps, strict=True)], bases, [v for _, v in steps]
+        steps = list(map(functools.partial(_adam, options.eps, weights), pieces, tensors, bases, averages))
+        return [kron_matvec(q, step) for q, (step, _) in zip(bases, steps, strict=True)], bases, [m for _, m in steps]
 
     def iterated():
-        directions, bases, moments = taken(old_bases)
-        return directions, *_iterated(pieces, factors, bases, moments)
+        directions, bases, averages = taken(old_bases)
+        return directions, *_iterated(pieces, factors, bases, averages)
 
     # In whole branches, so that none copies the bases.
     branches = lambda: taken(old_bases), lambda: taken(_eigenvectors(pieces, factors, old_bases)), iterated
     due = jnp.where(state.count == 0, 1, jnp.where(state.count % options.basis_every == 0, 2, 0))
-    directions, bases, moments = jax.lax.switch(jnp.where(good, due, 0), branches)
-    directions = layout.leaves_of_blocks(directions, layout.without_pieces(direction), updates)
+    directions, bases, averages = jax.lax.switch(jnp.where(good, due, 0), branches)
+    momentum, moments = map(list, zip(*averages, strict=True)) if averages else ([], [])
+    directions = layout.leaves_of_blocks(directions, layout.without_pieces(updates), updates)
     new = ScaleBySoapState(
         count=jnp.where(good, optax.safe_increment(state.count), state.count),
-        momentum=momentum,
+        momentum=layout.like_factors(momentum, state.momentum),
         moments=layout.like_factors(moments, state.moments),
         factors=layout.like_factors(factors, state.factors),
         bases=layout.like_factors(bases, state.bases),
@@ -236,30 +235,29 @@ def _averaged(weight, piece, x, factors):
     return tuple(axis_factors.rounded(f, kept.dtype) for f, kept in zip(new, piece.factors, strict=True))
 
 
-def _adam(eps, weight, piece, x, momentum, bases, v):
-    """(a piece's direction within the basis, its average squares there)."""
+def _adam(eps, weights, piece, x, bases, averages):
+    """(a piece's direction within the basis, its averages there)."""
     inverse = [q if diagonal else laid_out(q.mT.conj()) for q, diagonal in zip(bases, piece.diagonal, strict=True)]
-    x, momentum = (kron_matvec(inverse, y) for y in (x, momentum))
-    v = axis_factors.averaged(v, weight, jnp.square(jnp.abs(x)))
+    x = kron_matvec(inverse, x)
+    new = zip(averages, weights, (x, jnp.square(jnp.abs(x))), strict=True)
+    momentum, v = (axis_factors.averaged(*of_one) for of_one in new)
     scale = jnp.sqrt(v) + jnp.asarray(eps, v.dtype)
-    return jnp.where(scale > 0, momentum / jnp.where(scale > 0, scale, 1), 0), v
+    return jnp.where(scale > 0, momentum / jnp.where(scale > 0, scale, 1), 0), (momentum, v)
 
 
 def _of_dense(function, pieces, *trees):
-    """`function` of every dense factor's entries in trees by piece and axis; its outputs by (piece, axis)."""
+    """`function` of the entries of every dense factor in trees by piece and axis, likewise; None for diagonal ones."""
     places = [(p, axis) for p, piece in enumerate(pieces) for axis, d in enumerate(piece.diagonal) if not d]
     found = lapack.for_each(function, *([tree[p][axis] for p, axis in places] for tree in trees))
-    return dict(zip(places, found, strict=True))
+    found = dict(zip(places, found, strict=True))
+    return [[found.get((p, axis)) for axis in range(len(piece.shape))] for p, piece in enumerate(pieces)]
 
 
 def _with(pieces, bases, found):
     """The bases as they will be kept, found ones in the place of the old."""
     return [
-        tuple(
-            axis_factors.rounded(found[p, axis][0], piece.factor_dtype) if (p, axis) in found else q
-            for axis, q in enumerate(of_piece)
-        )
-        for p, (piece, of_piece) in enumerate(zip(pieces, bases, strict=True))
+        tuple(old if x is None else axis_factors.rounded(x[0], piece.factor_dtype) for old, x in zip(*qs, strict=True))
+        for piece, *qs in zip(pieces, bases, found, strict=True)
     ]
 
 
@@ -268,17 +266,19 @@ def _eigenvectors(pieces, factors, bases):
     return _with(pieces, bases, _of_dense(lambda f: (lapack.eigh(f)[1][..., ::-1],), pieces, factors))
 
 
-def _iterated(pieces, factors, bases, moments):
-    """Bases after one step of orthogonal iteration, and the moments in the order of their columns."""
-    found, new_moments = _of_dense(orthogonal_iteration, pieces, factors, bases), []
-    for p, (piece, v) in enumerate(zip(pieces, moments, strict=True)):
-        for axis in range(len(piece.shape)):
-            if (p, axis) in found:
-                order = found[p, axis][1]
+def _iterated(pieces, factors, bases, averages):
+    """Bases after one step of orthogonal iteration, the momentum turned with them, and V in their columns' order."""
+    found, new = _of_dense(orthogonal_iteration, pieces, factors, bases), []
+    new_bases = _with(pieces, bases, found)
+    for piece, (momentum, v), olds, qs, of_piece in zip(pieces, averages, bases, new_bases, found, strict=True):
+        turns = list(qs)
+        for axis, x in enumerate(of_piece):
+            if x is not None:
+                turns[axis] = jnp.matmul(laid_out(qs[axis].mT.conj()), olds[axis], precision=axis_factors.HIGHEST)
                 shape = [*piece.stack, *(d if i == axis else 1 for i, d in enumerate(piece.shape))]
-                v = jnp.take_along_axis(v, order.reshape(shape), axis=len(piece.stack) + axis)
-        new_moments.append(v)
-    return _with(pieces, bases, found), new_moments
+                v = jnp.take_along_axis(v, x[1].reshape(shape), axis=len(piece.stack) + axis)
+        new.append((kron_matvec(turns, momentum), v))
+    return new_bases, new
 
 
 class ScaleByAdamInBasisState(NamedTuple):
