@@ -48,8 +48,3 @@ def kron_matvec(factors, x, *, precision=jax.lax.Precision.HIGHEST) -> jax.Array
                 f"{x.shape}; expected {(*leading, d, d)} or the diagonal {(*leading, d)}."
             )
     return x
-
-
-def laid_out(x) -> jax.Array:
-    """`x`, on CPU with its entries in memory as in the array: XLA's faster product there takes no transposed matrix."""
-    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x

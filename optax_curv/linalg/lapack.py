@@ -11,6 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from optax_curv.linalg.on_cpu import cut_out
+
 # Batches are shared out from 2e5 operations on; the dearest, `eigh`, takes about 25 n³ a matrix.
 SMALL_CUBES = 8_000
 
@@ -103,5 +105,5 @@ def joined(kernel, *columns):
         end = 0
         for place in places:
             start, end = end, end + len(rows[place][0])
-            results[place] = jax.tree.map(lambda x, part=slice(start, end): x[part], found)
+            results[place] = jax.tree.map(functools.partial(cut_out, start=start, size=end - start), found)
     return results

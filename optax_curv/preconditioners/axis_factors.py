@@ -9,7 +9,7 @@ from jax.sharding import AxisType
 
 from optax_curv.linalg import kron_matvec
 from optax_curv.linalg.checks import widen
-from optax_curv.linalg.kronecker import laid_out
+from optax_curv.linalg.on_cpu import laid_out
 from optax_curv.preconditioners import contracts, kron_layout, symmetric_pairs
 
 HIGHEST = jax.lax.Precision.HIGHEST

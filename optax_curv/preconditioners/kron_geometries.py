@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_curv.linalg import kron_matvec, spectral_norm_bound, triangular_solve
-from optax_curv.linalg.kronecker import laid_out
+from optax_curv.linalg.on_cpu import laid_out
 
 Factors = tuple[jax.Array, ...]
 

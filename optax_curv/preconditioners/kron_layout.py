@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_curv.linalg.checks import widen
+from optax_curv.linalg.on_cpu import cut_out
 
 LIKE_FACTORS = ("factors", "lipschitz", "preconditioners")  # the state's trees with one entry a piece
 
@@ -274,10 +275,13 @@ class Layout:
             start = 0
             for i in positions:
                 stack = self.pieces[i].stack
-                part = slice(start, start := start + math.prod(stack))
-                by_piece[i] = jax.tree.map(
-                    lambda x, part=part, stack=stack: x[part].reshape(*stack, *x.shape[1:]), tree
-                )
+                size = math.prod(stack)
+
+                def part(x, start=start, size=size, stack=stack):
+                    return cut_out(x, start, size).reshape(*stack, *x.shape[1:])
+
+                by_piece[i] = jax.tree.map(part, tree)
+                start += size
         return by_piece
 
 

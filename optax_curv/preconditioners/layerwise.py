@@ -12,6 +12,7 @@ import optax
 
 from optax_curv.capture.layers import Layer, Layers, layer_leaves, layer_matrix
 from optax_curv.capture.statistics import FactorRows, KroneckerFactors, factors_of_rows
+from optax_curv.linalg.on_cpu import cut_out
 from optax_curv.preconditioners import contracts
 from optax_curv.preconditioners.axis_factors import running_weight
 from optax_curv.preconditioners.distribution import as_kept, divided, require_sharding, with_sharding_types
@@ -163,8 +164,7 @@ def layout_of(present: Mapping) -> Layout:
 class LayerStacks(Mapping):
     """Pytrees of arrays by layer, kept as stacks of equal shapes.
 
-    As a mapping it cuts a layer's own arrays [*stack, ...] out of its stack. Compiled programs keep to `groups`: XLA
-    compiles one kernel for each such cut.
+    As a mapping it cuts a layer's own arrays [*stack, ...] out of its stack.
 
     Attributes:
       layout: what lies where.
@@ -196,8 +196,12 @@ class LayerStacks(Mapping):
             ends = itertools.accumulate(math.prod(stack) for _, stack in entries)
             for (own, stack), end in zip(entries, ends, strict=True):
                 if own == name:
-                    part = slice(end - math.prod(stack), end)
-                    return jax.tree.map(lambda x: x[part].reshape(*stack, *x.shape[1:]), group)  # noqa: B023
+                    size = math.prod(stack)
+
+                    def part(x, start=end - size, size=size, stack=stack):
+                        return cut_out(x, start, size).reshape(*stack, *x.shape[1:])
+
+                    return jax.tree.map(part, group)
         raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -315,8 +319,8 @@ def map_grouped(function: Callable, stacks: Mapping[Any, tuple], *columns: Mappi
         for key in group:
             last = first + math.prod(stacks[key])
 
-            def cut(x, rows=slice(first, last), stack=stacks[key]):
-                return x[rows].reshape(*stack, *x.shape[1:])
+            def cut(x, first=first, size=last - first, stack=stacks[key]):
+                return cut_out(x, first, size).reshape(*stack, *x.shape[1:])
 
             results[key] = jax.tree.map(cut, joined)
             first = last

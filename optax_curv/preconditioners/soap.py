@@ -11,7 +11,7 @@ import optax
 from optax_curv.capture.layers import Layers
 from optax_curv.capture.statistics import KroneckerFactors
 from optax_curv.linalg import kron_matvec, lapack
-from optax_curv.linalg.kronecker import laid_out
+from optax_curv.linalg.on_cpu import laid_out
 from optax_curv.linalg.roots import orthogonal_iteration
 from optax_curv.preconditioners import axis_factors, contracts, ekfac
 from optax_curv.preconditioners.distribution import with_sharding_types
