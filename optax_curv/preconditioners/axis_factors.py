@@ -139,9 +139,9 @@ def axis_moment(x, axis: int, diagonal: bool, stack: int) -> jax.Array:
     """Mode moments X₍ᵢ₎X₍ᵢ₎ᴴ of tensors [*stack, ...], [*stack, d, d], or their diagonals [*stack, d]."""
     if diagonal:
         return jnp.sum(jnp.square(jnp.abs(x)), axis=tuple(i for i in range(stack, x.ndim) if i != stack + axis))
-    x = laid_out(jnp.moveaxis(x, stack + axis, stack))
-    x = x.reshape(*x.shape[: stack + 1], -1)
-    return jnp.matmul(x, x.mT.conj(), precision=HIGHEST)
+    axes = list(range(x.ndim))
+    others = [x.ndim if i == stack + axis else i for i in axes]
+    return jnp.einsum(x, axes, x.conj(), others, [*axes[:stack], stack + axis, x.ndim], precision=HIGHEST)
 
 
 def root_or_identity(root, diagonal: bool, stack: int) -> jax.Array:
@@ -262,7 +262,7 @@ def refresh(pieces, kept, moments, weight, roots, bases, energies, squares, due,
         dtypes = [pieces[p].factor_dtype for p, _ in places]
         new = [q if q is None else rounded(q, dtype) for q, dtype in zip(new, dtypes, strict=True)]
         taken = list(map(rounded, taken, dtypes))
-        packed = map(symmetric_pairs.with_second, pick(kept), taken)
+        packed = (laid_out(symmetric_pairs.with_second(x, r)) for x, r in zip(pick(kept), taken, strict=True))
         return then(put(kept, packed), put(roots, taken)), put(bases, new), jnp.stack([flat(now)] * 2)
 
     return jax.lax.cond(due | moved, fresh, lambda: (then(kept, roots), bases, jnp.stack([running, reference])))

@@ -125,7 +125,7 @@ def raw_key(key) -> jax.Array:
 
 def is_finite(*trees: Any) -> jax.Array:
     """Whether every inexact entry of the trees is finite: bool []."""
-    return _all(jnp.isfinite(jnp.sum(0 * x)) for x in _inexact_leaves(trees))  # 0 · ∞ is NaN; a sum is one kernel
+    return _are_finite(jnp.sum(0 * x) for x in _inexact_leaves(trees))  # 0 · ∞ is NaN, and a sum is one kernel
 
 
 def is_squarable(*trees: Any) -> jax.Array:
@@ -134,20 +134,20 @@ def is_squarable(*trees: Any) -> jax.Array:
     No running average of second moments would forget larger numbers.
     """
 
-    def fits(x):
+    def squares(x):
         magnitude = jnp.abs(x).astype(jnp.promote_types(jnp.float32, jnp.finfo(x.dtype).dtype))
-        return jnp.isfinite(jnp.sum(jnp.square(magnitude)))
+        return jnp.sum(jnp.square(magnitude))
 
-    return _all(map(fits, _inexact_leaves(trees)))
+    return _are_finite(map(squares, _inexact_leaves(trees)))
 
 
 def _inexact_leaves(trees):
     return [x for x in jax.tree.leaves(trees) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
 
 
-def _all(checks):
-    """Whether all of them hold. XLA fuses no dot product into the kernels that ask, but it would repeat `jnp.all`."""
-    held = jnp.stack([*checks, jnp.bool_(True)]).astype(jnp.float32)
+def _are_finite(sums):
+    """Whether all are. XLA fuses no dot product into the kernels that ask, but it would repeat `jnp.all`."""
+    held = jnp.isfinite(jnp.stack([*sums, jnp.float32(0)])).astype(jnp.float32)
     return jnp.vdot(held, held, precision=jax.lax.Precision.HIGHEST) == held.size
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from optax_curv.capture.statistics import FactorRows, KroneckerFactors
 from optax_curv.linalg import cholesky, cholesky_solve, conjugate_gradient, lapack
 from optax_curv.linalg.cholesky import damped_inverse
+from optax_curv.linalg.on_cpu import cut_out
 from optax_curv.preconditioners.contracts import require_choice, require_numbers
 from optax_curv.preconditioners.distribution import divided
 from optax_curv.preconditioners.layerwise import HIGHEST, LayerStacks, PresentLayer, average_factors
@@ -369,7 +370,8 @@ def precondition(inverses: LayerStacks, matrices: LayerStacks, sharding=None) ->
 def held_to_rows(present, directions: LayerStacks, matrices: LayerStacks, curvature, diagnostics):
     """As `Blocks.checked`, but by some of the step's own rows, for layers that come with rows."""
     found, ratios = dict(directions), {}
-    dampings = dict(zip(directions, diagnostics.input_damping * diagnostics.output_damping, strict=True))
+    dampings = diagnostics.input_damping * diagnostics.output_damping
+    dampings = {name: cut_out(dampings, i, 1)[0] for i, name in enumerate(directions)}
     for name, x in present.items():
         u, rows, ratios[name] = found[name], curvature[name], jnp.ones(x.layer.stack, x.dtype)
         if isinstance(rows, FactorRows):

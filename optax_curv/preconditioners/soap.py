@@ -11,7 +11,6 @@ import optax
 from optax_curv.capture.layers import Layers
 from optax_curv.capture.statistics import KroneckerFactors
 from optax_curv.linalg import kron_matvec, lapack
-from optax_curv.linalg.on_cpu import laid_out
 from optax_curv.linalg.roots import orthogonal_iteration
 from optax_curv.preconditioners import axis_factors, contracts, ekfac
 from optax_curv.preconditioners.distribution import with_sharding_types
@@ -96,8 +95,7 @@ def scale_by_soap(
 
     References:
       Vyas et al. 2024, arXiv:2409.11321, Algorithms 3 and 4. Deviations: their first step only sets the basis; here
-      it is also taken, in the basis of its own factors. They keep M outside the basis, which takes two products more
-      a matrix and step.
+      it is also taken, in the basis of its own factors. They keep M outside the basis, for two products more a step.
     """
     decay = b2 if decay is None else decay
     options = SimpleNamespace(**locals())
@@ -189,7 +187,6 @@ def _update(options, updates, state, params=None, *, sound=None, **extra_args):
     del extra_args
     likes, layout_by = ("factors", "bases", "momentum", "moments"), functools.partial(layout_of, METHOD, options)
     state, layout, good, total_notfinite = axis_factors.opened(METHOD, layout_by, likes, updates, state, params, sound)
-
     # Leaf by leaf: what is done alike to leaves of one shape is compiled once.
     pieces, tensors = layout.pieces, layout.blocks(updates)
     factors, old_bases, *averages = (layout.by_piece(getattr(state, name)) for name in likes)
@@ -209,12 +206,11 @@ def _update(options, updates, state, params=None, *, sound=None, **extra_args):
     branches = lambda: taken(old_bases), lambda: taken(_eigenvectors(pieces, factors, old_bases)), iterated
     due = jnp.where(state.count == 0, 1, jnp.where(state.count % options.basis_every == 0, 2, 0))
     directions, bases, averages = jax.lax.switch(jnp.where(good, due, 0), branches)
-    momentum, moments = map(list, zip(*averages, strict=True)) if averages else ([], [])
     directions = layout.leaves_of_blocks(directions, layout.without_pieces(updates), updates)
     new = ScaleBySoapState(
         count=jnp.where(good, optax.safe_increment(state.count), state.count),
-        momentum=layout.like_factors(momentum, state.momentum),
-        moments=layout.like_factors(moments, state.moments),
+        momentum=layout.like_factors([m for m, _ in averages], state.momentum),
+        moments=layout.like_factors([v for _, v in averages], state.moments),
         factors=layout.like_factors(factors, state.factors),
         bases=layout.like_factors(bases, state.bases),
         total_notfinite=total_notfinite,
@@ -237,7 +233,7 @@ def _averaged(weight, piece, x, factors):
 
 def _adam(eps, weights, piece, x, bases, averages):
     """(a piece's direction within the basis, its averages there)."""
-    inverse = [q if diagonal else laid_out(q.mT.conj()) for q, diagonal in zip(bases, piece.diagonal, strict=True)]
+    inverse = [q if diagonal else q.mT.conj() for q, diagonal in zip(bases, piece.diagonal, strict=True)]
     x = kron_matvec(inverse, x)
     new = zip(averages, weights, (x, jnp.square(jnp.abs(x))), strict=True)
     momentum, v = (axis_factors.averaged(*of_one) for of_one in new)
@@ -274,7 +270,7 @@ def _iterated(pieces, factors, bases, averages):
         turns = list(qs)
         for axis, x in enumerate(of_piece):
             if x is not None:
-                turns[axis] = jnp.matmul(laid_out(qs[axis].mT.conj()), olds[axis], precision=axis_factors.HIGHEST)
+                turns[axis] = jnp.matmul(qs[axis].mT.conj(), olds[axis], precision=axis_factors.HIGHEST)
                 shape = [*piece.stack, *(d if i == axis else 1 for i, d in enumerate(piece.shape))]
                 v = jnp.take_along_axis(v, x[1].reshape(shape), axis=len(piece.stack) + axis)
         new.append((kron_matvec(turns, momentum), v))
