@@ -1,6 +1,7 @@
 """Second moments along every axis of a leaf, and the roots of them that precondition it."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -215,7 +216,7 @@ def refresh(pieces, kept, moments, weight, roots, bases, energies, squares, due,
 
     A factor has moved when tr(F R) has grown by more than `limit` since the root R was taken: when gradients grow, or
     turn to where there were none and R is large, or come for the first time. As F is an average of moments M, so is
-    tr(F R) of tr(M R) while R stays. All factors are refreshed together.
+    tr(F R) of tr(M R) while R stays. All factors of one batch are refreshed together.
 
     Args:
       pieces: of the layout.
@@ -250,22 +251,31 @@ def refresh(pieces, kept, moments, weight, roots, bases, energies, squares, due,
     running = averaged(running, weight, flat(map(energy, pick(moments), pick(roots))))
     wakes = (weight > 0) & (reference == 0) & (flat(squares[p] for p, _ in places) > 0)
     lost = ~jnp.isfinite(reference)  # where LAPACK has found no root
-    moved = jnp.any(wakes | lost | (running > limit * reference))
+    moved = due | wakes | lost | (running > limit * reference)
+    energies = jnp.stack([running, reference])
+
+    def of_one(of_batch, start, stop):
+        dtypes = [pieces[p].factor_dtype for p, _ in of_batch]
+        old = pick(roots, of_batch), pick(bases, of_batch), energies[:, start:stop]
+
+        def taken():
+            pairs = zip(pick(kept, of_batch), pick(moments, of_batch), dtypes, strict=True)
+            factors = [rounded(factor_with(x, weight, m), dtype) for x, m, dtype in pairs]
+            found, now, new = zip(*take_roots(factors, old[1]), strict=True)
+            new = [q if q is None else rounded(q, dtype) for q, dtype in zip(new, dtypes, strict=True)]
+            return list(map(rounded, found, dtypes)), new, jnp.stack([flat(now)] * 2)
+
+        return jax.lax.cond(jnp.any(moved[start:stop]), taken, lambda: old)
 
     def fresh():
-        found = []
-        for of_batch in of_batches:
-            pairs = zip(pick(kept, of_batch), pick(moments, of_batch), of_batch, strict=True)
-            factors = [rounded(factor_with(x, weight, m), pieces[p].factor_dtype) for x, m, (p, _) in pairs]
-            found += take_roots(factors, pick(bases, of_batch))
-        taken, now, new = zip(*found, strict=True) if found else ((), (), ())
-        dtypes = [pieces[p].factor_dtype for p, _ in places]
-        new = [q if q is None else rounded(q, dtype) for q, dtype in zip(new, dtypes, strict=True)]
-        taken = list(map(rounded, taken, dtypes))
+        ends = list(itertools.accumulate((sum(jnp.size(squares[p]) for p, _ in x) for x in of_batches), initial=0))
+        found = list(map(of_one, of_batches, ends[:-1], ends[1:]))
+        taken, new = ([x for part in found for x in part[i]] for i in (0, 1))
         packed = (laid_out(symmetric_pairs.with_second(x, r)) for x, r in zip(pick(kept), taken, strict=True))
-        return then(put(kept, packed), put(roots, taken)), put(bases, new), jnp.stack([flat(now)] * 2)
+        after = jnp.concatenate([energies[:, :0], *(part[2] for part in found)], axis=1)
+        return then(put(kept, packed), put(roots, taken)), put(bases, new), after
 
-    return jax.lax.cond(due | moved, fresh, lambda: (then(kept, roots), bases, jnp.stack([running, reference])))
+    return jax.lax.cond(jnp.any(moved), fresh, lambda: (then(kept, roots), bases, energies))
 
 
 def rounded(x, dtype) -> jax.Array:
