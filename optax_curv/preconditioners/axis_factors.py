@@ -1,7 +1,6 @@
 """Second moments along every axis of a leaf, and the roots of them that precondition it."""
 
 import functools
-import itertools
 import math
 
 import jax
@@ -10,7 +9,6 @@ from jax.sharding import AxisType
 
 from optax_curv.linalg import kron_matvec
 from optax_curv.linalg.checks import widen
-from optax_curv.linalg.on_cpu import laid_out
 from optax_curv.preconditioners import contracts, kron_layout, symmetric_pairs
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -138,11 +136,12 @@ def momentum_and_direction(b1, nesterov: bool, count, momentum, grads, good):
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def axis_moment(x, axis: int, diagonal: bool, stack: int) -> jax.Array:
     """Mode moments X₍ᵢ₎X₍ᵢ₎ᴴ of tensors [*stack, ...], [*stack, d, d], or their diagonals [*stack, d]."""
-    if diagonal:
-        return jnp.sum(jnp.square(jnp.abs(x)), axis=tuple(i for i in range(stack, x.ndim) if i != stack + axis))
+    axis += stack
     axes = list(range(x.ndim))
-    others = [x.ndim if i == stack + axis else i for i in axes]
-    return jnp.einsum(x, axes, x.conj(), others, [*axes[:stack], stack + axis, x.ndim], precision=HIGHEST)
+    if diagonal:
+        return jnp.sum(jnp.square(jnp.abs(x)), axis=tuple(i for i in axes[stack:] if i != axis))
+    others = [x.ndim if i == axis else i for i in axes]
+    return jnp.einsum(x, axes, x.conj(), others, [*axes[:stack], axis, x.ndim], precision=HIGHEST)
 
 
 def root_or_identity(root, diagonal: bool, stack: int) -> jax.Array:
@@ -162,10 +161,10 @@ def whitened_moment(x, roots, axis: int, diagonal: bool, stack: int) -> jax.Arra
 
 
 @jax.jit
-def moment_averaged_in(packed, weight, moment) -> jax.Array:
-    """The same with a moment averaged into the factor."""
+def repacked(packed, weight, moment, root) -> jax.Array:
+    """The same with a moment averaged into the factor, and another root."""
     factor = averaged(packed[..., :-1], weight, moment)  # of which one triangle is the factor's, and no other is read
-    return symmetric_pairs.with_first(packed, factor)
+    return symmetric_pairs.with_first(symmetric_pairs.with_second(packed, root), factor)
 
 
 @jax.jit
@@ -211,8 +210,8 @@ def power(values, exponent, damping) -> jax.Array:
     return jnp.where(damped > 0, jnp.where(damped > 0, damped, 1) ** -exponent, 0)
 
 
-def refresh(pieces, kept, moments, weight, roots, bases, energies, squares, due, limit, take_roots, then):
-    """(`then` of the roots, bases, energies) with dense factors' roots taken anew where due or where one has moved.
+def refresh(pieces, kept, moments, weight, roots, bases, energies, squares, due, limit, take_roots):
+    """(roots, bases, energies) with the roots of dense factors taken anew where they are due or a factor has moved.
 
     A factor has moved when tr(F R) has grown by more than `limit` since the root R was taken: when gradients grow, or
     turn to where there were none and R is large, or come for the first time. As F is an average of moments M, so is
@@ -231,51 +230,47 @@ def refresh(pieces, kept, moments, weight, roots, bases, energies, squares, due,
       limit: see above.
       take_roots: function of a list of factors [*stack, d, d] and one of bases that returns a root R, tr(F R) and a
         basis for each.
-      then: what is done with factors and roots as in `kept`, and roots as in `roots`. It is part of either branch, so
-        that none copies what is old.
     """
-    of_batches = batches(pieces)
-    places = [place for of_batch in of_batches for place in of_batch]
+    found, found_bases = ([list(of_piece) for of_piece in tree] for tree in (roots, bases))
+    of_batches, start = [], 0
+    for places in batches(pieces):
 
-    def pick(tree, places=places):
-        return [tree[p][axis] for p, axis in places]
+        def pick(tree, places=places):
+            return [tree[p][axis] for p, axis in places]
 
-    def put(tree, found):
-        found = dict(zip(places, found, strict=True))
-        return [tuple(found.get((p, axis), x) for axis, x in enumerate(xs)) for p, xs in enumerate(tree)]
+        dtypes = [pieces[p].factor_dtype for p, _ in places]
+        norms = [squares[p] for p, _ in places]
+        count = sum(map(jnp.size, norms))
+        of_batch = pick(roots), pick(bases), energies[:, start : start + count]
+        of_batch = _refreshed(dtypes, pick(kept), pick(moments), weight, *of_batch, norms, due, limit, take_roots)
+        start += count
+        for (p, axis), root, basis in zip(places, *of_batch[:2], strict=True):
+            found[p][axis], found_bases[p][axis] = root, basis
+        of_batches.append(of_batch[2])
+    energies = jnp.concatenate([energies[:, :0], *of_batches], axis=1)
+    return list(map(tuple, found)), list(map(tuple, found_bases)), energies
+
+
+def _refreshed(dtypes, kept, moments, weight, roots, bases, energies, squares, due, limit, take_roots):
+    """`refresh` of one batch; all but `weight`, `energies`, `due` and `limit` are lists of one entry a factor."""
 
     def flat(arrays):
-        return jnp.concatenate([energies[0, :0], *(x.reshape(-1).astype(energies.dtype) for x in arrays)])
+        return jnp.concatenate([x.reshape(-1) for x in arrays]).astype(energies.dtype)
 
     running, reference = energies
-    running = averaged(running, weight, flat(map(energy, pick(moments), pick(roots))))
-    wakes = (weight > 0) & (reference == 0) & (flat(squares[p] for p, _ in places) > 0)
+    running = averaged(running, weight, flat(map(energy, moments, roots)))
+    wakes = (weight > 0) & (reference == 0) & (flat(squares) > 0)
     lost = ~jnp.isfinite(reference)  # where LAPACK has found no root
-    moved = due | wakes | lost | (running > limit * reference)
-    energies = jnp.stack([running, reference])
-
-    def of_one(of_batch, start, stop):
-        dtypes = [pieces[p].factor_dtype for p, _ in of_batch]
-        old = pick(roots, of_batch), pick(bases, of_batch), energies[:, start:stop]
-
-        def taken():
-            pairs = zip(pick(kept, of_batch), pick(moments, of_batch), dtypes, strict=True)
-            factors = [rounded(factor_with(x, weight, m), dtype) for x, m, dtype in pairs]
-            found, now, new = zip(*take_roots(factors, old[1]), strict=True)
-            new = [q if q is None else rounded(q, dtype) for q, dtype in zip(new, dtypes, strict=True)]
-            return list(map(rounded, found, dtypes)), new, jnp.stack([flat(now)] * 2)
-
-        return jax.lax.cond(jnp.any(moved[start:stop]), taken, lambda: old)
+    moved = jnp.any(wakes | lost | (running > limit * reference))
+    old = roots, bases, jnp.stack([running, reference])
 
     def fresh():
-        ends = list(itertools.accumulate((sum(jnp.size(squares[p]) for p, _ in x) for x in of_batches), initial=0))
-        found = list(map(of_one, of_batches, ends[:-1], ends[1:]))
-        taken, new = ([x for part in found for x in part[i]] for i in (0, 1))
-        packed = (laid_out(symmetric_pairs.with_second(x, r)) for x, r in zip(pick(kept), taken, strict=True))
-        after = jnp.concatenate([energies[:, :0], *(part[2] for part in found)], axis=1)
-        return then(put(kept, packed), put(roots, taken)), put(bases, new), after
+        factors = [rounded(factor_with(p, weight, m), d) for p, m, d in zip(kept, moments, dtypes, strict=True)]
+        taken, now, new = zip(*take_roots(factors, bases), strict=True)
+        new = [q if q is None else rounded(q, dtype) for q, dtype in zip(new, dtypes, strict=True)]
+        return list(map(rounded, taken, dtypes)), new, jnp.stack([flat(now)] * 2)
 
-    return jax.lax.cond(jnp.any(moved), fresh, lambda: (then(kept, roots), bases, energies))
+    return jax.lax.cond(due | moved, fresh, lambda: old)
 
 
 def rounded(x, dtype) -> jax.Array:

@@ -184,17 +184,10 @@ def _update(options, updates, state, params=None, *, sound=None, **extra_args):
         factor_roots, exponent=options.exponent, damping=options.damping, method=options.root
     )
     bases = layout.by_piece(state.bases) if tracks else [(None,) * len(piece.shape) for piece in pieces]
-
-    def applied(kept, roots):
-        new = list(map(functools.partial(_renewed, weight), pieces, kept, moments))
-        roots = map(functools.partial(_with_diagonal_roots, options), pieces, new, roots)
-        return new, list(map(kron_matvec, roots, layout.blocks(direction)))
-
-    state_of_roots = roots, bases, state.energies
-    growth = options.refresh_growth
-    (kept, directions), bases, energies = axis_factors.refresh(
-        pieces, kept, moments, weight, *state_of_roots, squares, due, growth, take_roots, applied
+    roots, bases, energies = axis_factors.refresh(
+        pieces, kept, moments, weight, roots, bases, state.energies, squares, due, options.refresh_growth, take_roots
     )
+    kept = list(map(functools.partial(_renewed, weight), pieces, kept, moments, roots))
     new = ScaleByShampooState(
         count=jnp.where(good, optax.safe_increment(state.count), state.count),
         refreshed=jnp.where(due, state.count, state.refreshed),
@@ -204,15 +197,17 @@ def _update(options, updates, state, params=None, *, sound=None, **extra_args):
         energies=energies,
         total_notfinite=total_notfinite,
     )
+    roots = map(functools.partial(_with_diagonal_roots, options), pieces, kept, roots)
+    directions = map(kron_matvec, roots, layout.blocks(direction))
     directions = layout.leaves_of_blocks(directions, layout.without_pieces(direction), updates)
     return jax.tree.map(lambda u: jnp.where(good & jnp.isfinite(u), u, jnp.zeros_like(u)), directions), new
 
 
-def _renewed(weight, piece, kept, moments):
+def _renewed(weight, piece, kept, moments, roots):
     """What is kept of each axis, with the moments averaged in."""
     return tuple(
-        (axis_factors.averaged if diagonal else axis_factors.moment_averaged_in)(x, weight, m)
-        for x, m, diagonal in zip(kept, moments, piece.diagonal, strict=True)
+        axis_factors.averaged(x, weight, m) if diagonal else axis_factors.repacked(x, weight, m, r)
+        for x, m, r, diagonal in zip(kept, moments, roots, piece.diagonal, strict=True)
     )
 
 
