@@ -29,6 +29,7 @@ def test_what_is_laid_out_keeps_its_values():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere a cut is a plain slice")
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="seen in the XLA of JAX 0.10")
 def test_one_kernel_serves_all_places():
     def kernels(cut):
         text = jax.jit(lambda x: [cut(x, i) * 2 for i in range(6)]).lower(jnp.zeros((6, 5))).compile().as_text()
