@@ -54,6 +54,7 @@ def _attempts(kernel, a, damping):
     eye = jnp.eye(a.shape[-1], dtype=a.dtype)
     limits = jnp.finfo(a.dtype)
     largest = jnp.max(jnp.abs(a), axis=(-2, -1), initial=0)
+    largest += jnp.sum(0 * a, axis=(-2, -1)).real  # NaN unless all is finite; on CPU a maximum may drop a NaN
     first = jnp.where(largest > 0, jnp.maximum(limits.eps * largest, limits.tiny), limits.eps)
 
     def attempt(carry):
