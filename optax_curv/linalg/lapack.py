@@ -105,5 +105,5 @@ def joined(kernel, *columns):
         end = 0
         for place in places:
             start, end = end, end + len(rows[place][0])
-            results[place] = jax.tree.map(functools.partial(cut_out, start=start, size=end - start), found)
+            results[place] = jax.tree.map(functools.partial(cut_out, start=start, stack=(end - start,)), found)
     return results

@@ -271,16 +271,20 @@ def _magnitudes(u) -> jax.Array:
     return magnitudes.astype(jnp.promote_types(jnp.float32, magnitudes.dtype))
 
 
+def _real(u) -> jax.Array:
+    """Real numbers of the same magnitudes: `u` itself where two reductions do without an array of magnitudes."""
+    return u if jnp.isrealobj(u) else _magnitudes(u)
+
+
 def _peak(u) -> jax.Array:
-    u = u if jnp.isrealobj(u) else _magnitudes(u)  # no array of magnitudes where two reductions do
+    u = _real(u)
     return jnp.maximum(jnp.max(u, initial=0), -jnp.min(u, initial=0)).astype(jnp.promote_types(jnp.float32, u.dtype))
 
 
 def _norm(u) -> jax.Array:
     """Euclidean norm, free of underflow and overflow in the squares."""
     peak = _peak(u)
-    unit = (u if jnp.isrealobj(u) else _magnitudes(u)) / jnp.where(peak == 0, 1, peak)
-    return peak * jnp.sqrt(jnp.sum(jnp.square(unit)))
+    return peak * jnp.sqrt(jnp.sum(jnp.square(_real(u) / jnp.where(peak == 0, 1, peak))))
 
 
 def _scaled(u, numerator, denominator) -> jax.Array:

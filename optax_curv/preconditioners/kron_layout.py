@@ -1,5 +1,6 @@
 """Which axis factors a leaf has, and how leaves of one shape share a batched kernel call."""
 
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -275,13 +276,8 @@ class Layout:
             start = 0
             for i in positions:
                 stack = self.pieces[i].stack
-                size = math.prod(stack)
-
-                def part(x, start=start, size=size, stack=stack):
-                    return cut_out(x, start, size).reshape(*stack, *x.shape[1:])
-
-                by_piece[i] = jax.tree.map(part, tree)
-                start += size
+                by_piece[i] = jax.tree.map(functools.partial(cut_out, start=start, stack=stack), tree)
+                start += math.prod(stack)
         return by_piece
 
 

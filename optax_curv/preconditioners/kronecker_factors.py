@@ -371,7 +371,7 @@ def held_to_rows(present, directions: LayerStacks, matrices: LayerStacks, curvat
     """As `Blocks.checked`, but by some of the step's own rows, for layers that come with rows."""
     found, ratios = dict(directions), {}
     dampings = diagnostics.input_damping * diagnostics.output_damping
-    dampings = {name: cut_out(dampings, i, 1)[0] for i, name in enumerate(directions)}
+    dampings = {name: cut_out(dampings, i, ()) for i, name in enumerate(directions)}
     for name, x in present.items():
         u, rows, ratios[name] = found[name], curvature[name], jnp.ones(x.layer.stack, x.dtype)
         if isinstance(rows, FactorRows):

@@ -1,6 +1,7 @@
 """What layer-wise methods share: finding the layers' leaves, reading their statistics, one call for equal shapes."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -196,11 +197,7 @@ class LayerStacks(Mapping):
             ends = itertools.accumulate(math.prod(stack) for _, stack in entries)
             for (own, stack), end in zip(entries, ends, strict=True):
                 if own == name:
-                    size = math.prod(stack)
-
-                    def part(x, start=end - size, size=size, stack=stack):
-                        return cut_out(x, start, size).reshape(*stack, *x.shape[1:])
-
+                    part = functools.partial(cut_out, start=end - math.prod(stack), stack=stack)
                     return jax.tree.map(part, group)
         raise KeyError(name)
 
@@ -317,13 +314,8 @@ def map_grouped(function: Callable, stacks: Mapping[Any, tuple], *columns: Mappi
         joined = function(*(x[0] if x[0] is None else jnp.concatenate(x) for x in zip(*group.values(), strict=True)))
         first = 0
         for key in group:
-            last = first + math.prod(stacks[key])
-
-            def cut(x, first=first, size=last - first, stack=stacks[key]):
-                return cut_out(x, first, size).reshape(*stack, *x.shape[1:])
-
-            results[key] = jax.tree.map(cut, joined)
-            first = last
+            results[key] = jax.tree.map(functools.partial(cut_out, start=first, stack=stacks[key]), joined)
+            first += math.prod(stacks[key])
     return {key: results[key] for key in stacks}
 
 

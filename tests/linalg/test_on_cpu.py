@@ -15,11 +15,11 @@ PLACES = [(0, 1), (1, 2), (3, 1), (0, 4)]
 @pytest.mark.parametrize(("start", "size"), PLACES)
 def test_a_cut_is_a_slice(start, size):
     x = jnp.arange(12.0).reshape(4, 3)
-    for cut in (lambda x: cut_out(x, start, size), jax.jit(lambda x: cut_out(x, start, size))):
+    for cut in (lambda x: cut_out(x, start, (size,)), jax.jit(lambda x: cut_out(x, start, (size,)))):
         np.testing.assert_array_equal(cut(x), x[start : start + size])
-    batched = jax.vmap(lambda x: cut_out(x, start, size), in_axes=2)(jnp.stack([x, -x], axis=2))
+    batched = jax.vmap(lambda x: cut_out(x, start, (size,)), in_axes=2)(jnp.stack([x, -x], axis=2))
     np.testing.assert_array_equal(batched, jnp.stack([x, -x])[:, start : start + size])
-    gradient = jax.grad(lambda x: jnp.sum(cut_out(x, start, size)))(x)
+    gradient = jax.grad(lambda x: jnp.sum(cut_out(x, start, (size,))))(x)
     np.testing.assert_array_equal(gradient, jnp.zeros_like(x).at[start : start + size].set(1))
 
 
@@ -38,4 +38,4 @@ def test_one_kernel_serves_all_places():
         return len(set(plain)), len(bodies)
 
     assert kernels(lambda x, i: x[i : i + 1]) == (6, 6)
-    assert kernels(lambda x, i: cut_out(x, i, 1)) == (1, 6)
+    assert kernels(lambda x, i: cut_out(x, i, (1,))) == (1, 6)
