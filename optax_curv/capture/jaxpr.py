@@ -106,9 +106,17 @@ def run_call(eqn, operands, body: Callable) -> list[Any]:
     return jax.jit(body)(*operands)
 
 
+def scan_sizes(eqn) -> tuple[int, int]:
+    """How many operands of a scan are the same at every step, and how many are carried from one to the next."""
+    if "num_consts" in eqn.params:  # before JAX 0.11
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
 def run_scan(eqn, operands, probes, body: Callable) -> list[Any]:
     """Runs a scan with `body(operands of one step, slice of probes) -> results` in place of its own."""
-    consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry = scan_sizes(eqn)
 
     def step(state, slices):
         xs, probe = slices
@@ -123,14 +131,14 @@ def run_scan(eqn, operands, probes, body: Callable) -> list[Any]:
 
 def counters_carried(eqn) -> set[int]:
     """Places of a scan's carry that hold the number of the step, 0, 1, …, by which `fori_loop` picks slices."""
-    body, consts = eqn.params["jaxpr"].jaxpr, eqn.params["num_consts"]
+    body, (consts, carry) = eqn.params["jaxpr"].jaxpr, scan_sizes(eqn)
 
     def counts(k):
         maker = _maker(body, body.outvars[k], "add")
         next_one = maker and maker.invars[0] is body.invars[consts + k] and _is_number(maker.invars[1], 1)
         return next_one and _is_number(eqn.invars[consts + k], 0) and not eqn.params["reverse"]
 
-    return set(filter(counts, range(eqn.params["num_carry"])))
+    return set(filter(counts, range(carry)))
 
 
 def is_range(jaxpr, variable) -> bool:

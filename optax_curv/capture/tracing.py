@@ -21,6 +21,7 @@ from optax_curv.capture.jaxpr import (
     run_call,
     run_scan,
     same_integers,
+    scan_sizes,
     shape_of,
 )
 from optax_curv.capture.marks import (
@@ -195,7 +196,7 @@ class Walk:
 
     def _scan(self, eqn, given, nodes):
         params, body, given = eqn.params, nodes[0].jaxpr.jaxpr, self.seeds.lose(given)
-        consts, carry = params["num_consts"], params["num_carry"]
+        consts, carry = scan_sizes(eqn)
         unchanged = {k for k in range(carry) if body.invars[consts + k] is body.outvars[k]}
         counted = counters_carried(eqn)
         outer, depth, counting = self._example_loop, len(self.loops), Mark(counter=len(self.loops))
