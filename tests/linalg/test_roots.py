@@ -149,3 +149,9 @@ def test_methods_that_cannot_be_are_refused():
         linalg.inverse_root(jnp.eye(2), 2, damping=0.1, method="svd")
     with pytest.raises(ValueError, match=r"needs a whole number p, got p=2.5"):
         linalg.inverse_root(jnp.eye(2), 2.5, damping=0.1, method="newton")
+
+
+def test_newton_of_a_matrix_with_a_negative_eigenvalue_stays_finite():
+    a = spectra.symmetric(spectra.rotation(np.random.default_rng(0), 6), np.array([1, 0.5, 0.1, 1e-2, 1e-3, -1e-2]))
+    found = linalg.inverse_root(np.float32(a), 2, damping=1e-5, relative=True, method="newton")
+    assert np.isfinite(found).all() and np.linalg.norm(found, 2) < 1e3
