@@ -10,7 +10,10 @@ spread over the period, is the "share" of the mean step. Medians over rounds tha
 import argparse
 import functools
 import statistics
+import sys
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,11 +89,44 @@ METHODS = {
 }
 
 
-def timed(run, *args):
-    """Seconds of one call."""
+class Compiled(NamedTuple):
+    """A step, its arguments without a refresh and with one, the seconds it took to compile, and those of each call."""
+
+    step: Callable
+    arguments: list
+    seconds: float
+    times: list[list[float]]
+
+
+def compiled(name, gradient, params, tokens):
+    """A method's step, and its state late in training."""
+    tx = METHODS[name]()
+
+    def step(params, state, tokens):
+        loss, grads = gradient(params, tokens)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    state = jax.jit(tx.init)(params)
     started = time.perf_counter()
-    jax.block_until_ready(run(*args))
-    return time.perf_counter() - started
+    step = jax.jit(step).lower(params, state, tokens).compile()
+    seconds = time.perf_counter() - started
+    state = step(params, state, tokens)[1]  # the first step takes roots, too
+    states = [state]
+    if hasattr(optax_curv, name.split()[0]):
+        states = [late(state, *steps) for steps in ((10001, 10000), (10000, 0))]
+    return Compiled(step, [(params, state, tokens) for state in states], seconds, [[] for _ in states])
+
+
+def measure(runs, rounds):
+    """Times every kind of step of every run in each round, after one that warms up."""
+    for turn in range(rounds + 1):
+        for run in runs:
+            for arguments, times in zip(run.arguments, run.times, strict=True):
+                started = time.perf_counter()
+                jax.block_until_ready(run.step(*arguments))
+                if turn:
+                    times.append(time.perf_counter() - started)
 
 
 def late(state, count, refreshed):
@@ -102,7 +138,7 @@ def late(state, count, refreshed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, size in {"width": 768, "depth": 12, "heads": 12, "length": 1024, "batch": 16, "rounds": 9}.items():
+    for name, size in {"width": 768, "depth": 12, "heads": 12, "length": 1024, "batch": 16, "rounds": 7}.items():
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -114,38 +150,20 @@ def main():
     gradient = jax.value_and_grad(functools.partial(loss_fn, options.heads, options.attention))
     runs = {}
     for name in options.methods:
-        tx = METHODS[name]()
-
-        def step(params, state, tokens, tx=tx):
-            loss, grads = gradient(params, tokens)
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state, loss
-
-        state = jax.jit(tx.init)(params)
-        started = time.perf_counter()
-        run = jax.jit(step).lower(params, state, tokens).compile()
-        seconds = time.perf_counter() - started
-        state = jax.block_until_ready(run(params, state, tokens))[1]  # the first step takes roots, too
-        args = [(params, state, tokens)]
-        if hasattr(optax_curv, name.split()[0]):  # late in training, where none are due, and where they are
-            args = [(params, late(state, *steps), tokens) for steps in ((10001, 10000), (10000, 0))]
-        runs[name] = (run, args, seconds, [[timed(run, *given)] for given in args])
-    for _ in range(options.rounds):
-        for run, args, _, times in runs.values():
-            for given, of_kind in zip(args, times, strict=True):
-                if of_kind[0] < 1 or len(of_kind) < 3:  # two rounds of what takes over a second
-                    of_kind.append(timed(run, *given))
+        runs[name] = compiled(name, gradient, params, tokens)
+        print(f"{name}: {runs[name].seconds:.1f} s to compile", file=sys.stderr, flush=True)
+    measure(list(runs.values()), options.rounds)
 
     sizes = ", ".join(f"{name} {getattr(options, name)}" for name in ("width", "depth", "length", "batch"))
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {sizes}, attention by {options.attention}")
     print(f"{'':24}{'step ms':>9}{'/adam':>7}{'/muon':>7}{'refresh ms':>12}{'share':>7}{'compile s':>11}")
-    medians = {name: [statistics.median(of_kind[1:]) for of_kind in times] for name, (*_, times) in runs.items()}
-    for name, (_, _, seconds, _) in runs.items():
+    medians = {name: [statistics.median(of_kind) for of_kind in run.times] for name, run in runs.items()}
+    for name, run in runs.items():
         plain, *more = medians[name]
         mean = plain + (more[0] - plain) / options.period if more else plain
         ratios = "".join(f"{mean / medians[x][0]:7.2f}" if x in medians else f"{'':7}" for x in ("adam", "muon"))
         refresh = f"{1e3 * (more[0] - plain):12.1f}{(mean - plain) / mean:7.1%}" if more else f"{'':19}"
-        print(f"{name:24}{1e3 * plain:9.2f}{ratios}{refresh}{seconds:11.1f}")
+        print(f"{name:24}{1e3 * plain:9.2f}{ratios}{refresh}{run.seconds:11.1f}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ of them alike. On an accelerator steps follow each other without waiting for the
 
 import argparse
 import math
+import sys
 import time
 import warnings
 
@@ -107,7 +108,10 @@ def main():
     dtype = jnp.dtype(arguments.dtype)
     params = [{"w": jnp.zeros((WIDTH, WIDTH), dtype), "b": jnp.zeros(WIDTH, dtype)} for _ in range(LAYERS)]
     grads = [optax.tree.random_like(key, params, sampler=jax.random.normal) for key in keys]
-    runs = {name: compiled(make, params, grads) for name, make in contenders(arguments.only, arguments.dtype).items()}
+    runs = {}
+    for name, make in contenders(arguments.only, arguments.dtype).items():
+        runs[name] = compiled(make, params, grads)
+        print(f"{name}: {runs[name][2]:.1f} s to compile", file=sys.stderr, flush=True)
     times = {name: [] for name in runs}
     peak = peak_of_matmul(dtype)
     for _ in range(arguments.rounds):
