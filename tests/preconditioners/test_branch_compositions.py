@@ -74,7 +74,8 @@ def test_a_line_search_after_it_never_climbs_and_converges(search, x64):
         return jax.lax.scan(step, (params, tx.init(params)), length=30)[1]
 
     values = np.asarray(train(params))
-    assert np.all(np.diff(values) <= 0) and values[-1] < CONVERGED * values[0]
+    rounding = np.finfo(float).eps * values[0]  # in the end the loss is some 1e-33
+    assert np.all(np.diff(values) <= rounding) and values[-1] < CONVERGED * values[0]
 
 
 def test_adaptive_damping_before_it_follows_the_model(x64):
