@@ -17,6 +17,8 @@ from optax_curv.capture.statistics import EigenbasisMoments as EigenbasisMoments
 from optax_curv.capture.statistics import FactorRows as FactorRows
 from optax_curv.capture.statistics import KroneckerFactors as KroneckerFactors
 from optax_curv.capture.statistics import RawSamples as RawSamples
+from optax_curv.preconditioners.adam_in_basis import ScaleByAdamInBasisState as ScaleByAdamInBasisState
+from optax_curv.preconditioners.adam_in_basis import scale_by_adam_in_basis as scale_by_adam_in_basis
 from optax_curv.preconditioners.branch_fisher import ScaleByBranchFisherState as ScaleByBranchFisherState
 from optax_curv.preconditioners.branch_fisher import branch_fisher as branch_fisher
 from optax_curv.preconditioners.branch_fisher import scale_by_branch_fisher as scale_by_branch_fisher
@@ -60,9 +62,7 @@ from optax_curv.preconditioners.quadratic_model import scale_by_quadratic_model 
 from optax_curv.preconditioners.shampoo import ScaleByShampooState as ScaleByShampooState
 from optax_curv.preconditioners.shampoo import scale_by_shampoo as scale_by_shampoo
 from optax_curv.preconditioners.shampoo import shampoo as shampoo
-from optax_curv.preconditioners.soap import ScaleByAdamInBasisState as ScaleByAdamInBasisState
 from optax_curv.preconditioners.soap import ScaleBySoapState as ScaleBySoapState
-from optax_curv.preconditioners.soap import scale_by_adam_in_basis as scale_by_adam_in_basis
 from optax_curv.preconditioners.soap import scale_by_soap as scale_by_soap
 from optax_curv.preconditioners.soap import soap as soap
 
