@@ -123,8 +123,21 @@ def orthogonal_iteration(a, basis):
     """A basis nearer to the eigenvectors of positive semi-definite [*batch, n, n], and the old columns' order in it."""
     largest = jnp.max(jnp.diagonal(a, axis1=-2, axis2=-1).real, axis=-1, initial=0)[..., None, None]
     image = _matmul(a / jnp.where(largest > 0, largest, 1), basis)
-    order = jnp.argsort(-jnp.sum((basis.conj() * image).real, axis=-2), axis=-1)
+    order = _order(image, basis)
     return lapack.qr(jnp.take_along_axis(image, order[..., None, :], axis=-1))[0], order
+
+
+@jax.jit
+def eigenvectors(a, basis):
+    """The same with the eigenvectors themselves, largest eigenvalue first; the basis itself where there are none."""
+    vectors = lapack.eigh(a)[1][..., ::-1]
+    found = jnp.all(jnp.isfinite(vectors), axis=(-2, -1), keepdims=True)
+    order = jnp.where(found[..., 0], _order(_matmul(a, basis), basis), jnp.arange(a.shape[-1]))
+    return jnp.where(found, vectors, basis), order
+
+
+def _order(image, basis):
+    return jnp.argsort(-jnp.sum((basis.conj() * image).real, axis=-2), axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames="relative")

@@ -168,10 +168,11 @@ VARIANTS = {
     "shampoo_qr": Case(
         lambda damping=1e-6: optax_curv.scale_by_shampoo(damping=damping, root_every=2, root="qr"), "damping"
     ),
+    "soap_eigh": Case(lambda eps=1e-8: optax_curv.scale_by_soap(eps=eps, basis_every=2, basis="eigh"), "eps", 1e-6),
     "ekfac_seldom": Case(**_kfac(optax_curv.scale_by_ekfac, invert_every=5, kl_clip=1.0), extras=_moments),
 }
 # What takes complex leaves; every other method refuses them in init, by name.
 COMPLEX = (
     *("clip_by_max_abs", "normalize_by_rms", "normalize_by_reference", "estimate_gradients"),
-    *("kron_psgd", "kron_psgd_sometimes", "shampoo", "shampoo_qr", "soap"),
+    *("kron_psgd", "kron_psgd_sometimes", "shampoo", "shampoo_qr", "soap", "soap_eigh"),
 )

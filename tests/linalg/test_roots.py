@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from optax_curv import linalg
+from optax_curv.linalg import roots
 
 EPS = np.finfo(np.float64).eps
 ROOT_TOLERANCE = 10 * EPS  # times the condition, for each of n rows
@@ -155,3 +156,13 @@ def test_newton_of_a_matrix_with_a_negative_eigenvalue_stays_finite():
     a = spectra.symmetric(spectra.rotation(np.random.default_rng(0), 6), np.array([1, 0.5, 0.1, 1e-2, 1e-3, -1e-2]))
     found = linalg.inverse_root(np.float32(a), 2, damping=1e-5, relative=True, method="newton")
     assert np.isfinite(found).all() and np.linalg.norm(found, 2) < 1e3
+
+
+def test_eigenvectors_are_in_order_and_where_there_are_none_the_basis_stays(x64):
+    rng = np.random.default_rng(0)
+    q, values = spectra.rotation(rng, 5), np.array([1, 5, 2, 4, 3.0])
+    a = np.stack([spectra.symmetric(q, values), np.full((5, 5), np.nan)])
+    vectors, order = roots.eigenvectors(a, np.stack([q, q]))
+    np.testing.assert_allclose(np.abs(vectors[0].T @ q), np.eye(5)[np.argsort(-values)], atol=1e-12)
+    np.testing.assert_array_equal(vectors[1], q)
+    np.testing.assert_array_equal(order, [np.argsort(-values), np.arange(5)])

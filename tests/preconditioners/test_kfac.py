@@ -373,7 +373,7 @@ def test_paths_of_an_nnx_state_and_of_pure_arrays_meet():
         layers = Layers([Layer("l", "dense", path, None, 2, 2)])
         tx = scale_by_kfac(layers, 0.0)
         updates, _ = tx.update({"w": jnp.ones((2, 2))}, tx.init({"w": jnp.ones((2, 2))}), curvature=curvature)
-        np.testing.assert_allclose(updates["w"], jnp.ones((2, 2)))
+        np.testing.assert_allclose(updates["w"], jnp.ones((2, 2)), rtol=1e-6)  # an inverse on a GPU is not exact
 
 
 def test_half_precision_gradients_are_computed_in_single():

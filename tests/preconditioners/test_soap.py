@@ -31,13 +31,17 @@ def run(tx, steps):
     return updates, state
 
 
-def published(steps):
+def eigenvectors(f):
+    return np.linalg.eigh(f)[1][:, ::-1]
+
+
+def published(steps, basis):
     """Vyas et al., Algorithms 3 and 4, for matrices; the first step is taken in the basis of its own factors."""
     left = right = momentum = v = 0.0
     for count, g in enumerate(map(np.asarray, steps)):
         left, right = B2 * left + (1 - B2) * g @ g.T, B2 * right + (1 - B2) * g.T @ g
         if count == 0:
-            q_left, q_right = (np.linalg.eigh(f)[1][:, ::-1] for f in (left, right))
+            q_left, q_right = map(eigenvectors, (left, right))
         rotated = q_left.T @ g @ q_right
         momentum, v = B1 * momentum + (1 - B1) * g, B2 * v + (1 - B2) * rotated**2
         inside = (q_left.T @ momentum @ q_right) / (1 - B1 ** (count + 1))
@@ -46,14 +50,18 @@ def published(steps):
         if count and count % EVERY == 0:
             orders = [np.argsort(-np.diag(q.T @ f @ q)) for q, f in ((q_left, left), (q_right, right))]
             v = v[orders[0]][:, orders[1]]
-            q_left = np.linalg.qr(left @ q_left[:, orders[0]])[0]
-            q_right = np.linalg.qr(right @ q_right[:, orders[1]])[0]
+            if basis == "eigh":
+                q_left, q_right = map(eigenvectors, (left, right))
+            else:
+                q_left = np.linalg.qr(left @ q_left[:, orders[0]])[0]
+                q_right = np.linalg.qr(right @ q_right[:, orders[1]])[0]
 
 
-def test_every_step_is_that_of_the_published_recursion(x64):
+@pytest.mark.parametrize("basis", ["qr", "eigh"])
+def test_every_step_is_that_of_the_published_recursion(basis, x64):
     steps = gradients(7, (4, 4))
-    updates, state = run(optax_curv.scale_by_soap(B1, B2, eps=EPS, basis_every=EVERY), steps)
-    for u, expected in zip(updates, published(steps), strict=True):
+    updates, state = run(optax_curv.scale_by_soap(B1, B2, eps=EPS, basis_every=EVERY, basis=basis), steps)
+    for u, expected in zip(updates, published(steps, basis), strict=True):
         np.testing.assert_allclose(u, expected, rtol=0, atol=ROUNDING * np.abs(expected).max())
     for q in state.bases:
         np.testing.assert_allclose(q.T @ q, np.eye(4), atol=1e-12)
@@ -78,7 +86,7 @@ def test_as_many_slices_as_a_diagonal_axis_is_long_are_told_from_a_dense_one(x64
 
 def test_stacked_and_blocked_leaves_are_the_leaves_done_one_by_one(x64):
     leaves = gradients(3, (4, 5))
-    options = {"b1": B1, "b2": B2, "basis_every": 1}
+    options = {"b1": B1, "b2": B2, "eps": EPS, "basis_every": 1}
     alone = jnp.stack([run(optax_curv.scale_by_soap(**options), [g, 2 * g])[0][-1] for g in leaves])
     steps = jnp.stack(leaves)
     stacked = run(optax_curv.scale_by_soap(stacked=True, **options), [steps, 2 * steps])[0][-1]
@@ -132,6 +140,7 @@ def test_adam_in_the_basis_of_captured_factors(x64):
     [
         (lambda: optax_curv.scale_by_soap(-0.1), r"scale_by_soap: expected b1 >= 0, got b1=-0.1"),
         (lambda: optax_curv.scale_by_soap(basis_every=0), r"expected basis_every >= 1"),
+        (lambda: optax_curv.scale_by_soap(basis="svd"), r"unknown basis='svd'"),
         (lambda: optax_curv.scale_by_soap(block_size=0), r"expected block_size >= 1"),
         (lambda: optax_curv.scale_by_adam_in_basis(LAYERS, eps=-1), r"expected eps >= 0"),
         (lambda: optax_curv.soap(0.1, adam_for={"w": 3}).init({"w": jnp.ones((2, 2))}), r"adam_for gives 3 for .*'w'"),
