@@ -229,12 +229,15 @@ def set_scale(geometry, factors: Factors, g, v, damping) -> Factors:
     )
 
 
-def scaled_identities(geometry, factors, scale) -> Factors:
-    """Factors of the shapes and dtypes of `factors` with the Kronecker product scale · I (its square for P)."""
+def scaled_identities(geometry, factors, scale, stack=0) -> Factors:
+    """Factors of the shapes and dtypes of `factors` with the Kronecker product scale · I (its square for P).
+
+    The first `stack` axes of every factor count tensors.
+    """
     scale = scale ** ((2 if geometry == "quad4p" else 1) / max(1, len(factors)))
-    return tuple(
-        jnp.broadcast_to(scale * (jnp.ones(q.shape) if len(q.shape) == 1 else jnp.eye(q.shape[-1])), q.shape).astype(
-            q.dtype
-        )
-        for q in factors
-    )
+
+    def of_one(q):
+        identity = jnp.ones(q.shape[-1:]) if len(q.shape) == stack + 1 else jnp.eye(q.shape[-1])
+        return jnp.broadcast_to(scale * identity, q.shape).astype(q.dtype)
+
+    return tuple(map(of_one, factors))

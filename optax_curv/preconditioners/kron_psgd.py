@@ -272,7 +272,8 @@ def _init(options, params) -> Any:
         scale = 1.0 if options.geometry == "right_triangular" else 0.0  # zero: not set yet
 
     def factors_of(piece):
-        return kron_geometries.scaled_identities(options.geometry, piece.factors, jnp.asarray(scale, piece.real_dtype))
+        number = jnp.asarray(scale, piece.real_dtype)
+        return kron_geometries.scaled_identities(options.geometry, piece.factors, number, len(piece.stack))
 
     state = ScaleByKronPsgdState(
         count=jnp.zeros([], jnp.int32),
@@ -349,10 +350,13 @@ def _step(options, layout, now, key, grads, state, signal, direction, probe):
 
 
 def _apply(layout, now, grads, state, _signal, direction, _probe):
-    """The same where Q does not move and the P that is kept is Q's, by leaf: nothing is joined or copied."""
+    """The same where Q does not move and the P that is kept is Q's."""
     kept = state.factors if state.preconditioners is None else state.preconditioners  # "quad4p" has P for its factors
-    products = map(kron_matvec, layout.by_piece(kept), layout.blocks(direction))
+    if kron_steps.by_piece():
+        products, leaves = map(kron_matvec, layout.by_piece(kept), layout.blocks(direction)), layout.leaves_of_blocks
+    else:
+        products, leaves = map(jax.vmap(kron_matvec), layout.join(kept), layout.tensors(direction)), layout.leaves
     products = [x / jnp.asarray(now.correction, jnp.finfo(x.dtype).dtype) for x in products]
     rest = [leaf / now.correction for leaf in layout.without_pieces(direction)]
     good = now.sound & contracts.is_finite(products)
-    return layout.leaves_of_blocks(products, rest, grads), _kept(state), good
+    return leaves(products, rest, grads), _kept(state), good

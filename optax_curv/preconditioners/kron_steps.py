@@ -157,17 +157,25 @@ def _fingerprint(factors):
     return total
 
 
+def by_piece() -> bool:
+    """Whether what only reads factors takes the pieces one by one: a CPU need not join them, a GPU waits for calls."""
+    return jax.default_backend() == "cpu"
+
+
 def kept_is_usable(layout, state):
     """Whether every factor has been set, and the P that is kept, if it is, is that of the factors: bool []."""
-    factors = [
-        tuple(q.reshape(-1, *q.shape[len(piece.stack) :]) for q in of_piece)
-        for piece, of_piece in zip(layout.pieces, layout.by_piece(state.factors), strict=True)
-    ]
+    if by_piece():
+        factors = [
+            tuple(q.reshape(-1, *q.shape[len(piece.stack) :]) for q in of_piece)
+            for piece, of_piece in zip(layout.pieces, layout.by_piece(state.factors), strict=True)
+        ]
+        factors = layout.in_order_of_groups(factors)
+    else:
+        factors = layout.join(state.factors)
     usable = jnp.all(jnp.concatenate([jnp.ones([0]), *map(first_entries, factors)]) != 0)
     if state.fingerprint is None:
         return usable
-    prints = jnp.concatenate([state.fingerprint[:0], *layout.in_order_of_groups(list(map(_fingerprint, factors)))])
-    return usable & jnp.all(prints == state.fingerprint)
+    return usable & jnp.all(jnp.concatenate([state.fingerprint[:0], *map(_fingerprint, factors)]) == state.fingerprint)
 
 
 def _step(options, now: Numbers, kept, group: Group, given: Given):

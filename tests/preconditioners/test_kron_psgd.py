@@ -154,6 +154,40 @@ def test_chunks_of_a_group_take_the_steps_of_one_batch(update_probability, monke
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=ROUNDING), steps_and_a_fault(), whole)
 
 
+@pytest.mark.parametrize("max_dense_dim", [5, 100])
+def test_a_stack_is_its_leaves_also_with_diagonal_factors(max_dense_dim, x64):
+    leaves = gradients((4, 6), (4, 6), (4, 6))
+
+    def last_update(grads, stacked):
+        tx = optax_curv.scale_by_kron_psgd(max_dense_dim=max_dense_dim, max_skew=np.inf, stacked=stacked)
+        update, state = quick_jit(lambda *given: tx.update(*given)), tx.init(grads)
+        for _ in range(4):
+            updates, state = update(grads, state)
+        return updates
+
+    alone = jnp.stack(last_update(leaves, None))
+    np.testing.assert_allclose(last_update(jnp.stack(leaves), 1), alone, rtol=ROUNDING)
+
+
+@pytest.mark.parametrize("geometry", ["q0.5eq1.5", "quad4p"])
+def test_where_factors_rest_pieces_one_by_one_are_the_groups(geometry, monkeypatch, x64):
+    """Stacked, of the same shape, blocked and scalar leaves."""
+    leaves = gradients((3, 4, 6), (4, 6), (4, 7), (2,), ())
+    tx = optax_curv.scale_by_kron_psgd(
+        b1=0.9, geometry=geometry, update_probability=0.5, block_size=6, stacked=[1, 0, 0, 0, 0]
+    )
+
+    def steps():
+        update, results = quick_jit(lambda *given: tx.update(*given)), [(None, tx.init(leaves))]
+        for _ in range(6):
+            results.append(update(leaves, results[-1][1]))
+        return results[1:]
+
+    one_by_one = steps()
+    monkeypatch.setattr(kron_steps, "by_piece", lambda: False)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=ROUNDING), steps(), one_by_one)
+
+
 @pytest.mark.parametrize("update_probability", [1.0, 0.5])
 def test_gradients_may_vary_over_a_shard_map_while_the_state_does_not(update_probability, monkeypatch):
     monkeypatch.setattr(kron_steps, "CHUNK", 24)
