@@ -1,6 +1,7 @@
 """Cholesky factors that never fail, and triangular solves."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -47,29 +48,36 @@ def cholesky(a, damping=0.0) -> tuple[jax.Array, jax.Array]:
 
 @jax.custom_jvp
 def _factorize(a, damping):
-    return _attempts(lapack.cholesky, a, damping)
+    # on CPU a maximum may drop a NaN, and a sum does not; what is not finite is not tried again and again
+    hopeless = ~jnp.isfinite(jnp.sum(0 * a, axis=(-2, -1)).real + damping)
+    eye = jnp.eye(a.shape[-1], dtype=a.dtype)
+    hopeful = jnp.where(hopeless[..., None, None], eye, a), jnp.where(hopeless, 0, damping)
+    factor, used, _ = _attempts(lapack.cholesky, *hopeful)
+    return jnp.where(hopeless[..., None, None], jnp.nan, factor), jnp.where(hopeless, damping, used)
 
 
 def _attempts(kernel, a, damping):
-    eye = jnp.eye(a.shape[-1], dtype=a.dtype)
-    limits = jnp.finfo(a.dtype)
-    largest = jnp.max(jnp.abs(a), axis=(-2, -1), initial=0)
-    largest += jnp.sum(0 * a, axis=(-2, -1)).real  # NaN unless all is finite; on CPU a maximum may drop a NaN
+    """(factor, damping used, diagonal of the factor)."""
+    limits, batch = jnp.finfo(a.dtype), a.shape[:-2]
+    eye, largest = jnp.eye(a.shape[-1], dtype=a.dtype), jnp.max(jnp.abs(a), axis=(-2, -1), initial=0)
     first = jnp.where(largest > 0, jnp.maximum(limits.eps * largest, limits.tiny), limits.eps)
 
-    def attempt(carry):
-        damping, factor, done, attempts = carry
-        found = kernel(a + damping[..., None, None] * eye)
-        # a failure is NaN all over; an overflow leaves its row no finite pivot
-        pivots = jnp.sum(found * eye, axis=-1).real
-        well = jnp.all((pivots > 0) & (pivots < jnp.inf), axis=-1)
-        factor = jnp.where(done[..., None, None], factor, found)
-        raised = jnp.maximum(10 * damping, first)
-        return jnp.where(done | well, damping, raised), factor, done | well, attempts + 1
+    def well(pivots):  # a failure is NaN all over; an overflow leaves its row no finite pivot
+        return jnp.all((pivots > 0) & (pivots < jnp.inf), axis=-1)
 
-    start = (damping, jnp.full_like(a, jnp.nan), ~jnp.isfinite(largest + damping), jnp.int32(0))
-    damping, factor, *_ = jax.lax.while_loop(lambda c: jnp.any(~c[2]) & (c[3] < MAX_ATTEMPTS), attempt, start)
-    return factor, damping
+    def attempt(carry):
+        used, factor, pivots, attempts = carry
+        tried = jnp.where(attempts == 0, used, jnp.maximum(10 * used, first))
+        alone = math.prod(batch) == 1  # then there is none that must wait for others
+        tried = tried if alone else jnp.where(well(pivots), used, tried)
+        found = kernel(a + tried[..., None, None] * eye)
+        factor = found if alone else jnp.where(well(pivots)[..., None, None], factor, found)
+        return tried, factor, jnp.diagonal(factor, axis1=-2, axis2=-1).real, attempts + 1
+
+    start = (damping, jnp.full_like(a, jnp.nan), jnp.zeros(a.shape[:-1], limits.dtype), jnp.int32(0))
+    unfinished = lambda c: jnp.any(~well(c[2])) & (c[3] < MAX_ATTEMPTS)  # noqa: E731
+    used, factor, pivots, _ = jax.lax.while_loop(unfinished, attempt, start)
+    return factor, used, pivots
 
 
 @_factorize.defjvp
@@ -120,18 +128,21 @@ def damped_inverse(a, damping) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _inverse_by(factorize, a, damping):
-    factor, used = factorize(a, damping[..., 0, 0])
-    eye = jnp.eye(a.shape[-1], dtype=a.dtype)
-    root = _solve(factor, jnp.broadcast_to(eye, a.shape), lower=True)
-    pivots = jnp.sum(factor * eye, axis=-1)
+    factor, used, pivots = factorize(a, damping[..., 0, 0])
+    root = _solve(factor, jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape), lower=True)
     ratio = jnp.square(jnp.max(pivots, -1) / jnp.min(pivots, -1))
     inverse = jnp.matmul(root.mT, root, precision=jax.lax.Precision.HIGHEST)
     return inverse, used[..., None, None], ratio[..., None, None]
 
 
+def _derivable(a, damping):
+    factor, used = _factorize(a, damping)
+    return factor, used, jnp.diagonal(factor, axis1=-2, axis2=-1)
+
+
 _plain = functools.partial(jax.lax.linalg.cholesky, symmetrize_input=False)
 _damped_inverse = lapack.in_small_calls(
-    functools.partial(_inverse_by, functools.partial(_attempts, _plain)), functools.partial(_inverse_by, _factorize)
+    functools.partial(_inverse_by, functools.partial(_attempts, _plain)), functools.partial(_inverse_by, _derivable)
 )
 
 

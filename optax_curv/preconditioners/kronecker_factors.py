@@ -1,5 +1,6 @@
 """K-FAC's arithmetic: factors and their damping, the damped Kronecker blocks of all layers and their inverses."""
 
+import collections
 import functools
 import math
 from collections.abc import Mapping
@@ -231,12 +232,15 @@ def _inverse(factor, damping, method):
 
 
 def _common_widths(widths) -> dict[int, int]:
-    """The width that each is padded to, a 16th more at most, so that d and d + 1 share a factorisation to compile."""
-    common, largest = {}, 0
-    for width in sorted(set(widths), reverse=True):
-        if not largest or largest > width + max(2, width // 16):
-            largest = width
-        common[width] = largest
+    """The width that each is padded to, for so many matrices of each; as few as an eighth more work allows."""
+    # A width is a factorisation to compile. So d and d + 1 share one, and so do widths too small to matter.
+    common, spare = {}, sum(count * width**3 for width, count in widths.items()) // 8
+    largest = max(widths, default=0)
+    for width in sorted(widths, reverse=True):
+        more = widths[width] * (largest**3 - width**3)
+        if more > spare:
+            largest, more = width, 0
+        common[width], spare = largest, spare - more
     return common
 
 
@@ -312,7 +316,10 @@ class Blocks:
         keyed = {(i, side): x[side] for side in (0, 1) for i, x in enumerate(self.factors.groups)}
         dampings = {(i, side): self.dampings[i][side] for i, side in keyed}
         widths = {key: f.shape[-1] for key, f in keyed.items() if f.ndim == 3}
-        common = _common_widths(widths.values())
+        counts = collections.Counter()
+        for key, width in widths.items():
+            counts[width] += len(keyed[key])
+        common = _common_widths(counts)
         keyed |= {key: _padded(keyed[key], common[width]) for key, width in widths.items()}
         inverse = divided(functools.partial(_inverse, method=method), self.sharding)
         found = dict(zip(keyed, lapack.joined(inverse, keyed.values(), dampings.values()), strict=True))
