@@ -3,17 +3,19 @@
 Names and parameters of primitives change between releases of JAX: `tests/capture/test_jaxpr.py` fails when one did.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-Literal = core.Literal
+if TYPE_CHECKING:  # elsewhere where it is needed: it brings all of Pallas with it
+    from jax.extend import core
 
 REMAT = {"remat2", "checkpoint"}
 # Primitives that run one body on their own operands.
@@ -34,6 +36,13 @@ KEEP_ENTRIES = SAME_PLACES | {
 }
 
 
+def is_literal(variable) -> bool:
+    """Whether a variable of an equation is a number written into it."""
+    from jax.extend import core
+
+    return isinstance(variable, core.Literal)
+
+
 def shape_of(variable) -> tuple[int, ...]:
     """Shape of a variable or literal."""
     return tuple(getattr(variable.aval, "shape", ()))
@@ -44,6 +53,8 @@ def inlined(jaxpr) -> core.ClosedJaxpr:
 
     Only where nothing is lost: a call that computes a single array of floating-point numbers has nothing to fuse.
     """
+    from jax.extend import core
+
     jaxpr = jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())  # as the bodies of remat come
     eqns = [inner for eqn in jaxpr.jaxpr.eqns for inner in _spliced(eqn)]
     return core.ClosedJaxpr(jaxpr.jaxpr.replace(eqns=eqns), jaxpr.consts)
@@ -51,6 +62,8 @@ def inlined(jaxpr) -> core.ClosedJaxpr:
 
 def _spliced(eqn):
     """The equations that do what a thin call does; the equation itself if it is no thin call."""
+    from jax.extend import core
+
     if eqn.primitive.name not in ("jit", "pjit"):
         return [eqn]
     (body,) = bodies(eqn)
@@ -63,7 +76,7 @@ def _spliced(eqn):
     names |= zip((*body.jaxpr.invars, *results), (*eqn.invars, *eqn.outvars), strict=True)
 
     def named(variables):
-        return [v if isinstance(v, Literal) else names[v] for v in variables]
+        return [v if is_literal(v) else names[v] for v in variables]
 
     return [inner.replace(invars=named(inner.invars), outvars=named(inner.outvars)) for inner in body.jaxpr.eqns]
 
@@ -83,6 +96,8 @@ def bodies(eqn) -> tuple[core.ClosedJaxpr, ...]:
 
 def hidden_bodies(eqn) -> list:
     """Bodies that cannot: a derivative rule, or a loop of unknown length, would be lost."""
+    from jax.extend import core
+
     if bodies(eqn):
         return []
     params = [v for value in eqn.params.values() for v in (value if isinstance(value, tuple) else (value,))]
@@ -164,7 +179,7 @@ def _maker(jaxpr, variable, name: str):
 
 
 def _is_number(variable, number) -> bool:
-    return isinstance(variable, Literal) and jnp.ndim(variable.val) == 0 and variable.val == number
+    return is_literal(variable) and jnp.ndim(variable.val) == 0 and variable.val == number
 
 
 def varying_like(tree, arrays):

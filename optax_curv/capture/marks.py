@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core
 
 from optax_curv.capture import layouts
-from optax_curv.capture.jaxpr import KEEP_ENTRIES, Literal, run, shape_of
+from optax_curv.capture.jaxpr import KEEP_ENTRIES, is_literal, run, shape_of
 from optax_curv.capture.layouts import Piece, View
 
 Segments = tuple[tuple[str, tuple[Piece, ...]], ...]  # see layouts.arrangement
@@ -77,7 +76,7 @@ def known_batch(marks) -> Batch | None:
 class Node:
     """A jaxpr inside the loss, and by the index of its equations what is to be done there."""
 
-    def __init__(self, jaxpr: core.ClosedJaxpr):
+    def __init__(self, jaxpr):
         self.jaxpr = jaxpr
         self.taps: dict[int, list[int]] = {}  # uses whose output is the result
         self.meetings: dict[int, int] = {}  # axis of the examples where seeds meet them
@@ -377,7 +376,7 @@ def _repeats(node, variable) -> set[int]:
 
 def is_widened(variable, value) -> bool:
     """Whether a value has an axis of examples before those of its variable."""
-    return not isinstance(variable, Literal) and jnp.ndim(value) > len(shape_of(variable))
+    return not is_literal(variable) and jnp.ndim(value) > len(shape_of(variable))
 
 
 def run_widened(node, index: int, given: list) -> list:

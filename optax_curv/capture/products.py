@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from optax_curv.capture import layouts
-from optax_curv.capture.jaxpr import Literal, shape_of
+from optax_curv.capture.jaxpr import is_literal, shape_of
 from optax_curv.capture.layouts import View, is_plain, size_of
 from optax_curv.capture.marks import Found, Mark, known_batch
 
@@ -164,7 +164,7 @@ def multiply(walk, eqn, marks):
     if marks[1 - side].leaves or marks[1 - side].derived or len(marks[side].leaves) != 1:
         return None
     view, other = _spread(marks[side].leaves[0], eqn), eqn.invars[1 - side]
-    if isinstance(other, Literal) and math.prod(shape_of(other)) == 1:
+    if is_literal(other) and math.prod(shape_of(other)) == 1:
         return [Mark(leaves=(view._replace(gain=view.gain * float(other.val)),))]
     if marks[1 - side].batch is None:
         return [Mark(leaves=(view._replace(coefficients=(*view.coefficients, other)),))]
@@ -174,7 +174,7 @@ def multiply(walk, eqn, marks):
 
 def divide(walk, eqn, marks):
     """A leaf divided by a number."""
-    if len(marks[0].leaves) != 1 or not isinstance(eqn.invars[1], Literal):
+    if len(marks[0].leaves) != 1 or not is_literal(eqn.invars[1]):
         return None
     view = marks[0].leaves[0]
     return [Mark(leaves=(view._replace(gain=view.gain / float(eqn.invars[1].val)),))]

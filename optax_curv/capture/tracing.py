@@ -7,15 +7,14 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core
 
 from optax_curv.capture import layouts
 from optax_curv.capture.grouping import Use
 from optax_curv.capture.jaxpr import (
-    Literal,
     bodies,
     counters_carried,
     inlined,
+    is_literal,
     is_range,
     run,
     run_call,
@@ -114,13 +113,13 @@ class Walk:
     def node(self, node: Node, marks: list[Mark], constants=()) -> list[Mark]:
         """Marks of the results of a node's jaxpr, given those of its operands and constants."""
         outer, jaxpr = (self._counts, self._node, self._index), node.jaxpr.jaxpr
-        counts = collections.Counter(v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, Literal))
-        counts.update(v for v in jaxpr.outvars if not isinstance(v, Literal))
-        env: dict[core.Var, Mark] = dict(zip(jaxpr.invars, marks, strict=True))
+        counts = collections.Counter(v for eqn in jaxpr.eqns for v in eqn.invars if not is_literal(v))
+        counts.update(v for v in jaxpr.outvars if not is_literal(v))
+        env: dict[Any, Mark] = dict(zip(jaxpr.invars, marks, strict=True))
         env.update(zip(jaxpr.constvars, constants, strict=False))
 
         def read(variable):
-            return NOTHING if isinstance(variable, Literal) else env.get(variable, NOTHING)
+            return NOTHING if is_literal(variable) else env.get(variable, NOTHING)
 
         for index, eqn in enumerate(jaxpr.eqns):
             self._counts, self._node, self._index = counts, node, index
@@ -323,7 +322,7 @@ def run_with_taps(node: Node, operands, taps: dict[int, Tap], probes: dict, dept
     env.update(zip(jaxpr.jaxpr.invars, operands, strict=True))
 
     def read(variable):
-        return variable.val if isinstance(variable, Literal) else env[variable]
+        return variable.val if is_literal(variable) else env[variable]
 
     for index, eqn in enumerate(jaxpr.eqns):
         results = _run_equation(node, index, [read(v) for v in eqn.invars], taps, probes, depth)

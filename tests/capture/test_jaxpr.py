@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.extend.core import jaxpr_as_fun
 
 from optax_curv.capture import jaxpr as internals
 
@@ -53,7 +54,7 @@ def test_equations_run_as_they_are(name):
         zip(traced.jaxpr.constvars, traced.consts, strict=True)
     )
     for eqn in traced.eqns:
-        operands = [v.val if isinstance(v, internals.Literal) else env[v] for v in eqn.invars]
+        operands = [v.val if internals.is_literal(v) else env[v] for v in eqn.invars]
         env.update(zip(eqn.outvars, internals.run(eqn, operands), strict=True))
     results = [env[v] for v in traced.jaxpr.outvars]
     jax.tree.map(np.testing.assert_array_equal, results, jax.tree.leaves(function(*args)))
@@ -104,4 +105,4 @@ def test_one_call_inlined_twice_keeps_its_variables_apart():
     args = W, jnp.array([0, 1]), jnp.array([1, 1])
     thin = internals.inlined(jax.make_jaxpr(function)(*args))
     assert len({v for eqn in thin.eqns for v in eqn.outvars}) == sum(len(eqn.outvars) for eqn in thin.eqns)
-    np.testing.assert_array_equal(jax.extend.core.jaxpr_as_fun(thin)(*args)[0], function(*args))
+    np.testing.assert_array_equal(jaxpr_as_fun(thin)(*args)[0], function(*args))
