@@ -3,19 +3,14 @@
 Names and parameters of primitives change between releases of JAX: `tests/capture/test_jaxpr.py` fails when one did.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-
-if TYPE_CHECKING:  # elsewhere where it is needed: it brings all of Pallas with it
-    from jax.extend import core
 
 REMAT = {"remat2", "checkpoint"}
 # Primitives that run one body on their own operands.
@@ -36,11 +31,16 @@ KEEP_ENTRIES = SAME_PLACES | {
 }
 
 
-def is_literal(variable) -> bool:
-    """Whether a variable of an equation is a number written into it."""
+def _core() -> Any:
+    """`jax.extend.core`; only a capture imports it, as it brings all of Pallas with it."""
     from jax.extend import core
 
-    return isinstance(variable, core.Literal)
+    return core
+
+
+def is_literal(variable) -> bool:
+    """Whether a variable of an equation is a number written into it."""
+    return isinstance(variable, _core().Literal)
 
 
 def shape_of(variable) -> tuple[int, ...]:
@@ -48,13 +48,12 @@ def shape_of(variable) -> tuple[int, ...]:
     return tuple(getattr(variable.aval, "shape", ()))
 
 
-def inlined(jaxpr) -> core.ClosedJaxpr:
+def inlined(jaxpr) -> Any:
     """The same jaxpr, with the contents of calls such as `jnp.take` and `jnp.einsum` in place of the calls.
 
     Only where nothing is lost: a call that computes a single array of floating-point numbers has nothing to fuse.
     """
-    from jax.extend import core
-
+    core = _core()
     jaxpr = jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())  # as the bodies of remat come
     eqns = [inner for eqn in jaxpr.jaxpr.eqns for inner in _spliced(eqn)]
     return core.ClosedJaxpr(jaxpr.jaxpr.replace(eqns=eqns), jaxpr.consts)
@@ -62,8 +61,6 @@ def inlined(jaxpr) -> core.ClosedJaxpr:
 
 def _spliced(eqn):
     """The equations that do what a thin call does; the equation itself if it is no thin call."""
-    from jax.extend import core
-
     if eqn.primitive.name not in ("jit", "pjit"):
         return [eqn]
     (body,) = bodies(eqn)
@@ -72,8 +69,8 @@ def _spliced(eqn):
     made = {v for e in body.jaxpr.eqns for v in e.outvars}
     if body.consts or len(arithmetic) > 1 or not made.issuperset(results) or len(set(results)) != len(results):
         return [eqn]
-    names = {v: core.Var(v.aval) for v in made}
-    names |= zip((*body.jaxpr.invars, *results), (*eqn.invars, *eqn.outvars), strict=True)
+    names = {v: _core().Var(v.aval) for v in made}
+    names.update(zip((*body.jaxpr.invars, *results), (*eqn.invars, *eqn.outvars), strict=True))
 
     def named(variables):
         return [v if is_literal(v) else names[v] for v in variables]
@@ -85,7 +82,7 @@ def _is_float(variable) -> bool:
     return jnp.issubdtype(variable.aval.dtype, jnp.inexact)
 
 
-def bodies(eqn) -> tuple[core.ClosedJaxpr, ...]:
+def bodies(eqn) -> tuple:
     """The bodies of a call, a scan or a cond, which can be run again with taps inside."""
     if eqn.primitive.name == "cond":
         return tuple(map(inlined, eqn.params["branches"]))
@@ -96,12 +93,10 @@ def bodies(eqn) -> tuple[core.ClosedJaxpr, ...]:
 
 def hidden_bodies(eqn) -> list:
     """Bodies that cannot: a derivative rule, or a loop of unknown length, would be lost."""
-    from jax.extend import core
-
     if bodies(eqn):
         return []
     params = [v for value in eqn.params.values() for v in (value if isinstance(value, tuple) else (value,))]
-    return [v for v in params if isinstance(v, core.Jaxpr | core.ClosedJaxpr)]
+    return [v for v in params if isinstance(v, _core().Jaxpr | _core().ClosedJaxpr)]
 
 
 def run(eqn, operands) -> list[Any]:

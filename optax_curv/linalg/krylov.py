@@ -114,7 +114,8 @@ def conjugate_gradient(
 
     is_complex = any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(b))
     backward = transpose_solve if is_complex else None
-    x, info = jax.lax.custom_linear_solve(operator, b, solve, backward, symmetric=not is_complex, has_aux=True)
+    linear_solve: Any = jax.lax.custom_linear_solve  # of which checkers of types think that it never returns
+    x, info = linear_solve(operator, b, solve, backward, symmetric=not is_complex, has_aux=True)
     return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), x, dtypes), info
 
 
