@@ -12,6 +12,8 @@ import math
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,15 @@ GEOMETRIES = ("q0.5eq1.5", "eq", "qep", "qeq", "quad", "quad4p")
 # Products of two 256×256 matrices for one layer and step; those whose result is symmetric count the same. "eq" has two
 # triangular solves beside.
 MATMULS = {"q0.5eq1.5": 14, "eq": 12, "qep": 20, "qeq": 12, "quad": 14, "quad4p": 10}
+
+
+class Compiled(NamedTuple):
+    """What runs so many steps and gives the seconds of one, how many make a round, the cost of trace + compile."""
+
+    steps: Callable[[int], float]
+    count: int
+    seconds: float
+    state_bytes: int
 
 
 def contenders(only, dtype):
@@ -56,7 +67,7 @@ def contenders(only, dtype):
 
 
 def compiled(make, params, grads):
-    """(seconds a step of so many steps, how many make a round, seconds of trace + compile, bytes of the state)."""
+    """A contender's step."""
     tx = make()
 
     def step(params, state, grads):
@@ -81,7 +92,8 @@ def compiled(make, params, grads):
         return (time.perf_counter() - started) / count
 
     steps(1)
-    return steps, max(2, math.ceil(SECONDS / steps(2))), seconds, sum(x.nbytes for x in jax.tree.leaves(state))
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    return Compiled(steps, max(2, math.ceil(SECONDS / steps(2))), seconds, size)
 
 
 def peak_of_matmul(dtype):
@@ -111,12 +123,12 @@ def main():
     runs = {}
     for name, make in contenders(arguments.only, arguments.dtype).items():
         runs[name] = compiled(make, params, grads)
-        print(f"{name}: {runs[name][2]:.1f} s to compile", file=sys.stderr, flush=True)
+        print(f"{name}: {runs[name].seconds:.1f} s to compile", file=sys.stderr, flush=True)
     times = {name: [] for name in runs}
     peak = peak_of_matmul(dtype)
     for _ in range(arguments.rounds):
-        for name, (steps, count, *_) in runs.items():
-            times[name].append(steps(count))
+        for name, run in runs.items():
+            times[name].append(run.steps(run.count))
 
     seconds = {name: float(np.median(of_name)) for name, of_name in times.items()}
     print(
@@ -127,14 +139,15 @@ def main():
         f"{'':28}{'ms':>8}{'Adams':>8}{'/psgdax':>9}{'compile s':>11}{'/psgdax':>9}{'state':>7}"
         f"{'matmuls':>9}{'peak':>6}"
     )
-    for name, (*_, compile_seconds, size) in runs.items():
+    for name, run in runs.items():
         reference = runs["psgdax, applied" if "applied" in name and "psgdax, applied" in runs else "psgdax"]
         base = seconds["psgdax, applied" if "applied" in name and "psgdax, applied" in runs else "psgdax"]
         count = MATMULS.get(name, 2 if "applied" in name and name[0] == "q" else None)
         fraction = f"{count * 2 * LAYERS * WIDTH**3 / seconds[name] / peak:6.0%}" if count else ""
         print(
             f"{name:28}{1e3 * seconds[name]:8.2f}{seconds[name] / seconds['adam']:8.1f}{seconds[name] / base:9.2f}"
-            f"{compile_seconds:11.2f}{compile_seconds / reference[2]:9.2f}{size / runs['adam'][3]:7.2f}{count or '':>9}"
+            f"{run.seconds:11.2f}{run.seconds / reference.seconds:9.2f}"
+            f"{run.state_bytes / runs['adam'].state_bytes:7.2f}{count or '':>9}"
             f"{fraction}"
         )
 

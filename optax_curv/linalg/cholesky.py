@@ -58,7 +58,7 @@ def _factorize(a, damping):
 
 def _attempts(kernel, a, damping):
     """(factor, damping used, diagonal of the factor)."""
-    limits, batch = jnp.finfo(a.dtype), a.shape[:-2]
+    limits, alone = jnp.finfo(a.dtype), math.prod(a.shape[:-2]) == 1  # alone, none must wait for others
     eye, largest = jnp.eye(a.shape[-1], dtype=a.dtype), jnp.max(jnp.abs(a), axis=(-2, -1), initial=0)
     first = jnp.where(largest > 0, jnp.maximum(limits.eps * largest, limits.tiny), limits.eps)
 
@@ -68,14 +68,16 @@ def _attempts(kernel, a, damping):
     def attempt(carry):
         used, factor, pivots, attempts = carry
         tried = jnp.where(attempts == 0, used, jnp.maximum(10 * used, first))
-        alone = math.prod(batch) == 1  # then there is none that must wait for others
         tried = tried if alone else jnp.where(well(pivots), used, tried)
         found = kernel(a + tried[..., None, None] * eye)
         factor = found if alone else jnp.where(well(pivots)[..., None, None], factor, found)
         return tried, factor, jnp.diagonal(factor, axis1=-2, axis2=-1).real, attempts + 1
 
+    def unfinished(carry):
+        *_, pivots, attempts = carry
+        return jnp.any(~well(pivots)) & (attempts < MAX_ATTEMPTS)
+
     start = (damping, jnp.full_like(a, jnp.nan), jnp.zeros(a.shape[:-1], limits.dtype), jnp.int32(0))
-    unfinished = lambda c: jnp.any(~well(c[2])) & (c[3] < MAX_ATTEMPTS)  # noqa: E731
     used, factor, pivots, _ = jax.lax.while_loop(unfinished, attempt, start)
     return factor, used, pivots
 
