@@ -10,7 +10,15 @@ CACHE = pathlib.Path(__file__).parent.parent / ".benchmarks-cache"
 
 def pip(*arguments: str):
     """Runs pip; RuntimeError with its last line where it fails."""
-    command = [sys.executable, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        *arguments,
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"pip {arguments[0]} failed"])[-1])

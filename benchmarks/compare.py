@@ -1,8 +1,8 @@
 """Compares optimizers on one problem: ``python -m benchmarks.compare PROBLEM``; see ``--help``.
 
-All methods start from the same weights, see the same batches and take their steps in one interleaved run, block by
-block in an order that rotates; a table, a JSON file and a plot say what came of it. Adam always runs: it is the unit.
-"""
+All methods start from the same weights, see the same batches and take their steps in one
+interleaved run, block by block in an order that rotates; a table, a JSON file and a plot say what
+came of it. Adam always runs: it is the unit."""
 
 import argparse
 import contextlib
@@ -29,10 +29,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m benchmarks.compare", description="Compares optimizers on one problem.")
+    parser = _Parser(
+        prog="python -m benchmarks.compare", description="Compares optimizers on one problem."
+    )
     names = ", ".join(problems.NAMES)
-    parser.add_argument("problem", help=f"{names}, or the path of a Python file with a function problem()")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help=f"of {', '.join(METHODS)} (default: all)")
+    parser.add_argument(
+        "problem", help=f"{names}, or the path of a Python file with a function problem()"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help=f"of {', '.join(METHODS)} (default: all)"
+    )
     parser.add_argument(
         "--seeds",
         nargs="*",
@@ -42,13 +48,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=int, help="steps of each method (default: the problem's)")
     parser.add_argument(
-        "--out", type=pathlib.Path, default=RESULTS, help="folder of the results (default: %(default)s)"
+        "--out",
+        type=pathlib.Path,
+        default=RESULTS,
+        help="folder of the results (default: %(default)s)",
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
-        "--tune", action="store_true", help=f"tune the settings first, from seed {TUNING_SEED}, and keep them"
+        "--tune",
+        action="store_true",
+        help=f"tune the settings first, from seed {TUNING_SEED}, and keep them",
     )
-    how.add_argument("--tuned", action="store_true", help="the kept settings (default: those each walk starts from)")
+    how.add_argument(
+        "--tuned",
+        action="store_true",
+        help="the kept settings (default: those each walk starts from)",
+    )
     return parser
 
 
@@ -58,7 +73,9 @@ def _prepare(names, problem, steps, settle: Callable) -> tuple[dict, dict]:
 
     def attempt(name, function, *arguments):
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # some peers print while they are traced
+            with contextlib.redirect_stdout(
+                io.StringIO()
+            ):  # some peers print while they are traced
                 return function(*arguments)
         except methods.Absent as error:
             failures[name] = f"absent: {error}"
@@ -66,7 +83,8 @@ def _prepare(names, problem, steps, settle: Callable) -> tuple[dict, dict]:
             failures[name] = f"failed: {running.reason(error)}"
 
     made = {name: attempt(name, METHODS[name], problem, steps) for name in names}
-    # Those that compile themselves come last: the others start by clearing what JAX has compiled so far.
+    # Those that compile themselves come last: the others start by clearing what JAX has compiled so
+    # far.
     for name, method in sorted(made.items(), key=lambda item: item[1] is not None and item[1].host):
         if method is not None:
             tqdm.write(f"compiling {name}", file=sys.stderr)
@@ -115,7 +133,9 @@ def main(arguments: list[str] | None = None):
     def settle(name, compiled):
         if options.tune and name in asked:
             note = functools.partial(tqdm.write, file=sys.stderr)
-            kept.keep(name, running.tune(problem, compiled, name, TUNING_SEED, steps, evaluate, note))
+            kept.keep(
+                name, running.tune(problem, compiled, name, TUNING_SEED, steps, evaluate, note)
+            )
         settings = kept.get(name) if options.tune or options.tuned else None
         if settings is None and compiled.settings:
             untuned.append(name)

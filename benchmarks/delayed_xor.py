@@ -2,14 +2,15 @@
 
     OPENBLAS_NUM_THREADS=1 python -m benchmarks.delayed_xor
 
-Two of thirty signs are marked, the first among the first three, the second before the middle; the target is their XOR
-at the end, by a logistic loss; without both bits no guess beats log 2. The recurrent kernel starts orthogonal, the
-others small, as in the problem's published form. The learning rate falls linearly to a tenth. All seeds and rates run
-in one compiled scan, data included; the last row of a method has ten times its largest rate.
+Two of thirty signs are marked, the first among the first three, the second before the middle; the
+target is their XOR at the end, by a logistic loss; without both bits no guess beats log 2. The
+recurrent kernel starts orthogonal, the others small, as in the problem's published form. The
+learning rate falls linearly to a tenth. All seeds and rates run in one compiled scan, data
+included; the last row of a method has ten times its largest rate.
 
-The table says which of these seeds reach a loss below `SOLVED` within these steps at these few rates, and no more: a
-run that stays at log 2 may leave it later, five seeds tell large differences only, and nothing else was tuned.
-"""
+The table says which of these seeds reach a loss below `SOLVED` within these steps at these few
+rates, and no more: a run that stays at log 2 may leave it later, five seeds tell large differences
+only, and nothing else was tuned."""
 
 import argparse
 import functools
@@ -41,7 +42,9 @@ def draw(key):
     first = jax.random.randint(keys[1], (xor.BATCH,), 0, length // 10)
     second = jax.random.randint(keys[2], (xor.BATCH,), length // 10, length // 2)
     marks = jnp.zeros_like(signs).at[rows, first].set(1.0).at[rows, second].set(1.0)
-    return jnp.stack([signs, marks], -1), (signs[rows, first] != signs[rows, second]).astype(jnp.float32)
+    return jnp.stack([signs, marks], -1), (signs[rows, first] != signs[rows, second]).astype(
+        jnp.float32
+    )
 
 
 METHODS = {
@@ -77,33 +80,49 @@ def train(method, decay_steps, block, rate, carry):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--rates", nargs="*", type=float, help="instead of the grid and ten times its largest")
+    parser.add_argument(
+        "--rates", nargs="*", type=float, help="instead of the grid and ten times its largest"
+    )
     arguments = parser.parse_args()
-    print(f"{'':10}{'rate':>8}{'solved':>8}  {'step of the first 100 below 0.1, by seed':44}{'last loss':>10}")
+    print(
+        f"{'':10}{'rate':>8}{'solved':>8}  {'step of the first 100 below 0.1, by seed':44}{'last loss':>10}"
+    )
     for method in arguments.methods:
         rates = jnp.array(arguments.rates or [*RATES[method], TOO_LARGE * max(RATES[method])])
         seeds = jnp.tile(jnp.arange(arguments.seeds), len(rates))  # one batch of runs
         block = jax.vmap(functools.partial(train, method, arguments.steps, BLOCK))
         block, runs = jax.jit(block, donate_argnums=1), jnp.repeat(rates, arguments.seeds)
-        carry = jax.jit(jax.vmap(lambda seed, method=method: start(seed, optimizer(method, 0.1, arguments.steps))))(
-            seeds
-        )
+        carry = jax.jit(
+            jax.vmap(
+                lambda seed, method=method: start(seed, optimizer(method, 0.1, arguments.steps))
+            )
+        )(seeds)
         means = []
         for done in range(BLOCK, arguments.steps + 1, BLOCK):
             carry, losses = block(runs, carry)
             means.append(np.asarray(losses).reshape(len(rates), arguments.seeds, -1, 100).mean(-1))
-            last = np.array2string(means[-1][..., -1], precision=2, suppress_small=True).replace("\n", "")
+            last = np.array2string(means[-1][..., -1], precision=2, suppress_small=True).replace(
+                "\n", ""
+            )
             print(f"{method} {done}: {last}", file=sys.stderr, flush=True)
         means = np.concatenate(means, -1)  # of every 100 steps
         for rate, of_rate in zip(rates, means, strict=True):
-            first = [100 * int(np.argmax(row < SOLVED) + 1) if (row < SOLVED).any() else None for row in of_rate]
+            first = [
+                100 * int(np.argmax(row < SOLVED) + 1) if (row < SOLVED).any() else None
+                for row in of_rate
+            ]
             note = "" if np.isfinite(of_rate).all() else "  NaN"
             solved = f"{sum(f is not None for f in first)}/{len(first)}"
-            print(f"{method:10}{rate:8.4f}{solved:>8}  {first!s:44}{np.median(of_rate[:, -1]):10.4f}{note}", flush=True)
+            print(
+                f"{method:10}{rate:8.4f}{solved:>8}  {first!s:44}{np.median(of_rate[:, -1]):10.4f}{note}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 python benchmarks/gauss_newton_step.py [--batch 128] [--iters 10] [--rounds 7]
 
-Prints times of interleaved rounds (medians), their ratio against the bound 2 · iterations + 3, and the memory that XLA
-plans for a step, all of its arguments and results counted, in copies of the parameters.
-"""
+Prints times of interleaved rounds (medians), their ratio against the bound 2 · iterations + 3, and
+the memory that XLA plans for a step, all of its arguments and results counted, in copies of the
+parameters."""
 
 import argparse
 import statistics
@@ -38,7 +38,9 @@ def seconds(function, *args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--iters", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=7)
@@ -65,7 +67,9 @@ def main():
 
     def copies(compiled):
         memory = compiled.memory_analysis()
-        total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        total = (
+            memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        )
         return (total - memory.alias_size_in_bytes) / one_copy
 
     times: dict[str, list[float]] = {"gradient": [], "step": []}
@@ -78,9 +82,13 @@ def main():
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratios = [s / g for g, s in zip(times["gradient"], times["step"], strict=True)]
     iterations = int(state[0].iterations)
-    print(f"{size / 1e6:.2f} million parameters, batch {options.batch}, {jax.devices()[0].device_kind}")
+    print(
+        f"{size / 1e6:.2f} million parameters, batch {options.batch}, {jax.devices()[0].device_kind}"
+    )
     print(f"gradient {medians['gradient']:.3f} s, {copies(gradient):.2f} copies of the parameters")
-    print(f"step     {medians['step']:.3f} s, {copies(step):.2f} copies of the parameters (bound {COPIES})")
+    print(
+        f"step     {medians['step']:.3f} s, {copies(step):.2f} copies of the parameters (bound {COPIES})"
+    )
     print(
         f"ratio    {statistics.median(ratios):.1f} (rounds from {min(ratios):.1f} to {max(ratios):.1f}) for "
         f"{iterations} iterations (bound {2 * iterations + 3})"

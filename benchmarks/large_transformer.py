@@ -2,10 +2,10 @@
 
     python -m benchmarks.large_transformer
 
-Random tokens; parameters in float32, activations in bfloat16, matrices of one kind stacked over the layers. Roots and
-bases are taken at some steps only: such a step is timed by itself ("refresh"), and what it costs more than the others,
-spread over the period, is the "share" of the mean step. Medians over rounds that run every method once.
-"""
+Random tokens; parameters in float32, activations in bfloat16, matrices of one kind stacked over the
+layers. Roots and bases are taken at some steps only: such a step is timed by itself ("refresh"),
+and what it costs more than the others, spread over the period, is the "share" of the mean step.
+Medians over rounds that run every method once."""
 
 import argparse
 import functools
@@ -28,11 +28,17 @@ MATRICES = ("query", "key", "value", "out", "up", "down")
 def init_params(width, depth, length):
     """Matrices drawn from N(0, 1 / rows)."""
     shapes = dict.fromkeys(MATRICES, (depth, width, width))
-    shapes |= {"up": (depth, width, 4 * width), "down": (depth, 4 * width, width), "head": (width, VOCABULARY)}
+    shapes |= {
+        "up": (depth, width, 4 * width),
+        "down": (depth, 4 * width, width),
+        "head": (width, VOCABULARY),
+    }
     shapes |= {"embedding": (VOCABULARY, width), "positions": (length, width)}
     keys = jax.random.split(jax.random.key(0), len(shapes))
     drawn = zip(shapes.items(), keys, strict=True)
-    params = {name: jax.random.normal(key, shape) * shape[-2] ** -0.5 for (name, shape), key in drawn}
+    params = {
+        name: jax.random.normal(key, shape) * shape[-2] ** -0.5 for (name, shape), key in drawn
+    }
     return params | {"norm_1": jnp.ones((depth, width)), "norm_2": jnp.ones((depth, width))}
 
 
@@ -45,7 +51,10 @@ def loss_fn(heads, attention, params, tokens):
 
     def block(x, layer):
         h = normed(x) * layer["norm_1"]
-        q, k, v = ((h @ layer[name]).reshape(*h.shape[:-1], heads, -1) for name in ("query", "key", "value"))
+        q, k, v = (
+            (h @ layer[name]).reshape(*h.shape[:-1], heads, -1)
+            for name in ("query", "key", "value")
+        )
         h = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=attention)
         x = x + h.reshape(x.shape) @ layer["out"]
         return x + jax.nn.gelu(normed(x) * layer["norm_2"] @ layer["up"]) @ layer["down"], None
@@ -62,7 +71,9 @@ def muon():
     return optax.contrib.muon(
         1e-3,
         consistent_rms=RMS,
-        muon_weight_dimension_numbers=lambda params: {name: dims if name in MATRICES else None for name in params},
+        muon_weight_dimension_numbers=lambda params: {
+            name: dims if name in MATRICES else None for name in params
+        },
     )
 
 
@@ -75,7 +86,9 @@ def ours(alias, **options):
     def stacked(params):
         return {name: int(name in MATRICES) for name in params}
 
-    return functools.partial(getattr(optax_curv, alias), 1e-3, adam_for=adam_for, stacked=stacked, **options)
+    return functools.partial(
+        getattr(optax_curv, alias), 1e-3, adam_for=adam_for, stacked=stacked, **options
+    )
 
 
 METHODS = {
@@ -115,7 +128,9 @@ def compiled(name, gradient, params, tokens):
     states = [state]
     if hasattr(optax_curv, name.split()[0]):
         states = [late(state, *steps) for steps in ((10001, 10000), (10000, 0))]
-    return Compiled(step, [(params, state, tokens) for state in states], seconds, [[] for _ in states])
+    return Compiled(
+        step, [(params, state, tokens) for state in states], seconds, [[] for _ in states]
+    )
 
 
 def measure(runs, rounds):
@@ -137,16 +152,29 @@ def late(state, count, refreshed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, size in {"width": 768, "depth": 12, "heads": 12, "length": 1024, "batch": 16, "rounds": 7}.items():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, size in {
+        "width": 768,
+        "depth": 12,
+        "heads": 12,
+        "length": 1024,
+        "batch": 16,
+        "rounds": 7,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--period", type=int, default=100, help="steps between two refreshes, for the share")
+    parser.add_argument(
+        "--period", type=int, default=100, help="steps between two refreshes, for the share"
+    )
     options = parser.parse_args()
 
     params = init_params(options.width, options.depth, options.length)
-    tokens = jax.random.randint(jax.random.key(1), (options.batch, options.length + 1), 0, VOCABULARY)
+    tokens = jax.random.randint(
+        jax.random.key(1), (options.batch, options.length + 1), 0, VOCABULARY
+    )
     gradient = jax.value_and_grad(functools.partial(loss_fn, options.heads, options.attention))
     runs = {}
     for name in options.methods:
@@ -154,15 +182,27 @@ def main():
         print(f"{name}: {runs[name].seconds:.1f} s to compile", file=sys.stderr, flush=True)
     measure(list(runs.values()), options.rounds)
 
-    sizes = ", ".join(f"{name} {getattr(options, name)}" for name in ("width", "depth", "length", "batch"))
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {sizes}, attention by {options.attention}")
-    print(f"{'':24}{'step ms':>9}{'/adam':>7}{'/muon':>7}{'refresh ms':>12}{'share':>7}{'compile s':>11}")
-    medians = {name: [statistics.median(of_kind) for of_kind in run.times] for name, run in runs.items()}
+    sizes = ", ".join(
+        f"{name} {getattr(options, name)}" for name in ("width", "depth", "length", "batch")
+    )
+    print(
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {sizes}, attention by {options.attention}"
+    )
+    print(
+        f"{'':24}{'step ms':>9}{'/adam':>7}{'/muon':>7}{'refresh ms':>12}{'share':>7}{'compile s':>11}"
+    )
+    medians = {
+        name: [statistics.median(of_kind) for of_kind in run.times] for name, run in runs.items()
+    }
     for name, run in runs.items():
         plain, *more = medians[name]
         mean = plain + (more[0] - plain) / options.period if more else plain
-        ratios = "".join(f"{mean / medians[x][0]:7.2f}" if x in medians else f"{'':7}" for x in ("adam", "muon"))
-        refresh = f"{1e3 * (more[0] - plain):12.1f}{(mean - plain) / mean:7.1%}" if more else f"{'':19}"
+        ratios = "".join(
+            f"{mean / medians[x][0]:7.2f}" if x in medians else f"{'':7}" for x in ("adam", "muon")
+        )
+        refresh = (
+            f"{1e3 * (more[0] - plain):12.1f}{(mean - plain) / mean:7.1%}" if more else f"{'':19}"
+        )
         print(f"{name:24}{1e3 * plain:9.2f}{ratios}{refresh}{run.seconds:11.1f}")
 
 

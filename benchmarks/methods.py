@@ -22,8 +22,10 @@ class Method(NamedTuple):
 
     Attributes:
       init: parameters -> state.
-      step: (params, state, batch, settings) -> (params, state), traceable unless `host` says otherwise.
-      settings: name -> the value at which tuning starts; "damping" and the like beside "learning_rate".
+      step: (params, state, batch, settings) -> (params, state), traceable unless `host` says
+        otherwise.
+      settings: name -> the value at which tuning starts; "damping" and the like beside
+        "learning_rate".
       host: whether the step is Python code that compiles parts of itself.
     """
 
@@ -39,14 +41,18 @@ def schedule(peak, steps: int) -> optax.Schedule:
     return lambda count: peak * shape(count)
 
 
-def from_optax(problem: Problem, steps: int, make: Callable, measure: Callable | None = None, **settings) -> Method:
+def from_optax(
+    problem: Problem, steps: int, make: Callable, measure: Callable | None = None, **settings
+) -> Method:
     """A method from `make(schedule, settings) -> transformation`.
 
-    `measure(params, state, batch, key) -> (gradients, extra arguments of update)`, by default the gradient alone.
-    """
+    `measure(params, state, batch, key) -> (gradients, extra arguments of update)`, by default the
+    gradient alone."""
 
     def transformation(values):
-        return optax.with_extra_args_support(make(schedule(values.get("learning_rate"), steps), values))
+        return optax.with_extra_args_support(
+            make(schedule(values.get("learning_rate"), steps), values)
+        )
 
     def init(params):
         return transformation(settings).init(params), jnp.zeros([], jnp.int32)
@@ -56,7 +62,9 @@ def from_optax(problem: Problem, steps: int, make: Callable, measure: Callable |
         if measure is None:
             grads, extra_args = jax.grad(problem.loss)(params, *batch), {}
         else:
-            grads, extra_args = measure(params, state, batch, jax.random.fold_in(jax.random.key(0), count))
+            grads, extra_args = measure(
+                params, state, batch, jax.random.fold_in(jax.random.key(0), count)
+            )
         updates, state = transformation(values).update(grads, state, params, **extra_args)
         return optax.apply_updates(params, updates), (state, count + 1)
 
@@ -72,7 +80,9 @@ def _split(problem: Problem, matrices: Callable) -> Callable:
                 lambda path, leaf: "adam" if problem.adam_for(path, leaf) else "matrices", params
             )
 
-        return optax.partition({"matrices": matrices(rate, values), "adam": optax.adam(rate)}, labels)
+        return optax.partition(
+            {"matrices": matrices(rate, values), "adam": optax.adam(rate)}, labels
+        )
 
     return make
 
@@ -90,7 +100,9 @@ def sophia(problem, steps):
     def measure(params, state, batch, key):
         return jax.grad(problem.loss)(params, *batch), {"obj_fn": lambda p: problem.loss(p, *batch)}
 
-    return from_optax(problem, steps, lambda rate, _: optax.contrib.sophia(rate), measure, learning_rate=0.005)
+    return from_optax(
+        problem, steps, lambda rate, _: optax.contrib.sophia(rate), measure, learning_rate=0.005
+    )
 
 
 def lbfgs(problem, steps):
@@ -105,20 +117,26 @@ def lbfgs(problem, steps):
             value, grad = optax.value_and_grad_from_state(value_fn)(params, state=state)
         else:
             value, grad = jax.value_and_grad(value_fn)(params)
-        updates, state = optax.lbfgs().update(grad, state, params, value=value, grad=grad, value_fn=value_fn)
+        updates, state = optax.lbfgs().update(
+            grad, state, params, value=value, grad=grad, value_fn=value_fn
+        )
         return optax.apply_updates(params, updates), state
 
     return Method(init, step, {})
 
 
 def kron_psgd(problem, steps):
-    return from_optax(problem, steps, lambda rate, _: optax_curv.kron_psgd(rate), learning_rate=0.005)
+    return from_optax(
+        problem, steps, lambda rate, _: optax_curv.kron_psgd(rate), learning_rate=0.005
+    )
 
 
 def kron_psgd_rms(problem, steps):
     def matrices(rate, values):
         kron = optax_curv.scale_by_kron_psgd(values["precond_lr"], b1=0.9, whiten="momentum")
-        return optax.chain(kron, optax_curv.normalize_by_rms(RMS), optax.scale_by_learning_rate(rate))
+        return optax.chain(
+            kron, optax_curv.normalize_by_rms(RMS), optax.scale_by_learning_rate(rate)
+        )
 
     return from_optax(problem, steps, _split(problem, matrices), learning_rate=0.02, precond_lr=0.5)
 
@@ -128,7 +146,12 @@ def _alias_with_adam(name):
         if not hasattr(optax_curv, name):
             raise Absent(f"optax_curv has no {name} yet")
         alias = getattr(optax_curv, name)
-        return from_optax(problem, steps, lambda rate, _: alias(rate, adam_for=problem.adam_for), learning_rate=0.02)
+        return from_optax(
+            problem,
+            steps,
+            lambda rate, _: alias(rate, adam_for=problem.adam_for),
+            learning_rate=0.02,
+        )
 
     return method
 
@@ -179,7 +202,11 @@ def kfac_rms(problem, steps):
         scaled = optax.chain(optax.trace(0.9), optax_curv.normalize_by_rms(RMS))
         return optax.chain(
             optax_curv.scale_by_kfac(
-                layers, values["damping"], update_every=None, invert_every=20, fallback=optax.identity()
+                layers,
+                values["damping"],
+                update_every=None,
+                invert_every=20,
+                fallback=optax.identity(),
             ),
             optax.masked(scaled, matrices),
             optax.masked(optax.scale_by_adam(), others),
@@ -194,11 +221,18 @@ def kfac_adaptive(problem, steps):
     if problem.objective is None:
         raise Absent("needs an Objective")
     layers = _layers(problem)
-    capture = optax_curv.value_grad_and_curvature(problem.objective, layers=layers, statistic="rows", fisher="sampled")
+    capture = optax_curv.value_grad_and_curvature(
+        problem.objective, layers=layers, statistic="rows", fisher="sampled"
+    )
 
     def measure(params, state, batch, key):
         value, grads, curvature = capture(params, *batch, key=key)
-        return grads, {"curvature": curvature, "objective": problem.objective, "batch": batch, "value": value}
+        return grads, {
+            "curvature": curvature,
+            "objective": problem.objective,
+            "batch": batch,
+            "value": value,
+        }
 
     def make(rate, _):
         return optax_curv.kfac(None, layers, fallback=optax.scale_by_adam())
@@ -208,14 +242,18 @@ def kfac_adaptive(problem, steps):
 
 def ekfac(problem, steps):
     layers = _layers(problem)
-    capture = optax_curv.value_grad_and_curvature(problem.loss, layers=layers, statistic="eigenbasis")
+    capture = optax_curv.value_grad_and_curvature(
+        problem.loss, layers=layers, statistic="eigenbasis"
+    )
 
     def measure(params, state, batch, key):
         _, grads, curvature = capture(params, *batch, basis=optax_curv.eigenbasis(state))
         return grads, {"curvature": curvature}
 
     def make(rate, values):
-        return optax_curv.ekfac(rate, layers, values["damping"], invert_every=20, fallback=optax.scale_by_adam())
+        return optax_curv.ekfac(
+            rate, layers, values["damping"], invert_every=20, fallback=optax.scale_by_adam()
+        )
 
     return from_optax(problem, steps, make, measure, learning_rate=0.02, damping=0.01)
 
@@ -244,7 +282,8 @@ def branch_fisher(problem, steps):
             "branches": branches,
             "value": value,
             "grad": grads,
-            # The line search hands every extra argument on to its value_fn and refuses those it does not take.
+            # The line search hands every extra argument on to its value_fn and refuses those it
+            # does not take.
             "value_fn": lambda p, branches: problem.loss(p, *batch),
         }
 

@@ -1,7 +1,7 @@
 """Other packages' optimizers: ``python -m benchmarks.peers`` installs private copies and repairs what JAX has outrun.
 
-Each stands alone in a directory of the cache, without its dependencies, so that none changes the environment's JAX.
-"""
+Each stands alone in a directory of the cache, without its dependencies, so that none changes the
+environment's JAX."""
 
 import functools
 import importlib
@@ -15,10 +15,17 @@ import optax_curv
 from benchmarks.cache import CACHE, pip
 from benchmarks.methods import RMS, Absent, Method, _split, from_optax, schedule
 
-# Requirements, and what is replaced in which file: what the package was written for has changed since.
+# Requirements, and what is replaced in which file: what the package was written for has changed
+# since.
 PEERS = {
     "kfac_jax": (
-        ("kfac-jax==0.0.8", "immutabledict==4.3.1", "dm-tree==0.1.10", "wrapt==2.5.2", "attrs==26.1.0"),
+        (
+            "kfac-jax==0.0.8",
+            "immutabledict==4.3.1",
+            "dm-tree==0.1.10",
+            "wrapt==2.5.2",
+            "attrs==26.1.0",
+        ),
         {
             "kfac_jax/_src/tag_graph_matcher.py": (
                 "  subfuns, bind_params = eqn.primitive.get_bind_params(eqn.params)\n",
@@ -43,7 +50,8 @@ PEERS = {
     "somax": (("python-somax==1.0.1",), {}),
 }
 
-# kfac-jax imports distrax for three distributions; distrax needs TensorFlow Probability, which fails on this JAX.
+# kfac-jax imports distrax for three distributions; distrax needs TensorFlow Probability, which
+# fails on this JAX.
 DISTRAX = '''"""What kfac-jax uses of distrax."""
 import jax
 import jax.numpy as jnp
@@ -165,9 +173,15 @@ def kfac_jax(problem, steps, adaptive=True):
         fixed = {}
         if not adaptive:
             rate = schedule(float(settings["learning_rate"]), steps)(count)
-            fixed = {"learning_rate": rate, "momentum": jnp.float32(0.9), "damping": jnp.float32(damping)}
+            fixed = {
+                "learning_rate": rate,
+                "momentum": jnp.float32(0.9),
+                "damping": jnp.float32(damping),
+            }
         key = jax.random.key_data(jax.random.fold_in(jax.random.key(0), count))
-        params, inner, _ = optimizer(damping).step(params, inner, key, batch=batch, global_step_int=count, **fixed)
+        params, inner, _ = optimizer(damping).step(
+            params, inner, key, batch=batch, global_step_int=count, **fixed
+        )
         return params, (inner, count + 1)
 
     settings = {"damping": 1.0} if adaptive else {"learning_rate": 0.02, "damping": 0.01}
@@ -186,7 +200,10 @@ def distributed_kron(problem, steps):
 def psgdax(problem, steps):
     peer = _load("psgdax")
     return from_optax(
-        problem, steps, lambda rate, _: peer.kron(rate, preconditioner_update_probability=1.0), learning_rate=0.005
+        problem,
+        steps,
+        lambda rate, _: peer.kron(rate, preconditioner_update_probability=1.0),
+        learning_rate=0.005,
     )
 
 
@@ -195,8 +212,12 @@ def psgdax_rms(problem, steps):
     peer = _load("psgdax")
 
     def matrices(rate, _):
-        kron = peer.scale_by_kron(preconditioner_update_probability=1.0, whiten_grad=False, preconditioner_lr=0.5)
-        return optax.chain(kron, optax_curv.normalize_by_rms(RMS), optax.scale_by_learning_rate(rate))
+        kron = peer.scale_by_kron(
+            preconditioner_update_probability=1.0, whiten_grad=False, preconditioner_lr=0.5
+        )
+        return optax.chain(
+            kron, optax_curv.normalize_by_rms(RMS), optax.scale_by_learning_rate(rate)
+        )
 
     return from_optax(problem, steps, _split(problem, matrices), learning_rate=0.02)
 

@@ -2,10 +2,10 @@
 
 python benchmarks/poisson.py [--problem 2d | 5d | heat | helmholtz] [--seconds 60]
 
-Every problem is the same composition (`residual_rows` of the interior's and the boundary's residuals, `branch_fisher`
-with `centered=False`, a line search on the loss); what a user writes for another equation is its residual functions.
-Prints relative L2 errors over time, compilation excluded, and the time to 1e-3.
-"""
+Every problem is the same composition (`residual_rows` of the interior's and the boundary's
+residuals, `branch_fisher` with `centered=False`, a line search on the loss); what a user writes for
+another equation is its residual functions. Prints relative L2 errors over time, compilation
+excluded, and the time to 1e-3."""
 
 import argparse
 import functools
@@ -44,7 +44,9 @@ def initial(widths, seed=0):
 def second_derivatives(u, x):
     """∂²u/∂x_i² for each i, [d]."""
     directions = jnp.eye(len(x))
-    return jax.vmap(lambda e: jax.jvp(lambda y: jax.jvp(u, (y,), (e,))[1], (x,), (e,))[1])(directions)
+    return jax.vmap(lambda e: jax.jvp(lambda y: jax.jvp(u, (y,), (e,))[1], (x,), (e,))[1])(
+        directions
+    )
 
 
 class Problem(NamedTuple):
@@ -69,7 +71,11 @@ def faces(n, dim, rng=None):
     points = []
     for axis in range(dim):
         for side in (0.0, 1.0):
-            x = rng.random((n, dim)) if rng else np.tile(((np.arange(n) + 0.5) / n)[:, None], (1, dim))
+            x = (
+                rng.random((n, dim))
+                if rng
+                else np.tile(((np.arange(n) + 0.5) / n)[:, None], (1, dim))
+            )
             x[:, axis] = side
             points.append(x)
     return np.concatenate(points)
@@ -152,14 +158,18 @@ def branch_fisher(problem):
     tx = optax.chain(
         optax_curv.scale_by_branch_fisher(damping, solver="auto", centered=False),
         optax.scale(-1.0),
-        optax.scale_by_backtracking_linesearch(30, decrease_factor=0.5, increase_factor=jnp.inf, max_learning_rate=1.0),
+        optax.scale_by_backtracking_linesearch(
+            30, decrease_factor=0.5, increase_factor=jnp.inf, max_learning_rate=1.0
+        ),
     )
 
     def step(params, state):
         value, grads, branches = rows(params, problem.interior, problem.boundary)
         given = {"branches": branches, "value": value, "grad": grads}
         # Optax's searches hand every extra argument on, so that value_fn has to name it.
-        updates, state = tx.update(grads, state, params, **given, value_fn=lambda p, branches: loss(p))
+        updates, state = tx.update(
+            grads, state, params, **given, value_fn=lambda p, branches: loss(p)
+        )
         return optax.apply_updates(params, updates), state
 
     return tx, step
@@ -179,7 +189,10 @@ def lbfgs(problem):
 
 
 def adam(problem):
-    loss, tx = make_loss(problem), optax.adam(optax.exponential_decay(3e-3, 2000, 0.7, end_value=1e-5))
+    loss, tx = (
+        make_loss(problem),
+        optax.adam(optax.exponential_decay(3e-3, 2000, 0.7, end_value=1e-5)),
+    )
 
     def step(params, state):
         updates, state = tx.update(jax.grad(loss)(params), state, params)
@@ -188,7 +201,11 @@ def adam(problem):
     return tx, step
 
 
-METHODS = {"branch_fisher": (branch_fisher, 1), "lbfgs": (lbfgs, 20), "adam": (adam, 50)}  # steps between evaluations
+METHODS = {
+    "branch_fisher": (branch_fisher, 1),
+    "lbfgs": (lbfgs, 20),
+    "adam": (adam, 50),
+}  # steps between evaluations
 
 
 def train(problem, method, every, seconds, goal):
@@ -207,7 +224,9 @@ def train(problem, method, every, seconds, goal):
 
     params = initial(problem.widths)
     state, history, spent = tx.init(params), [(0.0, 0, float(error(params)))], 0.0
-    jax.block_until_ready(steps(*steps(params, state)))  # compiles; twice, as a search's state changes its weak types
+    jax.block_until_ready(
+        steps(*steps(params, state))
+    )  # compiles; twice, as a search's state changes its weak types
     while spent < seconds and history[-1][2] > goal:
         start = time.perf_counter()
         params, state = jax.block_until_ready(steps(params, state))
@@ -219,15 +238,21 @@ def train(problem, method, every, seconds, goal):
 def report(name, history):
     best = min(e for _, _, e in history)
     reached = {goal: next((t for t, _, e in history if e <= goal), None) for goal in (1e-3, 1e-5)}
-    times = ", ".join(f"{goal:g} {'not reached' if t is None else f'after {t:.2f} s'}" for goal, t in reached.items())
+    times = ", ".join(
+        f"{goal:g} {'not reached' if t is None else f'after {t:.2f} s'}"
+        for goal, t in reached.items()
+    )
     print(
-        f"{name:14s} {history[-1][1]:6d} steps in {history[-1][0]:6.1f} s: best error {best:.1e}; {times}", flush=True
+        f"{name:14s} {history[-1][1]:6d} steps in {history[-1][0]:6.1f} s: best error {best:.1e}; {times}",
+        flush=True,
     )
     return best, reached
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--problem", choices=[*PROBLEMS, "all"], default="all")
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--seconds", type=float, default=60)
@@ -235,7 +260,9 @@ def main():
     options = parser.parse_args()
     for name in PROBLEMS if options.problem == "all" else [options.problem]:
         problem = PROBLEMS[name]()
-        print(f"{name}: {len(problem.interior)} interior and {len(problem.boundary)} boundary points, {problem.widths}")
+        print(
+            f"{name}: {len(problem.interior)} interior and {len(problem.boundary)} boundary points, {problem.widths}"
+        )
         for method in options.methods:
             report(method, train(problem, *METHODS[method], options.seconds, options.goal))
 

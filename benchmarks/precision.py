@@ -1,11 +1,11 @@
 """What float32, TF32 and bfloat16 products lose in the library's own arithmetic: ``python benchmarks/precision.py``.
 
 Every product inside a preconditioner asks for `jax.lax.Precision.HIGHEST`: full float32, whatever
-`jax.default_matmul_precision` says, as each of them is squared, inverted, or subtracted from nearly its equal. The
-network's own products stay as the user wants them. The table shows what less would cost: the largest error relative to
-the largest entry, against float64. TF32 and bfloat16 products are float32 products of operands rounded to 10 and 7 bits
-of mantissa, as accelerators make them, so that the table is the same on every machine.
-"""
+`jax.default_matmul_precision` says, as each of them is squared, inverted, or subtracted from nearly
+its equal. The network's own products stay as the user wants them. The table shows what less would
+cost: the largest error relative to the largest entry, against float64. TF32 and bfloat16 products
+are float32 products of operands rounded to 10 and 7 bits of mantissa, as accelerators make them, so
+that the table is the same on every machine."""
 
 import numpy as np
 
@@ -37,7 +37,9 @@ def second_moment(matmul, rows):
 
 def inverse_product(matmul, factor, damping, grad):
     """K-FAC's direction (A + λI)⁻¹ ∇ from an exact inverse."""
-    return matmul(np.linalg.inv(np.asarray(factor, np.float64) + damping * np.eye(len(factor))), grad)
+    return matmul(
+        np.linalg.inv(np.asarray(factor, np.float64) + damping * np.eye(len(factor))), grad
+    )
 
 
 def whitening_difference(matmul, q, moment):
@@ -63,13 +65,17 @@ def table():
         "second moment E[a aᵀ]": lambda matmul: second_moment(matmul, rows),
         "inverse product (A + λI)⁻¹ ∇": lambda matmul: inverse_product(matmul, factor, 1e-5, grad),
         "eigenbasis moments (Uᵀ ∇)²": lambda matmul: eigenbasis_moments(matmul, basis, grad),
-        "whitening difference Q E[g gᵀ] Qᵀ - I": lambda matmul: whitening_difference(matmul, nearly, factor),
+        "whitening difference Q E[g gᵀ] Qᵀ - I": lambda matmul: whitening_difference(
+            matmul, nearly, factor
+        ),
     }
     errors = {}
     for name, operation in operations.items():
         exact = operation(product(None))
         errors[name] = {
-            precision: float(np.max(np.abs(operation(product(bits)) - exact)) / np.max(np.abs(exact)))
+            precision: float(
+                np.max(np.abs(operation(product(bits)) - exact)) / np.max(np.abs(exact))
+            )
             for precision, bits in MANTISSAS.items()
         }
     return errors

@@ -2,9 +2,8 @@
 
     python -m benchmarks.psgd_fixed_points
 
-Each line is an experiment whose answer is known: the figure reached, and the limit, marked MISSED where it
-is not kept.
-"""
+Each line is an experiment whose answer is known: the figure reached, and the limit, marked MISSED
+where it is not kept."""
 
 import functools
 import time
@@ -83,15 +82,18 @@ def inverse_root(a):
 def own_fixed_point(covariance, geometry):
     """The Kronecker P of a geometry for a covariance that is no Kronecker product, axis by axis in closed form.
 
-    "eq" minimises tr(P C) + tr(P⁻¹): P₁ = (tr P₂⁻¹)^(1/2) C₁^(-1/2), C₁ the contraction of C with P₂; the others have
-    E[U₁(P g)] = (N/d₁) I: P₁ = (N/d₁)^(1/2) C₁^(-1/2), C₁ that with P₂².
-    """
+    "eq" minimises tr(P C) + tr(P⁻¹): P₁ = (tr P₂⁻¹)^(1/2) C₁^(-1/2), C₁ the contraction of C with
+    P₂; the others have E[U₁(P g)] = (N/d₁) I: P₁ = (N/d₁)^(1/2) C₁^(-1/2), C₁ that with P₂²."""
     c, (m, n) = covariance.reshape(*SHAPE, *SHAPE), SHAPE
     p1, p2 = jnp.eye(m), jnp.eye(n)
     for _ in range(200):
         if geometry == "eq":
-            p1 = jnp.sqrt(jnp.trace(jnp.linalg.inv(p2))) * inverse_root(jnp.einsum("iajb,ab->ij", c, p2))
-            p2 = jnp.sqrt(jnp.trace(jnp.linalg.inv(p1))) * inverse_root(jnp.einsum("iajb,ij->ab", c, p1))
+            p1 = jnp.sqrt(jnp.trace(jnp.linalg.inv(p2))) * inverse_root(
+                jnp.einsum("iajb,ab->ij", c, p2)
+            )
+            p2 = jnp.sqrt(jnp.trace(jnp.linalg.inv(p1))) * inverse_root(
+                jnp.einsum("iajb,ij->ab", c, p1)
+            )
         else:
             p1 = jnp.sqrt(n) * inverse_root(jnp.einsum("iajb,ab->ij", c, p2 @ p2))
             p2 = jnp.sqrt(m) * inverse_root(jnp.einsum("iajb,ij->ab", c, p1 @ p1))
@@ -102,7 +104,9 @@ def mismatched(geometry):
     root = spd(35, 10.0, 4)
     tx = kron(optax.linear_schedule(0.5, 0.0, 6000), geometry)
     state = fit(tx, SHAPE, lambda v: (root @ v.reshape(-1)).reshape(SHAPE), 6000)
-    return away(dense(state.factors, geometry), jnp.linalg.inv(own_fixed_point(root @ root, geometry)))
+    return away(
+        dense(state.factors, geometry), jnp.linalg.inv(own_fixed_point(root @ root, geometry))
+    )
 
 
 def steady_errors(geometry):
@@ -158,13 +162,31 @@ def main():
     started = time.perf_counter()
     print(f"{'‖P|H| - I‖₂ or as said':62}{'reached':>12}{'limit':>12}")
     for geometry in ("q0.5eq1.5", "qeq", "quad"):
-        line(f"dense Newton, n = 10, condition 10, 1000 steps: {geometry}", dense_newton(geometry), 1e-8)
-        line(f"the same, indefinite, falling rate, 6000 steps: {geometry}", indefinite_newton(geometry), 0.2)
+        line(
+            f"dense Newton, n = 10, condition 10, 1000 steps: {geometry}",
+            dense_newton(geometry),
+            1e-8,
+        )
+        line(
+            f"the same, indefinite, falling rate, 6000 steps: {geometry}",
+            indefinite_newton(geometry),
+            0.2,
+        )
     for geometry in GEOMETRIES:
-        line(f"matched Kronecker whitening, 5×7, condition 100: {geometry}", matched(geometry, False), 0.35)
-        line(f"against its own fixed point, mismatched, 5×7: {geometry}", mismatched(geometry), 0.35)
+        line(
+            f"matched Kronecker whitening, 5×7, condition 100: {geometry}",
+            matched(geometry, False),
+            0.35,
+        )
+        line(
+            f"against its own fixed point, mismatched, 5×7: {geometry}", mismatched(geometry), 0.35
+        )
     for geometry in ("q0.5eq1.5", "qeq", "quad"):
-        line(f"matched Kronecker Newton, 5×7, condition 100: {geometry}", matched(geometry, True), 1e-6)
+        line(
+            f"matched Kronecker Newton, 5×7, condition 100: {geometry}",
+            matched(geometry, True),
+            1e-6,
+        )
     errors = steady_errors("q0.5eq1.5")
     for rate, error, limit in zip((0.5, 0.1, 0.02), errors, (np.inf, *errors), strict=False):
         line(f"steady whitening error at precond_lr {rate}, limit: the last", error, limit)

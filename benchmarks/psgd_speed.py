@@ -2,10 +2,10 @@
 
     OPENBLAS_NUM_THREADS=1 python -m benchmarks.psgd_speed    # after python -m benchmarks.peers
 
-24 layers of 256×256 and their biases; `--dtype bfloat16` for parameters, gradients and preconditioners of that type.
-Times are medians over the rounds; a round runs every contender once, so that a change of the machine's load meets all
-of them alike. On an accelerator steps follow each other without waiting for the host.
-"""
+24 layers of 256×256 and their biases; `--dtype bfloat16` for parameters, gradients and
+preconditioners of that type. Times are medians over the rounds; a round runs every contender once,
+so that a change of the machine's load meets all of them alike. On an accelerator steps follow each
+other without waiting for the host."""
 
 import argparse
 import math
@@ -26,8 +26,8 @@ from benchmarks import peers
 LAYERS, WIDTH = 24, 256
 SECONDS = 0.05  # of a contender in a round, at least
 GEOMETRIES = ("q0.5eq1.5", "eq", "qep", "qeq", "quad", "quad4p")
-# Products of two 256×256 matrices for one layer and step; those whose result is symmetric count the same. "eq" has two
-# triangular solves beside.
+# Products of two 256×256 matrices for one layer and step; those whose result is symmetric count the
+# same. "eq" has two triangular solves beside.
 MATMULS = {"q0.5eq1.5": 14, "eq": 12, "qep": 20, "qeq": 12, "quad": 14, "quad4p": 10}
 
 
@@ -44,11 +44,15 @@ def contenders(only, dtype):
     """Name -> transformation."""
     psgdax, distributed = peers._load("psgdax"), peers._load("distributed_kron")
     narrow = {"precond_dtype": dtype} if dtype != "float32" else {}
-    wide = {"mu_dtype": "float32"} if narrow else {}  # as ours; psgdax's own choice changes its type after a step
+    wide = (
+        {"mu_dtype": "float32"} if narrow else {}
+    )  # as ours; psgdax's own choice changes its type after a step
     plain = {"merge_small_dims": False, "partition_grads_into_blocks": False}
 
     def port(make, probability, **options):
-        return lambda: make(1e-3, preconditioner_update_probability=probability, **options, **narrow, **wide)
+        return lambda: make(
+            1e-3, preconditioner_update_probability=probability, **options, **narrow, **wide
+        )
 
     def ours(**options):
         return lambda: optax_curv.kron_psgd(1e-3, **options, **narrow)
@@ -63,7 +67,9 @@ def contenders(only, dtype):
         f"{geometry}, applied": ours(geometry=geometry, update_probability=0.0)
         for geometry in (GEOMETRIES[0], "quad4p")
     }
-    return {name: make for name, make in made.items() if not only or name in (*only, "adam", "psgdax")}
+    return {
+        name: make for name, make in made.items() if not only or name in (*only, "adam", "psgdax")
+    }
 
 
 def compiled(make, params, grads):
@@ -109,7 +115,9 @@ def peak_of_matmul(dtype):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -118,7 +126,9 @@ def main():
 
     keys = jax.random.split(jax.random.key(0), 4)
     dtype = jnp.dtype(arguments.dtype)
-    params = [{"w": jnp.zeros((WIDTH, WIDTH), dtype), "b": jnp.zeros(WIDTH, dtype)} for _ in range(LAYERS)]
+    params = [
+        {"w": jnp.zeros((WIDTH, WIDTH), dtype), "b": jnp.zeros(WIDTH, dtype)} for _ in range(LAYERS)
+    ]
     grads = [optax.tree.random_like(key, params, sampler=jax.random.normal) for key in keys]
     runs = {}
     for name, make in contenders(arguments.only, arguments.dtype).items():
@@ -140,8 +150,12 @@ def main():
         f"{'matmuls':>9}{'peak':>6}"
     )
     for name, run in runs.items():
-        reference = runs["psgdax, applied" if "applied" in name and "psgdax, applied" in runs else "psgdax"]
-        base = seconds["psgdax, applied" if "applied" in name and "psgdax, applied" in runs else "psgdax"]
+        reference = runs[
+            "psgdax, applied" if "applied" in name and "psgdax, applied" in runs else "psgdax"
+        ]
+        base = seconds[
+            "psgdax, applied" if "applied" in name and "psgdax, applied" in runs else "psgdax"
+        ]
         count = MATMULS.get(name, 2 if "applied" in name and name[0] == "q" else None)
         fraction = f"{count * 2 * LAYERS * WIDTH**3 / seconds[name] / peak:6.0%}" if count else ""
         print(

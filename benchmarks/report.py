@@ -24,10 +24,17 @@ def machine() -> dict:
     model = platform.processor() or platform.machine()
     info = pathlib.Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":")[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         model = names[0] if names else model
     packages = ("jax", "jaxlib", "optax", "flax", "numpy")
-    versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+    versions = {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
     return {
         "date": datetime.date.today().isoformat(),
         "processor": model,
@@ -53,7 +60,9 @@ def first_at(curve: dict, metric: str, target: float) -> int | None:
     return next((i for i, v in enumerate(curve["metrics"][metric]) if i and v <= target), None)
 
 
-def summarize(problem: Problem, compiled: dict[str, Compiled], runs: list[list[Curve]], seeds: list[int]) -> dict:
+def summarize(
+    problem: Problem, compiled: dict[str, Compiled], runs: list[list[Curve]], seeds: list[int]
+) -> dict:
     """Everything by method; times are also in units of the reference, block by block and run by run."""
     metric = next(iter(problem.metrics))
     by_seed = [{c.name: _plain(c) for c in curves} for curves in runs]
@@ -65,22 +74,32 @@ def summarize(problem: Problem, compiled: dict[str, Compiled], runs: list[list[C
             continue
         curves = [curves[name] for curves in by_seed]
         references = [curves[REFERENCE] for curves in by_seed]
-        targets = [r["metrics"][metric][-1] if problem.goal is None else problem.goal for r in references]
+        targets = [
+            r["metrics"][metric][-1] if problem.goal is None else problem.goal for r in references
+        ]
         hits = [first_at(c, metric, t) for c, t in zip(curves, targets, strict=True)]
         block_ratios = [
             own / theirs
             for c, r in zip(curves, references, strict=True)
             for own, theirs in zip(_step_seconds(c), _step_seconds(r), strict=True)
         ]
-        reached = [(c, r, h) for c, r, h in zip(curves, references, hits, strict=True) if h is not None]
+        reached = [
+            (c, r, h) for c, r, h in zip(curves, references, hits, strict=True) if h is not None
+        ]
         first, last = compiled[REFERENCE], [c["metrics"] for c in curves]
         rows[name] = {
             "settings": method.settings,
             "steps": curves[0]["steps"][-1],
             "final": {m: [values[m][-1] for values in last] for m in problem.metrics},
-            "steps_to_target": [None if h is None else c["steps"][h] for c, h in zip(curves, hits, strict=True)],
-            "seconds_to_target": [None if h is None else c["seconds"][h] for c, h in zip(curves, hits, strict=True)],
-            "time_to_target_ratio": spread([c["seconds"][h] / r["seconds"][-1] for c, r, h in reached]),
+            "steps_to_target": [
+                None if h is None else c["steps"][h] for c, h in zip(curves, hits, strict=True)
+            ],
+            "seconds_to_target": [
+                None if h is None else c["seconds"][h] for c, h in zip(curves, hits, strict=True)
+            ],
+            "time_to_target_ratio": spread(
+                [c["seconds"][h] / r["seconds"][-1] for c, r, h in reached]
+            ),
             "step_milliseconds": spread([1e3 * s for c in curves for s in _step_seconds(c)]),
             "step_ratio": spread(block_ratios),
             "trace_seconds": method.trace_seconds,
@@ -90,7 +109,13 @@ def summarize(problem: Problem, compiled: dict[str, Compiled], runs: list[list[C
             "state_ratio": method.state_bytes / first.state_bytes,
             "curves": curves,
         }
-    return {"problem": problem.definition, "metric": metric, "seeds": seeds, "goal": problem.goal, "methods": rows}
+    return {
+        "problem": problem.definition,
+        "metric": metric,
+        "seeds": seeds,
+        "goal": problem.goal,
+        "methods": rows,
+    }
 
 
 def _ready_seconds(method: Compiled) -> float:
@@ -132,11 +157,17 @@ def markdown(title: str, summary: dict) -> str:
     ]
     for name, row in rows.items():
         if "failure" in row:
-            lines.append(f"| {name} | {row['failure'].replace('|', '¦')} |" + " |" * (len(metrics) + 6))
+            lines.append(
+                f"| {name} | {row['failure'].replace('|', '¦')} |" + " |" * (len(metrics) + 6)
+            )
             continue
         reached = [steps for steps in row["steps_to_target"] if steps is not None]
         count = f"{statistics.median(reached):g}" if reached else "-"
-        count += "" if len(reached) == len(summary["seeds"]) else f" ({len(reached)} of {len(summary['seeds'])})"
+        count += (
+            ""
+            if len(reached) == len(summary["seeds"])
+            else f" ({len(reached)} of {len(summary['seeds'])})"
+        )
         time, step = row["time_to_target_ratio"], row["step_ratio"]
         seconds = (row["trace_seconds"] or 0) + row["compile_seconds"]
         cells = [
@@ -195,22 +226,38 @@ def plot(title: str, summary: dict, path: pathlib.Path):
 
     metric = summary["metric"]
     rows = {name: row for name, row in summary["methods"].items() if "curves" in row}
-    values = {name: np.array([c["metrics"][metric] for c in row["curves"]]) for name, row in rows.items()}
+    values = {
+        name: np.array([c["metrics"][metric] for c in row["curves"]]) for name, row in rows.items()
+    }
     figure, panels = pyplot.subplots(1, 2, figsize=(12.5, 5.4), sharey=True, layout="constrained")
-    for name in sorted(rows, key=lambda name: np.nan_to_num(np.median(values[name][:, -1]), nan=np.inf)):
+    for name in sorted(
+        rows, key=lambda name: np.nan_to_num(np.median(values[name][:, -1]), nan=np.inf)
+    ):
         curves = rows[name]["curves"]
         seconds = np.median([curve["seconds"] for curve in curves], 0)
         for axes, x in zip(panels, (curves[0]["steps"], seconds), strict=True):
-            axes.plot(x, np.median(values[name], 0), label=name if axes is panels[0] else None, **line_of(name))
+            axes.plot(
+                x,
+                np.median(values[name], 0),
+                label=name if axes is panels[0] else None,
+                **line_of(name),
+            )
             axes.fill_between(
-                x, values[name].min(0), values[name].max(0), color=line_of(name)["color"], alpha=0.1, lw=0
+                x,
+                values[name].min(0),
+                values[name].max(0),
+                color=line_of(name)["color"],
+                alpha=0.1,
+                lw=0,
             )
     adam = np.median(values[REFERENCE], 0)
     target = adam[-1] if summary["goal"] is None else summary["goal"]
     lowest = min([np.nanmin(v) for v in values.values()] + [target])
     # The first tenth of Adam's run is cut off above: all the methods differ by comes after it.
     top = 1.02 * np.nanmax(adam[len(adam) // 10 :])
-    panels[0].set(xlabel="step", ylabel=metric, yscale="log", ylim=(lowest / (top / lowest) ** 0.04, top))
+    panels[0].set(
+        xlabel="step", ylabel=metric, yscale="log", ylim=(lowest / (top / lowest) ** 0.04, top)
+    )
     panels[1].set(
         xlabel="seconds of training, without compilation and evaluation",
         xlim=(0, 1.5 * np.median([c["seconds"][-1] for c in rows[REFERENCE]["curves"]])),
@@ -232,7 +279,12 @@ def plot(title: str, summary: dict, path: pathlib.Path):
         ha="right",
         fontsize=9,
     )
-    figure.legend(loc="outside right center", frameon=False, title="lowest last value first;\nours solid", fontsize=10)
+    figure.legend(
+        loc="outside right center",
+        frameon=False,
+        title="lowest last value first;\nours solid",
+        fontsize=10,
+    )
     where = summary["machine"]
     figure.suptitle(
         f"{title}: median and range of {len(summary['seeds'])} seeds ({where['processor']}, {where['cores']} cores)"

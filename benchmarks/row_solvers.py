@@ -2,8 +2,8 @@
 
 python benchmarks/row_solvers.py [--sizes 10 30 100 300 1000 3000] [--rounds 9] [--dtype float32]
 
-The two solvers are timed in turn, in rounds. Prints their least times with auto's choice, and the largest loss.
-"""
+The two solvers are timed in turn, in rounds. Prints their least times with auto's choice, and the
+largest loss."""
 
 import argparse
 import functools
@@ -47,7 +47,9 @@ def measure(count, size, rounds, dtype):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", type=int, nargs="*", default=[10, 30, 100, 300, 1000, 3000])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--dtype", default="float32")
@@ -62,7 +64,10 @@ def main():
             loss = times[chosen] / min(times.values())
             worst = max(worst, loss)
             columns = "  ".join(f"{1e3 * times[solver]:13.3f}" for solver in SOLVERS)
-            print(f"{count:5d} {size:5d}  {columns}  {chosen:8s}  {loss:.2f}{' *' if loss > BOUND else ''}", flush=True)
+            print(
+                f"{count:5d} {size:5d}  {columns}  {chosen:8s}  {loss:.2f}{' *' if loss > BOUND else ''}",
+                flush=True,
+            )
     print(f"largest: {worst:.2f} (bound {BOUND}), {options.dtype}, {jax.devices()[0].device_kind}")
 
 

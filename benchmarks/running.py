@@ -20,7 +20,8 @@ class Compiled(NamedTuple):
       init: parameters -> state.
       step: (params, state, batch, settings) -> (params, state).
       settings: the values of its hyper-parameters.
-      trace_seconds: processor time of tracing and lowering the step; None where the method compiles itself.
+      trace_seconds: processor time of tracing and lowering the step; None where the method compiles
+        itself.
       compile_seconds: that of compiling it; both together where the method compiles itself.
       state_bytes: of the optimizer's state.
     """
@@ -34,7 +35,10 @@ class Compiled(NamedTuple):
 
 
 def numbers(settings: dict[str, float]) -> dict:
-    return {name: np.asarray(value, jax.dtypes.canonicalize_dtype(float)) for name, value in settings.items()}
+    return {
+        name: np.asarray(value, jax.dtypes.canonicalize_dtype(float))
+        for name, value in settings.items()
+    }
 
 
 def state_bytes(state) -> int:
@@ -66,7 +70,9 @@ def _compile_by_running(method, batch, params, settings, steps=6):
         for _ in range(steps):
             moved, state = jax.block_until_ready(method.step(moved, state, batch, settings))
         seconds.append(time.process_time() - start)
-    return Compiled(method.init, method.step, settings, None, seconds[0] - seconds[1], state_bytes(state))
+    return Compiled(
+        method.init, method.step, settings, None, seconds[0] - seconds[1], state_bytes(state)
+    )
 
 
 def _copy(tree):
@@ -75,7 +81,9 @@ def _copy(tree):
 
 def evaluator(problem: Problem) -> Callable[[Any], dict[str, float]]:
     """All metrics of some parameters, compiled once."""
-    every = jax.jit(lambda params: {name: metric(params) for name, metric in problem.metrics.items()})
+    every = jax.jit(
+        lambda params: {name: metric(params) for name, metric in problem.metrics.items()}
+    )
     evaluate = every.lower(problem.init(0)).compile()  # kept when JAX's caches are cleared
     return lambda params: {name: float(value) for name, value in evaluate(params).items()}
 
@@ -108,7 +116,12 @@ class Curve:
 
 
 def train(
-    problem: Problem, methods: dict[str, Compiled], seed: int, steps: int, evaluate: Callable, tick: Callable
+    problem: Problem,
+    methods: dict[str, Compiled],
+    seed: int,
+    steps: int,
+    evaluate: Callable,
+    tick: Callable,
 ) -> list[Curve]:
     """Trains all methods block by block, in an order that rotates; a method that raises stops with its reason."""
     curves = [Curve(name, method, problem, seed, steps) for name, method in methods.items()]
@@ -144,13 +157,19 @@ def on_grid(index: int, per_decade: int) -> float:
 
 
 def tune(
-    problem: Problem, method: Compiled, name: str, seed: int, steps: int, evaluate: Callable, note: Callable
+    problem: Problem,
+    method: Compiled,
+    name: str,
+    seed: int,
+    steps: int,
+    evaluate: Callable,
+    note: Callable,
 ) -> dict[str, float]:
     """Walks each setting along its grid to the lowest last value of the first metric, the learning rate first.
 
-    Learning rates are 1, 2, 5, 10, …, other settings powers of ten. A walk starts at the method's own first value and
-    goes on while the metric falls, so the best value is never at the edge of what was tried.
-    """
+    Learning rates are 1, 2, 5, 10, …, other settings powers of ten. A walk starts at the method's
+    own first value and goes on while the metric falls, so the best value is never at the edge of
+    what was tried."""
     (metric,) = itertools.islice(problem.metrics, 1)
     known: dict[tuple, float] = {}
     whole = problem._replace(evaluate_every=steps)
@@ -164,7 +183,9 @@ def tune(
                 raise RuntimeError(curve.failure)
             last = curve.metrics[metric][-1]
             known[key] = last if math.isfinite(last) else math.inf
-            note(f"{name} " + ", ".join(f"{k} {v:g}" for k, v in settings.items()) + f": {last:.4g}")
+            note(
+                f"{name} " + ", ".join(f"{k} {v:g}" for k, v in settings.items()) + f": {last:.4g}"
+            )
         return known[key]
 
     best = dict(method.settings)

@@ -1,8 +1,8 @@
 """Step and compile time against width, depth, batch and devices: ``python -m benchmarks.scaling``; see ``--help``.
 
-A tanh network with squared error, one size changed at a time. Beside each time stands the share of the machine's
-matrix-product peak, measured in the same run, that the step's arithmetic (as XLA counts it) amounts to.
-"""
+A tanh network with squared error, one size changed at a time. Beside each time stands the share of
+the machine's matrix-product peak, measured in the same run, that the step's arithmetic (as XLA
+counts it) amounts to."""
 
 import argparse
 import functools
@@ -26,15 +26,25 @@ from benchmarks.problems.dense import init_dense, predict_dense
 
 BASE = {"width": 256, "depth": 4, "batch": 256, "devices": 1}
 DEVICES = (1, 2, 4, 8)
-AXES = {"width": (64, 128, 256, 512, 1024), "depth": (2, 4, 8, 16), "batch": (64, 256, 1024), "devices": DEVICES}
+AXES = {
+    "width": (64, 128, 256, 512, 1024),
+    "depth": (2, 4, 8, 16),
+    "batch": (64, 256, 1024),
+    "devices": DEVICES,
+}
 DEFAULT = ("adam", "muon", "kfac", "kron_psgd", "shampoo")
-ROUNDS, SECONDS = 7, 0.2  # of timing each method at each size, in rotation; at least so long a round
+ROUNDS, SECONDS = (
+    7,
+    0.2,
+)  # of timing each method at each size, in rotation; at least so long a round
 
 
 def network(width: int, depth: int, batch: int, devices: int) -> Problem:
     """`depth` layers width-width, the batch split over the devices and the parameters on all of them."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("examples",))
-    replicated, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("examples")))
+    replicated, split = (
+        NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("examples"))
+    )
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal((batch, width), np.float32) for _ in range(2)]
     pair = tuple(jax.device_put(x, split) for x in arrays)
@@ -101,7 +111,10 @@ def markdown(summary: dict) -> str:
     """One table an axis."""
     where = summary["machine"]
     lines = ["# scaling", ""]
-    lines += [f"{where['processor']}, {where['cores']} cores, jax {where['versions']['jax']}; {where['date']}.", ""]
+    lines += [
+        f"{where['processor']}, {where['cores']} cores, jax {where['versions']['jax']}; {where['date']}.",
+        "",
+    ]
     lines += [
         f"Network of tanh layers; {', '.join(f'{k} {v}' for k, v in BASE.items())} but for the size that changes. "
         f"Peak of a matrix product in this run: {summary['peak'] / 1e9:.0f} GFLOP/s. Each cell: milliseconds a step "
@@ -109,7 +122,11 @@ def markdown(summary: dict) -> str:
         "what a loop does once: the share of kron_psgd, which on CPU goes through its layers in a loop, is too low.",
     ]
     for axis, values in summary["axes"].items():
-        lines += ["", f"| {axis} | {' | '.join(map(str, values))} |", "|" + "---|" * (len(values) + 1)]
+        lines += [
+            "",
+            f"| {axis} | {' | '.join(map(str, values))} |",
+            "|" + "---|" * (len(values) + 1),
+        ]
         for name in summary["methods"]:
             cells = [_cell(rows[name], summary["peak"]) for rows in values.values()]
             lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -132,7 +149,13 @@ def plot(summary: dict, path: pathlib.Path):
 
     axes = summary["axes"]
     figure, grid = pyplot.subplots(
-        2, len(axes), figsize=(3.4 * len(axes) + 1, 6), sharex="col", sharey="row", squeeze=False, layout="constrained"
+        2,
+        len(axes),
+        figsize=(3.4 * len(axes) + 1, 6),
+        sharex="col",
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
     )
     for column, (axis, values) in enumerate(axes.items()):
         for name in summary["methods"]:
@@ -140,11 +163,19 @@ def plot(summary: dict, path: pathlib.Path):
             times = [1e3 * statistics.median(row["rounds"]) for row in good.values()]
             line = {**report.line_of(name), "marker": "o", "markersize": 4}
             grid[0, column].plot(list(good), times, label=name if not column else None, **line)
-            grid[1, column].plot(list(good), [row["compile_seconds"] for row in good.values()], **line)
+            grid[1, column].plot(
+                list(good), [row["compile_seconds"] for row in good.values()], **line
+            )
         if column == 0 and axis == "width":
             flops = [6 * BASE["batch"] * BASE["depth"] * int(x) ** 2 for x in values]
             ideal = [1e3 * f / summary["peak"] for f in flops]
-            grid[0, 0].plot([int(x) for x in values], ideal, color="black", linestyle=":", label="gradient at the peak")
+            grid[0, 0].plot(
+                [int(x) for x in values],
+                ideal,
+                color="black",
+                linestyle=":",
+                label="gradient at the peak",
+            )
         grid[1, column].set(xlabel=axis, xscale="log", xticks=[int(x) for x in values])
         grid[1, column].set_xticklabels(list(values))
         grid[1, column].minorticks_off()
@@ -163,9 +194,15 @@ def plot(summary: dict, path: pathlib.Path):
 
 def main(arguments: list[str] | None = None):
     """Parses the command line, measures, prints the tables and writes the results."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(DEFAULT), help="which to measure")
-    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="which sizes to change")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scaling", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(DEFAULT), help="which to measure"
+    )
+    parser.add_argument(
+        "--axes", nargs="+", choices=AXES, default=list(AXES), help="which sizes to change"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
     jax.config.update("jax_num_cpu_devices", max(DEVICES))
@@ -177,7 +214,13 @@ def main(arguments: list[str] | None = None):
                 axes[axis][str(value)] = measure(options.methods, {**BASE, axis: value})
                 bar.update()
     peak = max(peak, matmul_peak())
-    summary = {"machine": report.machine(), "base": BASE, "peak": peak, "methods": options.methods, "axes": axes}
+    summary = {
+        "machine": report.machine(),
+        "base": BASE,
+        "peak": peak,
+        "methods": options.methods,
+        "axes": axes,
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "scaling.json").write_text(json.dumps(summary, indent=1) + "\n")
     table = markdown(summary)

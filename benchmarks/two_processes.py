@@ -1,10 +1,9 @@
 """Data parallelism over two processes, one of which is killed: ``python benchmarks/two_processes.py``.
 
-Two processes join by `jax.distributed` on the loopback address and train a network on handwritten digits, each on its
-half of every batch, with K-FAC or Kronecker PSGD. Once without a disturbance; once until one of them is killed in the
-middle of the run, after which both start again from the last Orbax checkpoint. Both runs end with the same parameters,
-bit for bit.
-"""
+Two processes join by `jax.distributed` on the loopback address and train a network on handwritten
+digits, each on its half of every batch, with K-FAC or Kronecker PSGD. Once without a disturbance;
+once until one of them is killed in the middle of the run, after which both start again from the
+last Orbax checkpoint. Both runs end with the same parameters, bit for bit."""
 
 import argparse
 import os
@@ -35,7 +34,9 @@ def make_state(method, images, labels):
     params = model.init(jax.random.key(0), images)
 
     def loss_fn(params, images, labels):
-        return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, images), labels).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(
+            model.apply(params, images), labels
+        ).mean()
 
     layers = optax_curv.find_layers(loss_fn, params, images, labels)
     tx = {
@@ -50,7 +51,9 @@ def train(method, rank, port, folder, killed_at, steps):
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=rank, initialization_timeout=PATIENCE)
+    jax.distributed.initialize(
+        f"127.0.0.1:{port}", num_processes=2, process_id=rank, initialization_timeout=PATIENCE
+    )
     import numpy as np
     import orbax.checkpoint as ocp
     from jax.sharding import NamedSharding, PartitionSpec
@@ -60,10 +63,14 @@ def train(method, rank, port, folder, killed_at, steps):
 
     images, labels = load_digits(return_X_y=True)
     images, labels = (images / 16).astype("float32"), labels.astype("int32")
-    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices(), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh(
+        (2,), ("data",), devices=jax.devices(), axis_types=(jax.sharding.AxisType.Auto,)
+    )
     whole, halves = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
     state, loss_fn, layers = make_state(method, images[:BATCH_SIZE], labels[:BATCH_SIZE])
-    state = jax.tree.map(lambda x: jax.make_array_from_process_local_data(whole, np.asarray(x)), state)
+    state = jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(whole, np.asarray(x)), state
+    )
     capture = optax_curv.value_grad_and_curvature(loss_fn, layers=layers)
 
     @jax.jit
@@ -71,7 +78,9 @@ def train(method, rank, port, folder, killed_at, steps):
         value, grads, curvature = capture(state.params, images, labels)
         return state.apply_gradients(grads=grads, curvature=curvature), value
 
-    options = ocp.CheckpointManagerOptions(save_interval_steps=SAVE_EVERY, enable_async_checkpointing=False)
+    options = ocp.CheckpointManagerOptions(
+        save_interval_steps=SAVE_EVERY, enable_async_checkpointing=False
+    )
     with ocp.CheckpointManager(folder / "checkpoints", options=options) as checkpoints:
         first = checkpoints.latest_step() or 0
         if first:
@@ -81,7 +90,9 @@ def train(method, rank, port, folder, killed_at, steps):
                 os.kill(os.getpid(), signal.SIGKILL)
             chosen = np.random.default_rng(count).choice(len(images), BATCH_SIZE, replace=False)
             mine = np.split(chosen, 2)[rank]
-            batch = [jax.make_array_from_process_local_data(halves, x[mine]) for x in (images, labels)]
+            batch = [
+                jax.make_array_from_process_local_data(halves, x[mine]) for x in (images, labels)
+            ]
             state, value = step(state, *batch)
             checkpoints.save(count + 1, args=ocp.args.StandardSave(state))
     if rank == 0:
@@ -102,7 +113,16 @@ def run_pair(method, folder, steps, killed_at=None):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     pair = []
     for rank in (0, 1):
-        command = [sys.executable, __file__, "--method", method, "--rank", str(rank), "--port", str(port)]
+        command = [
+            sys.executable,
+            __file__,
+            "--method",
+            method,
+            "--rank",
+            str(rank),
+            "--port",
+            str(port),
+        ]
         command += ["--folder", str(folder), "--steps", str(steps)]
         command += ["--killed-at", str(killed_at)] if rank == 1 and killed_at is not None else []
         with open(folder / f"log{rank}.txt", "ab") as log:
@@ -131,19 +151,28 @@ def compare(method, steps=STEPS, killed_at=KILLED_AT):
             folder.mkdir()
             if name == "interrupted":
                 codes = run_pair(method, folder, steps, killed_at)
-                assert codes[1] == -signal.SIGKILL, (codes, (folder / "log1.txt").read_text()[-2000:])
-                assert not (folder / "end.npz").exists(), "the run ended before the process was killed"
+                assert codes[1] == -signal.SIGKILL, (
+                    codes,
+                    (folder / "log1.txt").read_text()[-2000:],
+                )
+                assert not (folder / "end.npz").exists(), (
+                    "the run ended before the process was killed"
+                )
             codes = run_pair(method, folder, steps)
             assert codes == [0, 0], (codes, (folder / "log0.txt").read_text()[-2000:])
             ends.append(dict(np.load(folder / "end.npz")))
     undisturbed, interrupted = ends
-    assert interrupted.pop("first") > 0 and undisturbed.pop("first") == 0, "no checkpoint was restored"
+    assert interrupted.pop("first") > 0 and undisturbed.pop("first") == 0, (
+        "no checkpoint was restored"
+    )
     equal = all(np.array_equal(undisturbed[name], interrupted[name]) for name in undisturbed)
     return float(undisturbed["loss"]), float(interrupted["loss"]), equal
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--method", choices=METHODS, help="one method; default: all")
     parser.add_argument("--steps", type=int, default=STEPS)
     for name in ("rank", "port", "killed-at"):
@@ -151,12 +180,21 @@ def main():
     parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank is not None:
-        train(options.method, options.rank, options.port, options.folder, options.killed_at, options.steps)
+        train(
+            options.method,
+            options.rank,
+            options.port,
+            options.folder,
+            options.killed_at,
+            options.steps,
+        )
         return
     print(f"{'method':12} {'undisturbed':>12} {'interrupted':>12}  parameters")
     for method in [options.method] if options.method else METHODS:
         undisturbed, interrupted, equal = compare(method, options.steps)
-        print(f"{method:12} {undisturbed:12.6f} {interrupted:12.6f}  {'equal' if equal else 'DIFFERENT'}")
+        print(
+            f"{method:12} {undisturbed:12.6f} {interrupted:12.6f}  {'equal' if equal else 'DIFFERENT'}"
+        )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,13 @@ project = "optax_curv"
 author = "The optax_curv authors"
 version = release = optax_curv.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+]
 exclude_patterns = ["build", "jupyter_execute"]
 html_theme = "furo"
 html_title = f"optax_curv {version}"
@@ -19,7 +25,10 @@ napoleon_numpy_docstring = False
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
-suppress_warnings = ["myst.xref_missing", "mystnb.unknown_mime_type"]  # the README links to files of the repository
+suppress_warnings = [
+    "myst.xref_missing",
+    "mystnb.unknown_mime_type",
+]  # the README links to files of the repository
 
 
 def escape_plain_marks(app, what, name, obj, options, lines):
@@ -28,7 +37,8 @@ def escape_plain_marks(app, what, name, obj, options, lines):
         parts = line.split("`")
         if not line.lstrip().startswith((">>>", "...")):
             parts[::2] = [
-                re.sub(r"(?<!\\)([*|])(?=\S)|(?<=\S)\|", lambda found: "\\" + found[0], p) for p in parts[::2]
+                re.sub(r"(?<!\\)([*|])(?=\S)|(?<=\S)\|", lambda found: "\\" + found[0], p)
+                for p in parts[::2]
             ]
             parts[2::2] = ["\\ " + p if p[:1].isalpha() else p for p in parts[2::2]]
         lines[number] = "`".join(parts)

@@ -24,7 +24,9 @@ import optax_curv
 jax.config.update("jax_enable_x64", True)  # λ is small in the last picture
 FAST = os.environ.get("OPTAX_CURV_FAST") == "1"
 GREY, ORANGE, BLUE, GREEN = "#888888", "#D55E00", "#0072B2", "#009E73"
-plt.rcParams.update({"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams.update(
+    {"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False}
+)
 
 # %% [markdown]
 # ## A state of two numbers
@@ -73,9 +75,14 @@ def directions(grad, branches, **options):
 original = directions(grad, branches)
 predicted = np.trace(np.linalg.inv(np.cov(branches.T) + damping * np.eye(2))) / 2 * np.array(grad)
 pulled_back = optax_curv.scale_by_branch_fisher(damping, complement=True)
-natural = pulled_back.update(grad, pulled_back.init(grad), branches=branches, projection=jnp.eye(2))[0] / damping
+natural = (
+    pulled_back.update(grad, pulled_back.init(grad), branches=branches, projection=jnp.eye(2))[0]
+    / damping
+)
 
-many = jax.random.normal(jax.random.key(1), (12, 4)) * jnp.array([10.0, 3.0, 1.0, 0.3])  # branches of another state
+many = jax.random.normal(jax.random.key(1), (12, 4)) * jnp.array(
+    [10.0, 3.0, 1.0, 0.3]
+)  # branches of another state
 long_grad = jax.random.normal(jax.random.key(2), (50,))  # for 50 parameters
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
@@ -85,18 +92,36 @@ for arrow, colour, width, text in (
     (-predicted, BLUE, 2, "mean of the draws (black), and\ntr(M⁻¹)/D · gradient (blue)"),
     (-natural, ORANGE, 2.5, "natural gradient"),
 ):
-    left.annotate("", arrow, (0, 0), arrowprops={"color": colour, "arrowstyle": "-|>", "lw": width, "shrinkA": 0})
-    left.annotate(text, arrow, (6, -4), textcoords="offset points", color=colour, va="top", weight="bold")
-left.set(xlim=(-1, 3.2), ylim=(-2, 0.8), aspect="equal", xlabel="change of μ", ylabel="change of log σ")
+    left.annotate(
+        "",
+        arrow,
+        (0, 0),
+        arrowprops={"color": colour, "arrowstyle": "-|>", "lw": width, "shrinkA": 0},
+    )
+    left.annotate(
+        text, arrow, (6, -4), textcoords="offset points", color=colour, va="top", weight="bold"
+    )
+left.set(
+    xlim=(-1, 3.2), ylim=(-2, 0.8), aspect="equal", xlabel="change of μ", ylabel="change of log σ"
+)
 left.set_title("One step from μ = 0, σ = 2.5 towards μ = 2, σ = 0.5")
 bins = np.linspace(-0.1, 1, 80)
-for options, colour, text in (({}, GREY, "original"), ({"complement": True}, GREEN, "complement=True")):
+for options, colour, text in (
+    ({}, GREY, "original"),
+    ({"complement": True}, GREEN, "complement=True"),
+):
     found = directions(long_grad, many, **options)
     cosines = found @ long_grad / np.linalg.norm(found, axis=1) / jnp.linalg.norm(long_grad)
     counts, _, _ = right.hist(np.array(cosines), bins, color=colour, alpha=0.85)
     place = (bins[counts.argmax()], counts.max())
-    right.annotate(text, place, (-4, 4), textcoords="offset points", color=colour, ha="right", weight="bold")
-right.set(xlabel="cosine between direction and gradient", ylabel="draws", title="50 parameters, a state of 4")
+    right.annotate(
+        text, place, (-4, 4), textcoords="offset points", color=colour, ha="right", weight="bold"
+    )
+right.set(
+    xlabel="cosine between direction and gradient",
+    ylabel="draws",
+    title="50 parameters, a state of 4",
+)
 
 # %% [markdown]
 # What to see. Left: single draws (grey) go anywhere, their mean along the gradient as the formula says, and neither
@@ -113,7 +138,10 @@ right.set(xlabel="cosine between direction and gradient", ylabel="draws", title=
 # %%
 parametrisations = {  # name: (state of θ, θ of μ and σ)
     "μ, log σ": (lambda t: t, lambda mean, sigma: (mean, jnp.log(sigma))),
-    "μ, 1/σ²": (lambda t: jnp.stack([t[0], -0.5 * jnp.log(t[1])]), lambda mean, sigma: (mean, sigma**-2)),
+    "μ, 1/σ²": (
+        lambda t: jnp.stack([t[0], -0.5 * jnp.log(t[1])]),
+        lambda mean, sigma: (mean, sigma**-2),
+    ),
     "μ/σ², 1/σ²": (
         lambda t: jnp.stack([t[0] / t[1], -0.5 * jnp.log(t[1])]),
         lambda mean, sigma: (mean * sigma**-2, sigma**-2),
@@ -132,7 +160,9 @@ def path(state_of, parameters, natural):
         theta, state = carry
         grad, jacobian = jax.grad(lambda t: loss(state_of(t)))(theta), jax.jacobian(state_of)(theta)
         s = state_of(theta)
-        pulled_back, state = method.update(grad, state, branches=branches_at(s), projection=jacobian.T)
+        pulled_back, state = method.update(
+            grad, state, branches=branches_at(s), projection=jacobian.T
+        )
         direction = pulled_back / small if natural else grad  # pulled back: λ (λI + JᵀCJ)⁻¹ g
         return (theta - rate * direction, state), jnp.stack([s[0], jnp.exp(s[1])])
 
@@ -143,7 +173,13 @@ figure, panels = plt.subplots(1, 2, figsize=(11, 4), sharex=True, sharey=True, l
 mean, sigma = np.meshgrid(np.linspace(-1.6, 4.4, 200), np.linspace(0.25, 3.1, 200))
 for axes, natural in zip(panels, (False, True), strict=True):
     axes.contour(
-        mean, sigma, np.log(loss((mean, np.log(sigma))) + np.log(2)), 12, colors=GREY, linewidths=0.6, alpha=0.6
+        mean,
+        sigma,
+        np.log(loss((mean, np.log(sigma))) + np.log(2)),
+        12,
+        colors=GREY,
+        linewidths=0.6,
+        alpha=0.6,
     )
     for (name, (state_of, of_state)), colour, width in zip(
         parametrisations.items(), (BLUE, ORANGE, GREEN), (7, 4, 1.5), strict=True

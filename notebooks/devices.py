@@ -14,7 +14,9 @@
 # %%
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 
 import re
 
@@ -31,7 +33,9 @@ import optax_curv
 
 STEPS = 60 if os.environ.get("OPTAX_CURV_FAST") == "1" else 200
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#888888"
-plt.rcParams.update({"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams.update(
+    {"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False}
+)
 
 images, labels = load_digits(return_X_y=True)
 images, labels = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels, jnp.int32)
@@ -104,7 +108,9 @@ parts = {
     "input factors": 4 * sum(f.input_factor.size for f in curvature.values()),
     "output factors": 4 * sum(f.output_factor.size for f in curvature.values()),
 }
-print(f"{len(carried)} all-reduce of {travelled} bytes; gradients, factors and the loss are {sum(parts.values()) + 4}")
+print(
+    f"{len(carried)} all-reduce of {travelled} bytes; gradients, factors and the loss are {sum(parts.values()) + 4}"
+)
 
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
 figure.get_layout_engine().set(wspace=0.08)
@@ -112,25 +118,40 @@ picture = np.ones((128, 64, 3))
 for place, shard in enumerate(batch.addressable_shards):
     ink = np.asarray(shard.data)[..., None]
     picture[shard.index[0]] = 1 - ink * (1 - np.array(plt.get_cmap("Dark2")(place)[:3]))
-    left.text(65, 16 * place + 8, f"device {shard.device.id}", va="center", color=plt.get_cmap("Dark2")(place))
+    left.text(
+        65,
+        16 * place + 8,
+        f"device {shard.device.id}",
+        va="center",
+        color=plt.get_cmap("Dark2")(place),
+    )
 left.imshow(picture, aspect="auto", interpolation="none")
 left.set(xlabel="pixel", ylabel="example", title="The batch: 16 images on each device")
 
 bottom = 0
 for (name, size), colour in zip(parts.items(), (GREY, ORANGE, "#E69F00"), strict=True):
     middle.bar(0, size / 1000, bottom=bottom / 1000, color=colour, width=0.6)
-    middle.text(0.35, (bottom + size / 2) / 1000, f"{name}\n{size / 1000:.1f} kB", va="center", color=colour)
+    middle.text(
+        0.35, (bottom + size / 2) / 1000, f"{name}\n{size / 1000:.1f} kB", va="center", color=colour
+    )
     bottom += size
 middle.axhline(travelled / 1000, color="black", ls=":", xmax=0.5)
 middle.text(0.35, travelled / 1000, "in the compiled program", va="center")
-middle.set(xlim=(-0.4, 1.2), xticks=[], ylabel="kB in the all-reduce of one step", title="What travels")
+middle.set(
+    xlim=(-0.4, 1.2), xticks=[], ylabel="kB in the all-reduce of one step", title="What travels"
+)
 
 right.semilogy(losses_1, color=ORANGE, lw=5, alpha=0.5)
 right.semilogy(losses_8, color=BLUE, lw=1.5)
 right.semilogy(np.abs(path_8 - path_1).max(axis=1) + 1e-10, color=GREY, lw=1.5)
 right.text(STEPS / 2, 4, "loss on 1 (orange) and 8 devices (blue)", ha="center")
 right.text(STEPS / 2, 1e-7, "largest difference of any parameter", ha="center", color=GREY)
-right.set(xlabel="step", ylabel="nats, or units of the parameters", title="Equal up to rounding", ylim=(1e-8, 10))
+right.set(
+    xlabel="step",
+    ylabel="nats, or units of the parameters",
+    title="Equal up to rounding",
+    ylim=(1e-8, 10),
+)
 
 # %% [markdown]
 # What to see. Left: every device has its own rows, and everything else is whole on all of them. Middle: the factors

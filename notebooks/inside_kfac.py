@@ -27,7 +27,9 @@ from optax_curv import testing
 
 STEPS = 100 if os.environ.get("OPTAX_CURV_FAST") == "1" else 400
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#888888"
-plt.rcParams.update({"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams.update(
+    {"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False}
+)
 
 # %% [markdown]
 # ## What is covered
@@ -51,7 +53,11 @@ class Block(nnx.Module):
 
 graph, shapes = nnx.split(nnx.eval_shape(lambda: Block(nnx.Rngs(0))))
 tokens = jax.ShapeDtypeStruct((8, 20), jnp.int32)
-print(optax_curv.find_layers(lambda params, tokens: nnx.merge(graph, params)(tokens), nnx.as_pure(shapes), tokens))
+print(
+    optax_curv.find_layers(
+        lambda params, tokens: nnx.merge(graph, params)(tokens), nnx.as_pure(shapes), tokens
+    )
+)
 
 # %% [markdown]
 # ## A small network, at the start and after a short training
@@ -103,22 +109,36 @@ def measure(params):
     """The factors, their eigenvalues and bases, the moments in these, and the exact Fisher matrix; of 256 images."""
     args, exact = (params, images[:256], labels[:256]), {"layers": layers, "fisher": "exact"}
     factors = optax_curv.value_grad_and_curvature(objective, **exact)(*args)[2]
-    eigen = {name: (jnp.linalg.eigh(f.input_factor), jnp.linalg.eigh(f.output_factor)) for name, f in factors.items()}
+    eigen = {
+        name: (jnp.linalg.eigh(f.input_factor), jnp.linalg.eigh(f.output_factor))
+        for name, f in factors.items()
+    }
     basis = {name: (a.eigenvectors, g.eigenvectors) for name, (a, g) in eigen.items()}
-    moments = optax_curv.value_grad_and_curvature(objective, statistic="eigenbasis", **exact)(*args, basis=basis)[2]
+    moments = optax_curv.value_grad_and_curvature(objective, statistic="eigenbasis", **exact)(
+        *args, basis=basis
+    )[2]
     return factors, eigen, moments, testing.dense_fisher(objective, *args)
 
 
-figure, panels = plt.subplots(2, 3, figsize=(10, 6.6), sharex=True, sharey=True, layout="constrained")
-for row, (when, params) in zip(panels, {"at the start": start, f"after {STEPS} steps": trained}.items(), strict=True):
+figure, panels = plt.subplots(
+    2, 3, figsize=(10, 6.6), sharex=True, sharey=True, layout="constrained"
+)
+for row, (when, params) in zip(
+    panels, {"at the start": start, f"after {STEPS} steps": trained}.items(), strict=True
+):
     factors, eigen, moments, fisher = jax.tree.map(np.array, measure(params))
-    order = [*range(len(fisher) - 120, len(fisher)), *range(len(fisher) - 130, len(fisher) - 120)]  # the bias is last
+    order = [
+        *range(len(fisher) - 120, len(fisher)),
+        *range(len(fisher) - 130, len(fisher) - 120),
+    ]  # the bias is last
     dense = fisher[np.ix_(order, order)]
     rotation = np.kron(*(side.eigenvectors for side in eigen["logits"]))
     kfac = np.kron(*factors["logits"][:2])
     ekfac = (rotation * moments["logits"].moments.ravel()) @ rotation.T
     limit = np.quantile(np.abs(dense), 0.99)
-    for axes, name, block in zip(row, ("exact", "K-FAC", "EKFAC"), (dense, kfac, ekfac), strict=True):
+    for axes, name, block in zip(
+        row, ("exact", "K-FAC", "EKFAC"), (dense, kfac, ekfac), strict=True
+    ):
         axes.imshow(block / limit, cmap="PuOr", vmin=-1, vmax=1, interpolation="none")
         error = np.linalg.norm(block - dense) / np.linalg.norm(dense)
         axes.set_title(f"exact, {when}" if block is dense else f"{name}: {error:.0%} off")
@@ -140,7 +160,14 @@ figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4), layout="cons
 for (name, sides), colour in zip(eigen.items(), (BLUE, ORANGE), strict=True):
     for side, kind, line in zip(sides, ("A", "G"), ("-", "--"), strict=True):
         values = np.maximum(side.eigenvalues[::-1], 1e-9)
-        left.semilogy(np.arange(1, len(values) + 1), values, line, color=colour, lw=2, label=f"{kind} of {name}")
+        left.semilogy(
+            np.arange(1, len(values) + 1),
+            values,
+            line,
+            color=colour,
+            lw=2,
+            label=f"{kind} of {name}",
+        )
 left.set(xlabel="eigenvalue, sorted", ylabel="second moment", title="Spectra of the factors")
 left.legend(frameon=False)
 
@@ -149,7 +176,9 @@ for damping, colour in ((1e-1, "#9ECAE1"), (1e-3, "#4292C6"), (1e-5, "#08519C"))
     ratio = np.sqrt(s_a.mean() / s_g.mean())  # π of the "pi" rule
     share = np.outer(s_a / (s_a + ratio * np.sqrt(damping)), s_g / (s_g + np.sqrt(damping) / ratio))
     share = np.sort(share.ravel())[::-1]
-    middle.plot(np.linspace(0, 100, share.size), 100 * share, color=colour, lw=2, label=f"λ = {damping:g}")
+    middle.plot(
+        np.linspace(0, 100, share.size), 100 * share, color=colour, lw=2, label=f"λ = {damping:g}"
+    )
 middle.set(xlabel="directions of the hidden layer (%)", ylabel="share of the natural gradient (%)")
 middle.set_title("What damping lets through")
 middle.legend(frameon=False)
@@ -158,7 +187,12 @@ product = np.maximum(np.outer(s_a, s_g), 1e-12).ravel()
 measured = np.maximum(moments["hidden"].moments.ravel(), 1e-12)
 right.loglog(product, measured, ".", color=GREEN, ms=4, alpha=0.6)
 right.plot([1e-10, 1], [1e-10, 1], color=GREY, lw=1)
-right.set(xlim=(1e-8, 1), ylim=(1e-8, 1), xlabel="K-FAC: product of eigenvalues", ylabel="EKFAC: measured moment")
+right.set(
+    xlim=(1e-8, 1),
+    ylim=(1e-8, 1),
+    xlabel="K-FAC: product of eigenvalues",
+    ylabel="EKFAC: measured moment",
+)
 right.set_title("Second moments, hidden layer")
 
 # %% [markdown]

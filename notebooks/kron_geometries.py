@@ -32,7 +32,9 @@ COLOURS = {
     "qep": "#009E73",
     "q0.5eq1.5": "#D55E00",
 }
-plt.rcParams.update({"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams.update(
+    {"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False}
+)
 
 # %% [markdown]
 # ## Two parameters: a cloud becomes round
@@ -54,13 +56,17 @@ def learn(state, key):
 
 
 keys = jax.random.split(jax.random.key(0), moments[-1] + 1)
-found = np.array(jax.jit(lambda state: jax.lax.scan(learn, state, keys)[1])(method.init(jnp.zeros(2))))
+found = np.array(
+    jax.jit(lambda state: jax.lax.scan(learn, state, keys)[1])(method.init(jnp.zeros(2)))
+)
 found[0] = np.eye(2)  # nothing is known before the first gradient, which also sets the scale
 cloud = np.array(jax.random.normal(jax.random.key(1), (700, 2)) @ root)
 hue = np.arctan2(*np.linalg.solve(root, cloud.T))
 circle = np.stack([np.cos(np.linspace(0, 2 * np.pi, 100)), np.sin(np.linspace(0, 2 * np.pi, 100))])
 
-figure, panels = plt.subplots(1, 5, figsize=(11, 2.9), sharex=True, sharey=True, layout="constrained")
+figure, panels = plt.subplots(
+    1, 5, figsize=(11, 2.9), sharex=True, sharey=True, layout="constrained"
+)
 for axes, step in zip(panels, moments, strict=True):
     axes.scatter(*(found[step] @ cloud.T), s=5, c=hue, cmap="twilight", lw=0)
     axes.plot(*(2 * found[step] @ root @ circle), color="black", lw=1.5)
@@ -85,7 +91,9 @@ panels[0].set_ylabel("second entry of P g")
 # and moves Q along A Aᵀ - B Bᵀ. At Q = I both are G: the difference is zero, and remains so for ever.
 
 # %%
-covariances = [testing.matrix_with_spectrum(jax.random.key(d), jnp.geomspace(1e-3, 1.0, d)) for d in (12, 16)]
+covariances = [
+    testing.matrix_with_spectrum(jax.random.key(d), jnp.geomspace(1e-3, 1.0, d)) for d in (12, 16)
+]
 roots = [jnp.linalg.cholesky(c) for c in covariances]
 
 
@@ -98,12 +106,16 @@ def learn_factors(geometry):
         _, state = method.update(roots[0] @ jax.random.normal(key, (12, 16)) @ roots[1].T, state)
         return state, state.factors if geometry == "quad4p" else [q.T @ q for q in state.factors]
 
-    return jax.lax.scan(step, method.init(jnp.zeros((12, 16))), jax.random.split(jax.random.key(2), STEPS))[1]
+    return jax.lax.scan(
+        step, method.init(jnp.zeros((12, 16))), jax.random.split(jax.random.key(2), STEPS)
+    )[1]
 
 
 def spectra(preconditioners):
     """The eigenvalues of the covariance of P g after each step, sorted: [steps, 192]."""
-    first, second = (np.linalg.eigvalsh(p @ c @ p) for p, c in zip(preconditioners, covariances, strict=True))
+    first, second = (
+        np.linalg.eigvalsh(p @ c @ p) for p, c in zip(preconditioners, covariances, strict=True)
+    )
     return np.sort((first[:, :, None] * second[:, None, :]).reshape(len(first), -1))
 
 
@@ -111,9 +123,13 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constraine
 steps = np.arange(1, STEPS + 1)
 window = np.ones(15) / 15
 for geometry, colour in COLOURS.items():
-    eigenvalues = spectra([np.array(p, np.float64) for p in jax.jit(learn_factors, static_argnums=0)(geometry)])
+    eigenvalues = spectra(
+        [np.array(p, np.float64) for p in jax.jit(learn_factors, static_argnums=0)(geometry)]
+    )
     condition = np.log(eigenvalues[:, -1] / eigenvalues[:, 0])
-    smooth = np.concatenate([condition[:7], np.convolve(condition, window, mode="valid"), condition[-7:]])
+    smooth = np.concatenate(
+        [condition[:7], np.convolve(condition, window, mode="valid"), condition[-7:]]
+    )
     right.loglog(steps, np.exp(smooth), color=colour, lw=2, label=geometry)
     if geometry == "q0.5eq1.5":
         for step, shade in zip((3, 10, 30, STEPS), (0.35, 0.5, 0.7, 1), strict=True):
@@ -135,7 +151,11 @@ left.set(
     ylabel="variance of P g along it",
     title="Spectra, q0.5eq1.5",
 )
-right.set(xlabel="step", ylabel="largest over smallest variance of P g", title="Condition number, all geometries")
+right.set(
+    xlabel="step",
+    ylabel="largest over smallest variance of P g",
+    title="Condition number, all geometries",
+)
 right.legend(frameon=False, loc="lower left")
 
 # %% [markdown]

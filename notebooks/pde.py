@@ -27,7 +27,9 @@ import optax_curv
 jax.config.update("jax_enable_x64", True)  # errors far below 1e-6 are the point
 STEPS = 300 if os.environ.get("OPTAX_CURV_FAST") == "1" else 1500
 BLUE, ORANGE = "#0072B2", "#D55E00"
-plt.rcParams.update({"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams.update(
+    {"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False}
+)
 
 
 def solution(x):
@@ -134,17 +136,23 @@ def train(step, state, steps_at_once, seconds=None):
 
 found, times, errors = train(gauss_newton_step, jnp.ones(()), 10)
 found_adam, times_adam, errors_adam = train(adam_step, adam.init(params), 100, times[-1])
-print(f"Gauss-Newton {errors[-1]:.1e} after {STEPS} steps, Adam {errors_adam[-1]:.1e} after {100 * len(errors_adam)}")
+print(
+    f"Gauss-Newton {errors[-1]:.1e} after {STEPS} steps, Adam {errors_adam[-1]:.1e} after {100 * len(errors_adam)}"
+)
 
 # %%
-figure, panels = plt.subplots(1, 4, figsize=(13, 3.4), width_ratios=(1, 1, 1, 1.3), layout="constrained")
+figure, panels = plt.subplots(
+    1, 4, figsize=(13, 3.4), width_ratios=(1, 1, 1, 1.3), layout="constrained"
+)
 off_adam, off = (np.log10(jnp.abs(network(p, test) - exact)) for p in (found_adam, found))
 for axes, picture, title, label, shades, limits in (
     (panels[0], exact, "The solution", "u", "RdBu_r", (-1.4, 1.4)),
     (panels[1], off_adam, "Error of Adam", "log10 |error of u|", "magma", (-6, -1)),
     (panels[2], off, "Error of Gauss-Newton", "log10 |error of u|", "magma", (-6, -1)),
 ):
-    picture = axes.imshow(picture.reshape(101, 101), cmap=shades, clim=limits, origin="lower", extent=(0, 1, 0, 1))
+    picture = axes.imshow(
+        picture.reshape(101, 101), cmap=shades, clim=limits, origin="lower", extent=(0, 1, 0, 1)
+    )
     figure.colorbar(picture, ax=axes, location="bottom", label=label)
     axes.set(title=title, xlabel="x", ylabel="y", xticks=(0, 1), yticks=(0, 1))
 panels[3].semilogy(times_adam, errors_adam, color=BLUE, lw=2, label="Adam")

@@ -27,12 +27,22 @@ from sklearn.datasets import load_digits
 import optax_curv
 
 STEPS = 150 if os.environ.get("OPTAX_CURV_FAST") == "1" else 300
-COLOURS = {"adam": "#888888", "muon": "#CC79A7", "shampoo": "#0072B2", "kron_psgd": "#009E73", "kfac": "#D55E00"}
-plt.rcParams.update({"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False})
+COLOURS = {
+    "adam": "#888888",
+    "muon": "#CC79A7",
+    "shampoo": "#0072B2",
+    "kron_psgd": "#009E73",
+    "kfac": "#D55E00",
+}
+plt.rcParams.update(
+    {"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False}
+)
 
 images, labels = load_digits(return_X_y=True)  # 1797 handwritten digits of 8 × 8 pixels
 images, labels = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels, jnp.int32)
-batches = jax.random.randint(jax.random.key(0), (STEPS, 128), 0, len(images))  # the same for every method
+batches = jax.random.randint(
+    jax.random.key(0), (STEPS, 128), 0, len(images)
+)  # the same for every method
 
 # %% [markdown]
 # ## nnx
@@ -111,7 +121,9 @@ def cosine(peak):
 
 layers = optax_curv.find_layers(linen_loss, start, images[:128], labels[:128])
 kron_psgd = optax.chain(
-    optax_curv.scale_by_kron_psgd(0.5, b1=0.9), optax.clip_by_block_rms(2.0), optax.scale_by_learning_rate(cosine(0.03))
+    optax_curv.scale_by_kron_psgd(0.5, b1=0.9),
+    optax.clip_by_block_rms(2.0),
+    optax.scale_by_learning_rate(cosine(0.03)),
 )
 methods = {
     "adam": optax.adam(cosine(0.05)),
@@ -138,7 +150,10 @@ measures["kfac"] = optax_curv.value_grad_and_curvature(linen_loss, layers=layers
 runs = {name: [step_of(tx, measures[name]), start, tx.init(start)] for name, tx in methods.items()}
 curves, seconds = {name: [] for name in methods}, {name: [] for name in methods}
 for rows in batches:
-    for name, (step, *carry) in runs.items():  # side by side, so that all see the same load of the machine
+    for name, (
+        step,
+        *carry,
+    ) in runs.items():  # side by side, so that all see the same load of the machine
         begin = time.perf_counter()
         *runs[name][1:], value = step(*carry, images[rows], labels[rows])
         curves[name].append(float(value))
@@ -152,7 +167,9 @@ for name, curve in curves.items():
     for axes, x in ((left, steps), (right, steps * np.median(seconds[name]))):
         axes.semilogy(x, smooth, color=COLOURS[name], lw=2)
         offset = (4, {"kfac": 2, "shampoo": -8}.get(name, -3))
-        axes.annotate(name, (x[-1], smooth[-1]), offset, textcoords="offset points", color=COLOURS[name])
+        axes.annotate(
+            name, (x[-1], smooth[-1]), offset, textcoords="offset points", color=COLOURS[name]
+        )
 left.grid(alpha=0.25)
 right.grid(alpha=0.25)
 left.set(xlabel="step", ylabel="cross-entropy of a batch (nats)", title="By step")

@@ -26,7 +26,9 @@ import optax_curv
 
 FAST = os.environ.get("OPTAX_CURV_FAST") == "1"
 STEPS = 60 if FAST else 200
-plt.rcParams.update({"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams.update(
+    {"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False}
+)
 
 images, labels = load_digits(return_X_y=True)
 images, labels = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels, jnp.int32)
@@ -66,7 +68,9 @@ def train(learning_rate, damping, precond_lr):
 learning_rates = jnp.array([0.01, 0.03, 0.1, 0.3])
 dampings = jnp.array([1e-4, 1e-3, 1e-2, 1e-1])
 precond_lrs = jnp.array([0.03, 0.1, 0.3, 1.0])
-grid = [axis.ravel() for axis in jnp.meshgrid(learning_rates, dampings, precond_lrs, indexing="ij")]  # 64 of each
+grid = [
+    axis.ravel() for axis in jnp.meshgrid(learning_rates, dampings, precond_lrs, indexing="ij")
+]  # 64 of each
 
 
 def seconds(function, *args):
@@ -83,14 +87,27 @@ losses = np.array(losses).reshape(4, 4, 4)
 figure, panels = plt.subplots(1, 4, figsize=(11, 3.4), sharey=True, layout="constrained")
 shades = plt.Normalize(np.log10(losses.min()), np.log10(np.nanmax(losses)))
 for k, axes in enumerate(panels):
-    picture = axes.imshow(np.log10(losses[:, :, k].T), cmap="viridis_r", norm=shades, origin="lower")
+    picture = axes.imshow(
+        np.log10(losses[:, :, k].T), cmap="viridis_r", norm=shades, origin="lower"
+    )
     for i, j in np.ndindex(4, 4):
         best = losses[i, j, k] == losses.min()
         text = f"{losses[i, j, k]:.3f}"
         colour = "black" if shades(np.log10(losses[i, j, k])) < 0.5 else "white"
-        axes.text(i, j, text, ha="center", va="center", size=8, color=colour, weight="bold" if best else None)
+        axes.text(
+            i,
+            j,
+            text,
+            ha="center",
+            va="center",
+            size=8,
+            color=colour,
+            weight="bold" if best else None,
+        )
         if best:
-            axes.add_patch(plt.Rectangle((i - 0.5, j - 0.5), 1, 1, fill=False, color="#D55E00", lw=3))
+            axes.add_patch(
+                plt.Rectangle((i - 0.5, j - 0.5), 1, 1, fill=False, color="#D55E00", lw=3)
+            )
     axes.set_xticks(range(4), [f"{x:g}" for x in learning_rates])
     axes.set_yticks(range(4), [f"{x:g}" for x in dampings])
     axes.set(xlabel="learning rate", title=f"precond_lr {precond_lrs[k]:g}")
@@ -118,7 +135,9 @@ bars = {
     "64 programs": (compile_one * 64, np.mean(run_one) * 64),
 }
 figure, panels = plt.subplots(1, 2, figsize=(10, 2.2), sharey=True, layout="constrained")
-for axes, title, times in zip(panels, ("compiling", "running"), zip(*bars.values(), strict=True), strict=True):
+for axes, title, times in zip(
+    panels, ("compiling", "running"), zip(*bars.values(), strict=True), strict=True
+):
     axes.barh(range(3), times, color=("#D55E00", "#0072B2", "#888888"), height=0.6)
     for place, seconds_spent in enumerate(times):
         axes.text(seconds_spent, place, f" {seconds_spent:,.1f} s", va="center")

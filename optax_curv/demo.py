@@ -1,10 +1,12 @@
 """Trains a Flax network on scikit-learn's handwritten digits, once with each method: ``python -m optax_curv.demo``.
 
-Every method starts from the same weights, sees the same batches and lets its learning rate fall to zero along a cosine.
-The network has two hidden layers of 64 tanh units; a quarter of the 1797 images is held out.
+Every method starts from the same weights, sees the same batches and lets its learning rate fall to
+zero along a cosine. The network has two hidden layers of 64 tanh units; a quarter of the 1797
+images is held out.
 
-Learning rates, and the dampings of kfac (0.01 or 0.1) and branch_fisher (0.1 or 1), are those with the lowest training
-loss after 300 steps from seed 100, on one grid for all of 1, 3, 10, 30, …; seed 0, the default, had no say.
+Learning rates, and the dampings of kfac (0.01 or 0.1) and branch_fisher (0.1 or 1), are those with
+the lowest training loss after 300 steps from seed 100, on one grid for all of 1, 3, 10, 30, …; seed
+0, the default, had no say.
 """
 
 import argparse
@@ -47,7 +49,8 @@ class Run(NamedTuple):
     seconds: float
 
 
-# A method is an optimizer and (params, images, labels) -> (loss, gradients, extra arguments of its update).
+# A method is an optimizer and (params, images, labels) -> (loss, gradients, extra arguments of its
+# update).
 
 
 def _gradients(loss: Callable) -> Callable:
@@ -59,7 +62,9 @@ def _of_gradients(alias: Callable) -> Callable:
 
 
 def _kfac(problem: Problem, learning_rate: optax.Schedule):
-    layers = optax_curv.find_layers(problem.loss, problem.params, *(x[:BATCH_SIZE] for x in problem.train))
+    layers = optax_curv.find_layers(
+        problem.loss, problem.params, *(x[:BATCH_SIZE] for x in problem.train)
+    )
     measure = optax_curv.value_grad_and_curvature(problem.loss, layers=layers, statistic="rows")
 
     def measured(*args):
@@ -79,7 +84,9 @@ def _branch_fisher(problem: Problem, learning_rate: optax.Schedule):
         return value, grads, {"branches": problem.predict(params, images), "projection": projection}
 
     fisher = optax_curv.scale_by_branch_fisher(1.0, complement=True)
-    return optax.chain(fisher, optax.trace(0.9), optax.scale_by_learning_rate(learning_rate)), measured
+    return optax.chain(
+        fisher, optax.trace(0.9), optax.scale_by_learning_rate(learning_rate)
+    ), measured
 
 
 METHODS = {  # and the first learning rates
@@ -97,17 +104,25 @@ def _problem(seed: int) -> Problem:
     from sklearn.model_selection import train_test_split
 
     rngs = nnx.Rngs(seed)
-    stack = [part for widths in itertools.pairwise(WIDTHS) for part in (nnx.Linear(*widths, rngs=rngs), jnp.tanh)]
+    stack = [
+        part
+        for widths in itertools.pairwise(WIDTHS)
+        for part in (nnx.Linear(*widths, rngs=rngs), jnp.tanh)
+    ]
     graph, params = nnx.split(nnx.Sequential(*stack[:-1]))
 
     def predict(params, images):
         return nnx.merge(graph, params)(images)
 
     def loss(params, images, labels):
-        return optax.softmax_cross_entropy_with_integer_labels(predict(params, images), labels).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(
+            predict(params, images), labels
+        ).mean()
 
     images, labels = load_digits(return_X_y=True)
-    parts = train_test_split(images.astype("float32") / 16, labels.astype("int32"), random_state=seed, stratify=labels)
+    parts = train_test_split(
+        images.astype("float32") / 16, labels.astype("int32"), random_state=seed, stratify=labels
+    )
     images, test_images, labels, test_labels = map(jnp.asarray, parts)
     return Problem(predict, loss, params, (images, labels), (test_images, test_labels))
 
@@ -129,7 +144,9 @@ def _train(name: str, problem: Problem, steps: int, seed: int) -> Run:
     @jax.jit
     def evaluate(params):
         images, labels = problem.test
-        return problem.loss(params, *problem.train), jnp.mean(problem.predict(params, images).argmax(-1) == labels)
+        return problem.loss(params, *problem.train), jnp.mean(
+            problem.predict(params, images).argmax(-1) == labels
+        )
 
     params, state, losses = problem.params, optimizer.init(problem.params), []
     with tqdm(_batches(len(problem.train[0]), steps, seed), desc=f"{name:13}", ncols=100) as bar:
@@ -137,7 +154,9 @@ def _train(name: str, problem: Problem, steps: int, seed: int) -> Run:
             params, state, value = step(params, state, batch)
             losses.append(value)
             if len(losses) % max(1, steps // EVALUATIONS) == 0:
-                bar.set_postfix_str("loss {:.4f}, test accuracy {:.2%}".format(*map(float, evaluate(params))))
+                bar.set_postfix_str(
+                    "loss {:.4f}, test accuracy {:.2%}".format(*map(float, evaluate(params)))
+                )
     loss, accuracy = map(float, evaluate(params))
     return Run(name, np.asarray(losses), loss, accuracy, time.perf_counter() - start)
 
@@ -152,7 +171,10 @@ def _batches(examples: int, steps: int, seed: int) -> np.ndarray:
 
 def _table(runs: list[Run], steps: int) -> str:
     header = f"{'method':13}  {'steps':>6}  {'loss':>9}  {'test accuracy':>13}  {'seconds':>7}"
-    rows = (f"{r.method:13}  {steps:6}  {r.loss:9.5f}  {r.accuracy:13.2%}  {r.seconds:7.1f}" for r in runs)
+    rows = (
+        f"{r.method:13}  {steps:6}  {r.loss:9.5f}  {r.accuracy:13.2%}  {r.seconds:7.1f}"
+        for r in runs
+    )
     footer = "loss: over the training images, after the last step; seconds: compilation included"
     return "\n".join((header, *rows, footer))
 
@@ -202,13 +224,32 @@ def _writable(text: str) -> pathlib.Path:
 def main(arguments: list[str] | None = None):
     """Parses the command line, trains, prints the table and writes the plot."""
     parser = _Parser(
-        prog="python -m optax_curv.demo", description="Trains a Flax network on handwritten digits, once a method."
+        prog="python -m optax_curv.demo",
+        description="Trains a Flax network on handwritten digits, once a method.",
     )
-    steps, seeds = _whole(range(1, sys.maxsize), "above zero"), _whole(range(2**32), "from 0 to 2**32 - 1")
-    parser.add_argument("--method", nargs="+", action="extend", choices=METHODS, help="which to train (default: all)")
-    parser.add_argument("--steps", type=steps, default=300, help="training steps of each method (default: 300)")
-    parser.add_argument("--seed", type=seeds, default=0, help="of weights, batches and held-out images (default: 0)")
-    parser.add_argument("--out", type=_writable, default="optax_curv_demo.png", help="the plot (default: %(default)s)")
+    steps, seeds = (
+        _whole(range(1, sys.maxsize), "above zero"),
+        _whole(range(2**32), "from 0 to 2**32 - 1"),
+    )
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        action="extend",
+        choices=METHODS,
+        help="which to train (default: all)",
+    )
+    parser.add_argument(
+        "--steps", type=steps, default=300, help="training steps of each method (default: 300)"
+    )
+    parser.add_argument(
+        "--seed", type=seeds, default=0, help="of weights, batches and held-out images (default: 0)"
+    )
+    parser.add_argument(
+        "--out",
+        type=_writable,
+        default="optax_curv_demo.png",
+        help="the plot (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     try:
         import matplotlib  # noqa: F401

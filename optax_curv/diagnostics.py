@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_curv.capture import layers
-from optax_curv.linalg import checks
+from optax_curv import layers
+from optax_curv.linalg import _checks as checks
 
 
 class FactorSpectrum(NamedTuple):
@@ -17,10 +17,10 @@ class FactorSpectrum(NamedTuple):
     Attributes:
       state: name of the state's type.
       name: the layer, or the key path of the leaf.
-      factor: "input_factor", "output_factor" of a layer, "axis 0", … of a leaf, "block 1, axis 0" of a cut one,
-        "diagonal", "low_rank" of a whole tree.
-      eigenvalues: magnitudes in falling order, float [*stack, d]; singular values where the factor is not symmetric, as
-        the Q of Kronecker PSGD.
+      factor: "input_factor", "output_factor" of a layer, "axis 0", … of a leaf, "block 1, axis 0"
+        of a cut one, "diagonal", "low_rank" of a whole tree.
+      eigenvalues: magnitudes in falling order, float [*stack, d]; singular values where the factor
+        is not symmetric, as the Q of Kronecker PSGD.
     """
 
     state: str
@@ -30,7 +30,11 @@ class FactorSpectrum(NamedTuple):
 
 
 def _is_ours(x) -> bool:
-    return hasattr(x, "_fields") and hasattr(x, "total_notfinite") and type(x).__module__.startswith("optax_curv.")
+    return (
+        hasattr(x, "_fields")
+        and hasattr(x, "total_notfinite")
+        and type(x).__module__.startswith("optax_curv.")
+    )
 
 
 def _states(opt_state) -> list:
@@ -93,7 +97,10 @@ def factor_spectra(opt_state) -> list[FactorSpectrum]:
         if hasattr(state, "diagonal"):
             r_u, r_v = (np.asarray(jnp.linalg.qr(x, mode="r")) for x in (state.u, state.v))
             low_rank = np.linalg.svd(r_u @ r_v.T, compute_uv=False)
-            for factor, values in (("diagonal", _magnitudes(state.diagonal)), ("low_rank", low_rank)):
+            for factor, values in (
+                ("diagonal", _magnitudes(state.diagonal)),
+                ("low_rank", low_rank),
+            ):
                 spectra.append(FactorSpectrum(method, "all parameters", factor, values))
     return spectra
 
@@ -101,9 +108,10 @@ def factor_spectra(opt_state) -> list[FactorSpectrum]:
 def curvature_table(opt_state) -> str:
     """A table of the states of this package: one line a state, one for each of its factors.
 
-    The condition is the largest over the smallest eigenvalue; the effective rank is their sum over the largest, from 1
-    (one direction has all curvature) to the size (all alike). Of a stack of slices the worst condition and the least
-    rank are given. `layer_diagnostics` tells of K-FAC's damping.
+    The condition is the largest over the smallest eigenvalue; the effective rank is their sum over
+    the largest, from 1 (one direction has all curvature) to the size (all alike). Of a stack of
+    slices the worst condition and the least rank are given. `layer_diagnostics` tells of K-FAC's
+    damping.
 
     Args:
       opt_state: a state of this package, or any that holds some.
@@ -130,16 +138,24 @@ def curvature_table(opt_state) -> str:
         )
     lines = []
     for state in states:
-        figures = [f"{int(jnp.max(state.count))} steps", f"{int(jnp.max(state.total_notfinite))} skipped"]
+        figures = [
+            f"{int(jnp.max(state.count))} steps",
+            f"{int(jnp.max(state.total_notfinite))} skipped",
+        ]
         for name in ("damping", "reduction_ratio", "precond_norm"):
             if hasattr(state, name):
                 figures.append(f"{name} {float(getattr(state, name)):.3g}")
         lines.append(f"{type(state).__name__}: {', '.join(figures)}")
         nested = {"inner", "fallback"}.intersection(state._fields)
-        rows = [_row(spectrum) for spectrum in factor_spectra(state._replace(**dict.fromkeys(nested)))]
+        rows = [
+            _row(spectrum) for spectrum in factor_spectra(state._replace(**dict.fromkeys(nested)))
+        ]
         if rows:
             table = layers.aligned(
-                [("name", "factor", "size", "mean", "largest", "condition", "effective rank"), *rows]
+                [
+                    ("name", "factor", "size", "mean", "largest", "condition", "effective rank"),
+                    *rows,
+                ]
             )
             lines += ["  " + line for line in table]
     return "\n".join(lines)
@@ -158,7 +174,8 @@ def _row(spectrum: FactorSpectrum) -> tuple[str, ...]:
 def plot_curvature(opt_state, axes: Any = None):
     """Draws the spectrum of every factor with matplotlib: eigenvalues over the largest, in falling order, logarithmic.
 
-    A flat line treats all directions alike; the steeper it falls, the more there is to precondition.
+    A flat line treats all directions alike; the steeper it falls, the more there is to
+    precondition.
 
     Args:
       opt_state: a state of this package, or any that holds some.
@@ -178,7 +195,9 @@ def plot_curvature(opt_state, axes: Any = None):
     """
     spectra = factor_spectra(opt_state)
     if not spectra:
-        raise ValueError("plot_curvature: expected an optimizer state with factors of curvature, found none in it.")
+        raise ValueError(
+            "plot_curvature: expected an optimizer state with factors of curvature, found none in it."
+        )
     if axes is None:
         from matplotlib.figure import Figure
 
@@ -190,8 +209,14 @@ def plot_curvature(opt_state, axes: Any = None):
         position = (np.arange(values.shape[1]) + 0.5) / values.shape[1]
         style = styles.setdefault(spectrum.factor, ("-", "--", ":", "-.")[len(styles) % 4])
         label = f"{spectrum.name} {spectrum.factor}"
-        axes.plot(position, relative.T, style, label=label, marker="." if values.shape[1] < 3 else None)
-    axes.set(xlabel="position in the spectrum (0: largest, 1: smallest)", ylabel="eigenvalue / largest", yscale="log")
+        axes.plot(
+            position, relative.T, style, label=label, marker="." if values.shape[1] < 3 else None
+        )
+    axes.set(
+        xlabel="position in the spectrum (0: largest, 1: smallest)",
+        ylabel="eigenvalue / largest",
+        yscale="log",
+    )
     axes.set_ylim(bottom=1e-8)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=1 + len(spectra) // 12)

@@ -1,7 +1,7 @@
 """Flax: a linen `TrainState` that hands extra arguments to the optimizer, as `nnx.Optimizer.update` does by itself.
 
-A checkpoint of either is an ordinary one, from which a run continues bit for bit: every state of this library is a tree
-of arrays, its random keys raw key data.
+A checkpoint of either is an ordinary one, from which a run continues bit for bit: every state of
+this library is a tree of arrays, its random keys raw key data.
 """
 
 import dataclasses
@@ -18,8 +18,9 @@ except ImportError as error:  # Flax is an extra
 class TrainState(train_state.TrainState):
     """Flax's linen `TrainState`, whose `apply_gradients` hands extra arguments to the optimizer's `update`.
 
-    Flax's own takes every further argument for a field to replace. Here those that are fields (such as batch statistics
-    of a subclass) are replaced, and others reach `tx.update`: `curvature=`, `branches=`, `probe=`, `value=`.
+    Flax's own takes every further argument for a field to replace. Here those that are fields (such
+    as batch statistics of a subclass) are replaced, and others reach `tx.update`: `curvature=`,
+    `branches=`, `probe=`, `value=`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_curv

@@ -1,7 +1,7 @@
 """Dense oracles for tests with small models: the matrices that curvature methods approximate, written out.
 
-All flatten the parameters in `jax.tree.leaves` order, n numbers, compute in their dtype (float64 under
-``jax.enable_x64``), and cost O(n²) memory.
+All flatten the parameters in `jax.tree.leaves` order, n numbers, compute in their dtype (float64
+under ``jax.enable_x64``), and cost O(n²) memory.
 """
 
 import functools
@@ -29,7 +29,8 @@ def per_example_gradients(loss_fn, params, inputs, targets) -> jax.Array:
     """The gradient of every example's own loss, one a row.
 
     Args:
-      loss_fn: ``loss_fn(params, inputs, targets)``, a mean over examples; it is called with batches of one.
+      loss_fn: ``loss_fn(params, inputs, targets)``, a mean over examples; it is called with batches
+        of one.
       params: the parameters.
       inputs: array or tree with a leading axis N.
       targets: likewise.
@@ -96,15 +97,18 @@ def dense_gauss_newton(objective, params, inputs, targets) -> jax.Array:
     outputs, jacobian, leading = _flat_jacobian(objective, params, inputs)
     targets = jnp.reshape(targets, (len(outputs), *jnp.shape(targets)[leading:]))
     hessians = jax.vmap(jax.hessian(objective.likelihood.loss))(outputs, targets)
-    return jnp.einsum("rin,rij,rjm->nm", jacobian, hessians, jacobian, precision="highest") / len(outputs)
+    return jnp.einsum("rin,rij,rjm->nm", jacobian, hessians, jacobian, precision="highest") / len(
+        outputs
+    )
 
 
 @functools.partial(jax.jit, static_argnames="kind")
 def dense_fisher(objective, params, inputs, targets=None, kind="exact") -> jax.Array:
     """The Fisher matrix of an objective.
 
-    - "exact": Σ_r J_rᵀ B_r B_rᵀ J_r / R, with B_r the likelihood's `hessian_sqrt`: the expectation over targets drawn
-      from the model, on the scale of the mean loss; `dense_gauss_newton` where B_r B_rᵀ is the Hessian.
+    - "exact": Σ_r J_rᵀ B_r B_rᵀ J_r / R, with B_r the likelihood's `hessian_sqrt`: the expectation
+      over targets drawn from the model, on the scale of the mean loss; `dense_gauss_newton` where
+      B_r B_rᵀ is the Hessian.
     - "empirical": Σ_n g_n g_nᵀ / N, with g_n the gradient of example n's own loss.
 
     Args:
@@ -131,7 +135,9 @@ def dense_fisher(objective, params, inputs, targets=None, kind="exact") -> jax.A
     if kind == "exact":
         outputs, jacobian, _ = _flat_jacobian(objective, params, inputs)
         columns = objective.likelihood.hessian_sqrt(outputs)
-        rows = jnp.einsum("cri,rin->crn", columns, jacobian, precision="highest").reshape(-1, jacobian.shape[-1])
+        rows = jnp.einsum("cri,rin->crn", columns, jacobian, precision="highest").reshape(
+            -1, jacobian.shape[-1]
+        )
         return jnp.matmul(rows.T, rows, precision="highest") / len(outputs)
     if kind != "empirical":
         raise ValueError(f"dense_fisher: unknown {kind=}; expected 'exact' or 'empirical'.")
@@ -215,4 +221,6 @@ def random_spd(key, n, condition=10.0, *, dtype=None) -> jax.Array:
       >>> round(float(jnp.linalg.cond(matrix)))
       100
     """
-    return matrix_with_spectrum(key, jnp.logspace(-jnp.log10(jnp.asarray(condition, dtype)), 0, n, dtype=dtype))
+    return matrix_with_spectrum(
+        key, jnp.logspace(-jnp.log10(jnp.asarray(condition, dtype)), 0, n, dtype=dtype)
+    )

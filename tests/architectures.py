@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from optax_curv.capture.traces import as_pure
+from optax_curv.capture._graph.trace import as_pure
 
 N, T, D = 3, 4, 6  # examples, positions, width
 KEY = jax.random.key(0)
@@ -42,26 +42,39 @@ def mean_square(outputs):
 
 def linen(module, *inputs):
     params = filled(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"])
-    return lambda params, *inputs: mean_square(module.apply({"params": params}, *inputs)), params, *inputs
+    return (
+        lambda params, *inputs: mean_square(module.apply({"params": params}, *inputs)),
+        params,
+        *inputs,
+    )
 
 
 def pure(build, *inputs):
     graph, shapes, rest = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
     params = filled(as_pure(shapes))
     # what is left are random keys and counters that nothing here draws from
-    rest = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if x.dtype == jnp.uint32 else KEY, as_pure(rest))
-    return lambda params, *inputs: mean_square(nnx.merge(graph, params, rest)(*inputs)), params, *inputs
+    rest = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype) if x.dtype == jnp.uint32 else KEY, as_pure(rest)
+    )
+    return (
+        lambda params, *inputs: mean_square(nnx.merge(graph, params, rest)(*inputs)),
+        params,
+        *inputs,
+    )
 
 
 @architecture
 def linen_dense():
-    return linen(nn.Sequential([nn.Dense(5), jnp.tanh, nn.Dense(4, use_bias=False)]), normal(0, N, D))
+    return linen(
+        nn.Sequential([nn.Dense(5), jnp.tanh, nn.Dense(4, use_bias=False)]), normal(0, N, D)
+    )
 
 
 @architecture
 def linen_dense_general():
     return linen(
-        nn.Sequential([nn.DenseGeneral((2, 3)), jnp.tanh, nn.DenseGeneral(4, axis=(-2, -1))]), normal(0, N, T, D)
+        nn.Sequential([nn.DenseGeneral((2, 3)), jnp.tanh, nn.DenseGeneral(4, axis=(-2, -1))]),
+        normal(0, N, T, D),
     )
 
 
@@ -76,21 +89,24 @@ def kernel_for_each_position():
 @architecture
 def linen_conv_1d():
     return linen(
-        nn.Sequential([nn.Conv(4, (3,), strides=2), jnp.tanh, nn.Conv(2, (2,), padding="VALID")]), normal(0, N, 8, 3)
+        nn.Sequential([nn.Conv(4, (3,), strides=2), jnp.tanh, nn.Conv(2, (2,), padding="VALID")]),
+        normal(0, N, 8, 3),
     )
 
 
 @architecture
 def linen_conv_2d():
     return linen(
-        nn.Sequential([nn.Conv(4, (3, 2)), jnp.tanh, nn.Conv(2, (2, 2), strides=(2, 1))]), normal(0, N, 5, 6, 3)
+        nn.Sequential([nn.Conv(4, (3, 2)), jnp.tanh, nn.Conv(2, (2, 2), strides=(2, 1))]),
+        normal(0, N, 5, 6, 3),
     )
 
 
 @architecture
 def linen_conv_depthwise():
     return linen(
-        nn.Sequential([nn.Conv(6, (3, 3), feature_group_count=3), jnp.tanh, nn.Conv(4, (1, 1))]), normal(0, N, 4, 4, 3)
+        nn.Sequential([nn.Conv(6, (3, 3), feature_group_count=3), jnp.tanh, nn.Conv(4, (1, 1))]),
+        normal(0, N, 4, 4, 3),
     )
 
 
@@ -101,7 +117,10 @@ def linen_conv_grouped_1d():
 
 @architecture
 def linen_conv_dilated():
-    return linen(nn.Conv(2, (2, 3), kernel_dilation=(2, 1), strides=(1, 2), padding="SAME"), normal(0, N, 6, 7, 3))
+    return linen(
+        nn.Conv(2, (2, 3), kernel_dilation=(2, 1), strides=(1, 2), padding="SAME"),
+        normal(0, N, 6, 7, 3),
+    )
 
 
 @architecture
@@ -116,12 +135,16 @@ def linen_conv_transposed():
 
 @architecture
 def linen_conv_transposed_flipped():
-    return linen(nn.ConvTranspose(2, (3, 2), strides=(2, 1), transpose_kernel=True), normal(0, N, 3, 3, 2))
+    return linen(
+        nn.ConvTranspose(2, (3, 2), strides=(2, 1), transpose_kernel=True), normal(0, N, 3, 3, 2)
+    )
 
 
 @architecture
 def linen_attention():
-    return linen(nn.MultiHeadDotProductAttention(2, qkv_features=6, out_features=5), normal(0, N, T, D))
+    return linen(
+        nn.MultiHeadDotProductAttention(2, qkv_features=6, out_features=5), normal(0, N, T, D)
+    )
 
 
 @architecture
@@ -131,7 +154,9 @@ def linen_lstm():
 
 @architecture
 def linen_optimized_lstm():
-    return linen(nn.RNN(nn.OptimizedLSTMCell(5, param_dtype=jnp.result_type(float))), normal(0, N, T, D))
+    return linen(
+        nn.RNN(nn.OptimizedLSTMCell(5, param_dtype=jnp.result_type(float))), normal(0, N, T, D)
+    )
 
 
 @architecture
@@ -152,7 +177,9 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, ids):
         x = nn.Embed(7, D)(ids)
-        block = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        block = nn.scan(
+            nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+        )
         x, _ = block()(x, None)
         return nn.Dense(3)(nn.LayerNorm()(x))
 
@@ -176,21 +203,28 @@ def linen_tied_embedding():
 
 @architecture
 def linen_norms():
-    module = nn.Sequential([nn.LayerNorm(), nn.Dense(6), nn.RMSNorm(), jnp.tanh, nn.GroupNorm(2), nn.Dense(2)])
+    module = nn.Sequential(
+        [nn.LayerNorm(), nn.Dense(6), nn.RMSNorm(), jnp.tanh, nn.GroupNorm(2), nn.Dense(2)]
+    )
     return linen(module, normal(0, N, T, D))
 
 
 @architecture
 def nnx_dense():
     return pure(
-        lambda: nnx.Sequential(nnx.Linear(D, 5, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(5, 2, rngs=nnx.Rngs(1))),
+        lambda: nnx.Sequential(
+            nnx.Linear(D, 5, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(5, 2, rngs=nnx.Rngs(1))
+        ),
         normal(0, N, D),
     )
 
 
 @architecture
 def nnx_linear_general():
-    return pure(lambda: nnx.LinearGeneral((T, D), (2, 3), axis=(-2, -1), rngs=nnx.Rngs(0)), normal(0, N, T, D))
+    return pure(
+        lambda: nnx.LinearGeneral((T, D), (2, 3), axis=(-2, -1), rngs=nnx.Rngs(0)),
+        normal(0, N, T, D),
+    )
 
 
 @architecture
@@ -201,7 +235,9 @@ def nnx_conv():
 @architecture
 def nnx_attention():
     return pure(
-        lambda: nnx.MultiHeadAttention(2, D, decode=False, dtype=jnp.result_type(float), rngs=nnx.Rngs(0)),
+        lambda: nnx.MultiHeadAttention(
+            2, D, decode=False, dtype=jnp.result_type(float), rngs=nnx.Rngs(0)
+        ),
         normal(0, N, T, D),
     )
 
@@ -209,21 +245,25 @@ def nnx_attention():
 @architecture
 def nnx_lstm():
     return pure(
-        lambda: nnx.RNN(nnx.LSTMCell(D, 5, param_dtype=jnp.result_type(float), rngs=nnx.Rngs(0))), normal(0, N, T, D)
+        lambda: nnx.RNN(nnx.LSTMCell(D, 5, param_dtype=jnp.result_type(float), rngs=nnx.Rngs(0))),
+        normal(0, N, T, D),
     )
 
 
 @architecture
 def nnx_gru():
     return pure(
-        lambda: nnx.RNN(nnx.GRUCell(D, 5, param_dtype=jnp.result_type(float), rngs=nnx.Rngs(0))), normal(0, N, T, D)
+        lambda: nnx.RNN(nnx.GRUCell(D, 5, param_dtype=jnp.result_type(float), rngs=nnx.Rngs(0))),
+        normal(0, N, T, D),
     )
 
 
 @architecture
 def nnx_optimized_lstm():
     return pure(
-        lambda: nnx.RNN(nnx.OptimizedLSTMCell(D, 5, param_dtype=jnp.result_type(float), rngs=nnx.Rngs(0))),
+        lambda: nnx.RNN(
+            nnx.OptimizedLSTMCell(D, 5, param_dtype=jnp.result_type(float), rngs=nnx.Rngs(0))
+        ),
         normal(0, N, T, D),
     )
 
@@ -240,7 +280,11 @@ def nnx_embed_norm():
 
 @architecture
 def transposed_kernel():
-    return lambda p, x: mean_square(x @ p["w"].T + p["b"]), {"w": normal(1, 5, D), "b": normal(2, 5)}, normal(0, N, D)
+    return (
+        lambda p, x: mean_square(x @ p["w"].T + p["b"]),
+        {"w": normal(1, 5, D), "b": normal(2, 5)},
+        normal(0, N, D),
+    )
 
 
 @architecture
@@ -257,7 +301,11 @@ def vmapped_ensemble():
         return jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]
 
     params = {"w": normal(1, 2, D, 5), "b": normal(2, 2, 5), "v": normal(3, 2, 5, 3)}
-    return lambda p, x: mean_square(jnp.moveaxis(jax.vmap(member, (0, None))(p, x), 0, 1)), params, normal(0, N, D)
+    return (
+        lambda p, x: mean_square(jnp.moveaxis(jax.vmap(member, (0, None))(p, x), 0, 1)),
+        params,
+        normal(0, N, D),
+    )
 
 
 @architecture
@@ -281,7 +329,12 @@ def mixture_of_experts():
         hidden = jax.nn.relu(jnp.einsum("ntde,edh->nteh", dispatched, p["up"]) + p["bias"])
         return mean_square(jnp.einsum("nteh,ehd->ntd", hidden, p["down"]))
 
-    params = {"gate": normal(1, D, 3), "up": normal(2, 3, D, 5), "bias": normal(3, 3, 5), "down": normal(4, 3, 5, D)}
+    params = {
+        "gate": normal(1, D, 3),
+        "up": normal(2, 3, D, 5),
+        "bias": normal(3, 3, 5),
+        "down": normal(4, 3, 5, D),
+    }
     return loss, params, normal(0, N, T, D)
 
 
@@ -310,7 +363,11 @@ def custom_vjp_activation():
 def weight_normalised():
     params = {"w": normal(1, D, 5), "g": normal(2, 5), "v": normal(3, 5, 2)}
     UNCOVERED["weight_normalised"] = ["['g']", "['w']"]
-    return lambda p, x: mean_square(jnp.tanh(x @ (p["g"] * p["w"])) @ p["v"]), params, normal(0, N, D)
+    return (
+        lambda p, x: mean_square(jnp.tanh(x @ (p["g"] * p["w"])) @ p["v"]),
+        params,
+        normal(0, N, D),
+    )
 
 
 def pinn(p, t):
@@ -338,9 +395,17 @@ def deep_derivatives_inside():
     def loss(p, x):
         gradient = jax.vmap(jax.grad(net, argnums=1), (None, 0))(p, x)
         laplacian = jax.vmap(lambda x: jnp.trace(jax.hessian(net, argnums=1)(p, x)))(x)
-        return jnp.mean((laplacian + jnp.sum(gradient**2, -1) - jax.vmap(net, (None, 0))(p, x)) ** 2)
+        return jnp.mean(
+            (laplacian + jnp.sum(gradient**2, -1) - jax.vmap(net, (None, 0))(p, x)) ** 2
+        )
 
-    params = {"a": normal(1, 5, 2), "b": normal(2, 5), "c": normal(3, 4, 5), "d": normal(4, 4), "v": normal(5, 1, 4)}
+    params = {
+        "a": normal(1, 5, 2),
+        "b": normal(2, 5),
+        "c": normal(3, 4, 5),
+        "d": normal(4, 4),
+        "v": normal(5, 1, 4),
+    }
     return loss, params, normal(0, N, 2)
 
 
@@ -351,9 +416,16 @@ def recurrent_scan():
             h = jnp.tanh(x @ p["wx"] + h @ p["wh"] + p["b"])
             return h, h @ p["out"]
 
-        return mean_square(jnp.swapaxes(lax.scan(step, jnp.zeros((x.shape[0], 5)), jnp.swapaxes(x, 0, 1))[1], 0, 1))
+        return mean_square(
+            jnp.swapaxes(lax.scan(step, jnp.zeros((x.shape[0], 5)), jnp.swapaxes(x, 0, 1))[1], 0, 1)
+        )
 
-    params = {"wx": normal(1, D, 5), "wh": normal(2, 5, 5), "b": normal(3, 5), "out": normal(4, 5, 2)}
+    params = {
+        "wx": normal(1, D, 5),
+        "wh": normal(2, 5, 5),
+        "b": normal(3, 5),
+        "out": normal(4, 5, 2),
+    }
     return loss, params, normal(0, N, T, D)
 
 
@@ -366,7 +438,12 @@ def vmapped_scan():
 
         return mean_square(jax.vmap(lambda x: lax.scan(step, jnp.zeros(5), x)[1])(x))
 
-    params = {"wx": normal(1, 5, D), "wh": normal(2, 5, 5), "b": normal(3, 5), "out": normal(4, 2, 5)}
+    params = {
+        "wx": normal(1, 5, D),
+        "wh": normal(2, 5, 5),
+        "b": normal(3, 5),
+        "out": normal(4, 2, 5),
+    }
     return loss, params, normal(0, N, T, D)
 
 
@@ -400,7 +477,11 @@ def split_projection():
         y = jax.nn.softmax(q @ jnp.swapaxes(k, -1, -2)) @ v
         return mean_square(jnp.concatenate([y @ w for w in kernels], -1))
 
-    return loss, {"qkv": normal(1, D, 3 * D), "b": normal(2, 3 * D), "out": normal(3, D, 6)}, normal(0, N, T, D)
+    return (
+        loss,
+        {"qkv": normal(1, D, 3 * D), "b": normal(2, 3 * D), "out": normal(3, D, 6)},
+        normal(0, N, T, D),
+    )
 
 
 @architecture
@@ -410,7 +491,11 @@ def conditional_layer():
         h = lax.cond(jnp.sum(x) > -100, lambda h: jnp.tanh(h @ p["u"]), lambda h: h, h)
         return mean_square(h @ p["v"])
 
-    return loss, {"w": normal(1, D, 5), "b": normal(2, 5), "u": normal(4, 5, 5), "v": normal(3, 5, 2)}, normal(0, N, D)
+    return (
+        loss,
+        {"w": normal(1, D, 5), "b": normal(2, 5), "u": normal(4, 5, 5), "v": normal(3, 5, 2)},
+        normal(0, N, D),
+    )
 
 
 @architecture
@@ -439,7 +524,12 @@ def positions_and_class_token():
         x = jnp.concatenate([jnp.broadcast_to(p["class"], (x.shape[0], 1, D)), x], axis=1)
         return mean_square(jnp.tanh(x + p["position"][: x.shape[1]]) @ p["out"])
 
-    params = {"patch": normal(1, 5, D), "b": normal(2, D), "class": normal(3, D), "position": normal(4, T + 3, D)}
+    params = {
+        "patch": normal(1, 5, D),
+        "b": normal(2, D),
+        "class": normal(3, D),
+        "position": normal(4, T + 3, D),
+    }
     return loss, params | {"out": normal(5, D, 2)}, normal(0, N, T, 5)
 
 
@@ -449,7 +539,11 @@ def embedded_positions():
         x = p["table"][ids] + jnp.take(p["position"], jnp.arange(ids.shape[1]), axis=0)
         return mean_square(jnp.tanh(x) @ p["out"])
 
-    return loss, {"table": normal(1, 7, D), "position": normal(2, T, D), "out": normal(3, D, 2)}, tokens(0, N, T)
+    return (
+        loss,
+        {"table": normal(1, 7, D), "position": normal(2, T, D), "out": normal(3, D, 2)},
+        tokens(0, N, T),
+    )
 
 
 @architecture

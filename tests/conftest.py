@@ -4,13 +4,16 @@ import contextlib
 import importlib.metadata
 import os
 
-# Most of the suite's time goes to compiling programs that run once, so what makes programs fast is left out. Tests in
-# processes of their own (many devices, two hosts), the notebooks and the demo compile as users do. A flag that XLA does
-# not know ends the process, so only releases that were tried get these; your own XLA_FLAGS come later and win.
+# Most of the suite's time goes to compiling programs that run once, so what makes programs fast is
+# left out. Tests in processes of their own (many devices, two hosts), the notebooks and the demo
+# compile as users do. A flag that XLA does not know ends the process, so only releases that were
+# tried get these; your own XLA_FLAGS come later and win.
 if (release := importlib.metadata.version("jaxlib").split(".")[1]) in ("10", "11", "12"):
     hurry = ["backend_optimization_level=0", "llvm_disable_expensive_passes=true"]
     hurry += ["cpu_use_fusion_emitters=false"] if release == "10" else []
-    os.environ["XLA_FLAGS"] = " ".join([*(f"--xla_{x}" for x in hurry), os.environ.get("XLA_FLAGS", "")])
+    os.environ["XLA_FLAGS"] = " ".join(
+        [*(f"--xla_{x}" for x in hurry), os.environ.get("XLA_FLAGS", "")]
+    )
 
 import jax
 import pytest
@@ -29,6 +32,6 @@ def x64():
 def eagerly():
     """A context in which JAX evaluates one equation after the other, as capture does outside jit.
 
-    From 0.12 on JAX compiles some functions of its own there, too, and their derivatives are rounded differently.
-    """
+    From 0.12 on JAX compiles some functions of its own there, too, and their derivatives are
+    rounded differently."""
     return jax.disable_jit() if jax.__version_info__ >= (0, 12) else contextlib.nullcontext()

@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 SIZES = (0, 1, 5)
 KINDS = ("condition", "clustered", "rank_deficient", "zero", "indefinite")
 PROPERTY = settings(
-    max_examples=30, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 

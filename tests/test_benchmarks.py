@@ -31,7 +31,21 @@ def run(compare, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(compare.METHODS, "broken", broken)
         patch.setattr(jax, "clear_caches", lambda: None)  # the other tests' compiled functions
-        compare.main(["mlp", "--methods", "muon", "broken", "--steps", "6", "--seeds", "0", "1", "--out", str(folder)])
+        compare.main(
+            [
+                "mlp",
+                "--methods",
+                "muon",
+                "broken",
+                "--steps",
+                "6",
+                "--seeds",
+                "0",
+                "1",
+                "--out",
+                str(folder),
+            ]
+        )
     return folder, json.loads((folder / "mlp.json").read_text())
 
 
@@ -54,7 +68,9 @@ def test_summary_follows_from_the_curves(run):
         for seed, curve in enumerate(row["curves"]):
             losses = curve["metrics"]["training loss"]
             target = reference["curves"][seed]["metrics"]["training loss"][-1]
-            reached = [n for n, loss in zip(curve["steps"], losses, strict=True) if n and loss <= target]
+            reached = [
+                n for n, loss in zip(curve["steps"], losses, strict=True) if n and loss <= target
+            ]
             assert row["steps_to_target"][seed] == (reached[0] if reached else None)
             assert row["final"]["training loss"][seed] == pytest.approx(losses[-1], rel=1e-5)
             assert curve["steps"][-1] == row["steps"] == 6
@@ -126,5 +142,7 @@ def test_tuning_walks_to_a_value_that_is_better_than_its_neighbours(compare, mon
     monkeypatch.setattr(running, "train", train)
     problem = compare.problems.Problem("none", None, None, None, {"loss": None}, 1, 1)
     method = running.Compiled(None, None, {"learning_rate": 0.01}, 0.0, 0.0, 0)
-    assert running.tune(problem, method, "any", 0, 1, None, lambda _: None) == {"learning_rate": 0.1}
+    assert running.tune(problem, method, "any", 0, 1, None, lambda _: None) == {
+        "learning_rate": 0.1
+    }
     assert set(tried) == {0.01, 0.02, 0.05, 0.1, 0.2}

@@ -38,7 +38,9 @@ def test_the_table_has_a_row_for_each_method(shown):
     _, table, _ = shown
     header, *rows = table.splitlines()
     assert header.split() == ["method", "steps", "loss", "test", "accuracy", "seconds"]
-    assert [row.split()[:2] for row in rows[: len(demo.METHODS)]] == [[name, str(STEPS)] for name in demo.METHODS]
+    assert [row.split()[:2] for row in rows[: len(demo.METHODS)]] == [
+        [name, str(STEPS)] for name in demo.METHODS
+    ]
 
 
 def test_the_plot_is_a_png_of_readable_size(shown):
@@ -64,7 +66,10 @@ def test_a_bad_option_is_one_line_and_exit_code_2(option, message, capsys):
         demo.main(option)
     written = capsys.readouterr().err
     assert stopped.value.code == 2
-    assert written.startswith(f"python -m optax_curv.demo: error: {message}") and written.count("\n") == 1
+    assert (
+        written.startswith(f"python -m optax_curv.demo: error: {message}")
+        and written.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize("package", ["flax", "sklearn.datasets", "tqdm", "matplotlib"])
@@ -78,6 +83,12 @@ def test_a_missing_extra_is_one_line_that_names_it(package, monkeypatch, capsys)
 
 
 def test_help_names_every_option_and_needs_no_extra():
-    program = "import sys; sys.modules['flax'] = None; from optax_curv import demo; demo.main(['--help'])"
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert all(option in shown for option in ("--method", "--steps", "--seed", "--out", *demo.METHODS))
+    program = (
+        "import sys; sys.modules['flax'] = None; from optax_curv import demo; demo.main(['--help'])"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
+    assert all(
+        option in shown for option in ("--method", "--steps", "--seed", "--out", *demo.METHODS)
+    )

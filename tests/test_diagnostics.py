@@ -13,14 +13,20 @@ PARAMS = {"w": jnp.ones((2, 1))}
 
 def kfac_state():
     tx = optax_curv.kfac(0.1, optax_curv.Layers([LAYER]), damping=1.0)
-    statistic = optax_curv.KroneckerFactors(jnp.diag(jnp.array([3.0, 6.0])), 5 * jnp.eye(1), jnp.int32(1))
+    statistic = optax_curv.KroneckerFactors(
+        jnp.diag(jnp.array([3.0, 6.0])), 5 * jnp.eye(1), jnp.int32(1)
+    )
     return tx.update(PARAMS, tx.init(PARAMS), PARAMS, curvature={"dense": statistic})[1]
 
 
 def test_spectra_are_those_of_the_factors():
     matrix = np.random.default_rng(0).normal(size=(2, 3, 3)).astype("float32")
-    state = optax_curv.scale_by_kron_psgd(stacked=1).init({"a": jnp.ones((2, 3, 3)), "b": jnp.ones(5)})
-    state = state._replace(factors={"a": (jnp.asarray(matrix), jnp.asarray(matrix)), "b": (jnp.arange(5.0),)})
+    state = optax_curv.scale_by_kron_psgd(stacked=1).init(
+        {"a": jnp.ones((2, 3, 3)), "b": jnp.ones(5)}
+    )
+    state = state._replace(
+        factors={"a": (jnp.asarray(matrix), jnp.asarray(matrix)), "b": (jnp.arange(5.0),)}
+    )
     found = {(s.name, s.factor): s.eigenvalues for s in factor_spectra((state, optax.EmptyState()))}
     assert list(found) == [("['a']", "axis 0"), ("['a']", "axis 1"), ("['b']", "axis 0")]
     np.testing.assert_allclose(found["['a']", "axis 1"], np.linalg.svd(matrix)[1], rtol=1e-6)
@@ -38,7 +44,9 @@ def test_the_table_has_a_line_for_each_state_and_each_factor():
 
 def test_blocks_of_a_cut_leaf_are_named():
     state = optax_curv.scale_by_kron_psgd(block_size=2).init(jnp.ones((4, 2)))
-    assert [s.factor for s in factor_spectra(state)] == [f"block {b}, axis {a}" for b in (0, 1) for a in (0, 1)]
+    assert [s.factor for s in factor_spectra(state)] == [
+        f"block {b}, axis {a}" for b in (0, 1) for a in (0, 1)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -61,13 +69,20 @@ def test_every_method_has_its_lines(tx, rows):
 
 
 def test_adaptive_damping_is_in_the_table():
-    table = curvature_table(optax_curv.kfac(None, optax_curv.Layers([LAYER]), damping=0.25).init(PARAMS))
-    assert table.startswith("AdaptDampingState: 0 steps, 0 skipped, damping 0.25, reduction_ratio 1\n")
+    table = curvature_table(
+        optax_curv.kfac(None, optax_curv.Layers([LAYER]), damping=0.25).init(PARAMS)
+    )
+    assert table.startswith(
+        "AdaptDampingState: 0 steps, 0 skipped, damping 0.25, reduction_ratio 1\n"
+    )
 
 
 def test_the_plot_has_one_line_a_slice_each_from_one_downwards():
     axes = plot_curvature(jax.tree.map(lambda x: x, kfac_state()))
-    assert [line.get_label() for line in axes.lines] == ["dense input_factor", "dense output_factor"]
+    assert [line.get_label() for line in axes.lines] == [
+        "dense input_factor",
+        "dense output_factor",
+    ]
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [1, 0.5])
 
 

@@ -17,5 +17,10 @@ def is_ours(thing):
 
 
 def test_the_reference_has_every_public_name():
-    listed = {name.removeprefix("optax_curv.") for name in re.findall(r"auto(?:function|class):: (\S+)", REFERENCE)}
-    assert listed == public(optax_curv) | public(linalg, "linalg.") | public(diagnostics, "diagnostics.")
+    listed = {
+        name.removeprefix("optax_curv.")
+        for name in re.findall(r"auto(?:function|class):: (\S+)", REFERENCE)
+    }
+    assert listed == public(optax_curv) | public(linalg, "linalg.") | public(
+        diagnostics, "diagnostics."
+    )

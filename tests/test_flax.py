@@ -17,7 +17,10 @@ from optax_curv.flax import TrainState
 
 MODEL = nn.Sequential([nn.Dense(4), nn.tanh, nn.Dense(2)])
 RNG = np.random.default_rng(0)
-BATCHES = [tuple(jnp.asarray(RNG.normal(size=(8, width)), jnp.float32) for width in (3, 2)) for _ in range(4)]
+BATCHES = [
+    tuple(jnp.asarray(RNG.normal(size=(8, width)), jnp.float32) for width in (3, 2))
+    for _ in range(4)
+]
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # the same sums in another order, in float32
 
 
@@ -37,10 +40,14 @@ METHODS = {
 @functools.cache
 def compiled(method):
     def step(state, inputs, targets):
-        _, grads, curvature = optax_curv.value_grad_and_curvature(loss_fn, layers=LAYERS)(state.params, inputs, targets)
+        _, grads, curvature = optax_curv.value_grad_and_curvature(loss_fn, layers=LAYERS)(
+            state.params, inputs, targets
+        )
         return state.apply_gradients(grads=grads, curvature=curvature, branches=inputs)
 
-    return TrainState.create(apply_fn=MODEL.apply, params=PARAMS, tx=METHODS[method]()), jax.jit(step)
+    return TrainState.create(apply_fn=MODEL.apply, params=PARAMS, tx=METHODS[method]()), jax.jit(
+        step
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -61,8 +68,12 @@ def test_a_train_state_hands_extra_arguments_on_and_replaces_its_fields():
     class WithStatistics(TrainState):
         statistics: jax.Array
 
-    state = WithStatistics.create(apply_fn=MODEL.apply, params=PARAMS, tx=METHODS["kfac"](), statistics=jnp.zeros(()))
-    _, grads, curvature = optax_curv.value_grad_and_curvature(loss_fn, layers=LAYERS)(PARAMS, *BATCHES[0])
+    state = WithStatistics.create(
+        apply_fn=MODEL.apply, params=PARAMS, tx=METHODS["kfac"](), statistics=jnp.zeros(())
+    )
+    _, grads, curvature = optax_curv.value_grad_and_curvature(loss_fn, layers=LAYERS)(
+        PARAMS, *BATCHES[0]
+    )
     new = state.apply_gradients(grads=grads, statistics=jnp.ones(()), curvature=curvature)
     updates, _ = state.tx.update(grads, state.opt_state, PARAMS, curvature=curvature)
     chex.assert_trees_all_equal(new.params, optax.apply_updates(PARAMS, updates))
@@ -72,7 +83,9 @@ def test_a_train_state_hands_extra_arguments_on_and_replaces_its_fields():
 
 
 def test_a_train_state_takes_optimizers_without_extra_arguments():
-    state = TrainState.create(apply_fn=MODEL.apply, params=PARAMS, tx=optax.GradientTransformation(*optax.sgd(0.1)))
+    state = TrainState.create(
+        apply_fn=MODEL.apply, params=PARAMS, tx=optax.GradientTransformation(*optax.sgd(0.1))
+    )
     new = state.apply_gradients(grads=PARAMS, curvature=None)
     chex.assert_trees_all_close(new.params, jax.tree.map(lambda p: 0.9 * p, PARAMS), **CLOSE)
 
@@ -80,7 +93,9 @@ def test_a_train_state_takes_optimizers_without_extra_arguments():
 @pytest.mark.parametrize("method", [optax_curv.scale_by_kfac, optax_curv.scale_by_kron_psgd])
 def test_an_equinox_model_is_a_tree_like_any_other(method):
     inputs, targets = BATCHES[0]
-    params, static = eqx.partition(eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0)), eqx.is_inexact_array)
+    params, static = eqx.partition(
+        eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0)), eqx.is_inexact_array
+    )
 
     def of_model(params, inputs, targets):
         return jnp.mean(jnp.square(jax.vmap(eqx.combine(params, static))(inputs) - targets))
@@ -93,12 +108,20 @@ def test_an_equinox_model_is_a_tree_like_any_other(method):
     updates = []
     for loss, tree in ((of_model, params), (of_dict, dict(sorted(as_dict.items())))):
         layers = optax_curv.find_layers(loss, tree, inputs, targets)
-        _, grads, curvature = optax_curv.value_grad_and_curvature(loss, layers=layers)(tree, inputs, targets)
-        tx = method(layers) if method is optax_curv.scale_by_kfac else method(init_scale=1.0, damping=0.0)
+        _, grads, curvature = optax_curv.value_grad_and_curvature(loss, layers=layers)(
+            tree, inputs, targets
+        )
+        tx = (
+            method(layers)
+            if method is optax_curv.scale_by_kfac
+            else method(init_scale=1.0, damping=0.0)
+        )
         new, _ = jax.jit(tx.update)(grads, tx.init(tree), tree, curvature=curvature)
         updates.append(new)
     model, plain = updates
     found = [model.layers[i] for i in (0, 1)]
     assert jax.tree.structure(model) == jax.tree.structure(params)
     for i, layer in enumerate(found):
-        chex.assert_trees_all_close([layer.weight, layer.bias], [plain[f"w{i}"], plain[f"b{i}"]], rtol=1e-3, atol=1e-4)
+        chex.assert_trees_all_close(
+            [layer.weight, layer.bias], [plain[f"w{i}"], plain[f"b{i}"]], rtol=1e-3, atol=1e-4
+        )

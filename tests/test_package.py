@@ -44,7 +44,10 @@ def test_import_needs_none_of_the_extras():
 def test_import_takes_little_longer_than_that_of_optax(tmp_path):
     """Both from bytecode, which installing a wheel makes and an editable installation may never make."""
     seconds_to_import("optax_curv", tmp_path)
-    rounds = [(seconds_to_import("optax", tmp_path), seconds_to_import("optax_curv", tmp_path)) for _ in range(ROUNDS)]
+    rounds = [
+        (seconds_to_import("optax", tmp_path), seconds_to_import("optax_curv", tmp_path))
+        for _ in range(ROUNDS)
+    ]
     ours, optax = min(ours for _, ours in rounds), min(optax for optax, _ in rounds)
     assert ours <= IMPORT_TIME_LIMIT * optax
 
@@ -60,11 +63,17 @@ def test_type_information_is_packaged():
 def test_every_public_name_is_re_exported_by_name():
     """`from x import y as y`, which type checkers take for an export, one name a line."""
     for module in (optax_curv, linalg):
-        lines = [line for line in inspect.getsource(module).splitlines() if line.startswith("from ")]
+        lines = [
+            line for line in inspect.getsource(module).splitlines() if line.startswith("from ")
+        ]
         exported = {line.split()[-1] for line in lines}
         assert all(line.split()[-3] == line.split()[-1] for line in lines)
         names = {name for name in PUBLIC if name.rpartition(".")[0] == module.__name__}
-        assert names == {f"{module.__name__}.{name}" for name in exported if hasattr(vars(module)[name], "__module__")}
+        assert names == {
+            f"{module.__name__}.{name}"
+            for name in exported
+            if hasattr(vars(module)[name], "__module__")
+        }
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -76,5 +85,9 @@ def test_every_public_name_says_what_it_is_and_functions_show_it(name):
 
 
 def test_no_file_is_longer_than_a_reader_can_hold():
-    long = {path.name: n for path in PACKAGE.rglob("*.py") if (n := len(path.read_text().splitlines())) > 400}
+    long = {
+        path.name: n
+        for path in PACKAGE.rglob("*.py")
+        if (n := len(path.read_text().splitlines())) > 400
+    }
     assert not long

@@ -26,11 +26,17 @@ def test_linear_softmax_fisher_is_its_closed_form():
     params, x, classes = problem()
     objective = Objective(linear, "categorical")
     p = np.asarray(jax.nn.softmax(x @ params["w"]))
-    expected = np.mean([np.kron(np.outer(a, a), np.diag(q) - np.outer(q, q)) for a, q in zip(x, p, strict=True)], 0)
+    expected = np.mean(
+        [np.kron(np.outer(a, a), np.diag(q) - np.outer(q, q)) for a, q in zip(x, p, strict=True)], 0
+    )
     np.testing.assert_allclose(testing.dense_fisher(objective, params, x), expected, atol=EXACT)
-    np.testing.assert_allclose(testing.dense_gauss_newton(objective, params, x, classes), expected, atol=EXACT)
+    np.testing.assert_allclose(
+        testing.dense_gauss_newton(objective, params, x, classes), expected, atol=EXACT
+    )
     # A linear model in its natural parameters: the Hessian is the Gauss-Newton matrix.
-    np.testing.assert_allclose(testing.dense_hessian(objective, params, x, classes), expected, atol=EXACT)
+    np.testing.assert_allclose(
+        testing.dense_hessian(objective, params, x, classes), expected, atol=EXACT
+    )
 
 
 def test_linear_gaussian_matrices_are_their_closed_forms():
@@ -38,7 +44,9 @@ def test_linear_gaussian_matrices_are_their_closed_forms():
     targets = np.ones((6, 2))
     objective = Objective(linear, "normal")
     expected = np.kron(x.T @ x / 6, np.eye(2))
-    np.testing.assert_allclose(testing.dense_gauss_newton(objective, params, x, targets), expected, atol=EXACT)
+    np.testing.assert_allclose(
+        testing.dense_gauss_newton(objective, params, x, targets), expected, atol=EXACT
+    )
     np.testing.assert_allclose(testing.dense_fisher(objective, params, x), expected, atol=EXACT)
     gradients = np.einsum("ri,rj->rij", x, x @ params["w"] - targets).reshape(6, -1)
     found = testing.per_example_gradients(objective, params, x, targets)
@@ -52,7 +60,9 @@ def test_several_leading_axes_count_as_rows():
     objective = Objective(linear, "categorical")
     shaped = testing.dense_fisher(objective, params, x.reshape(2, 3, -1))
     np.testing.assert_allclose(shaped, testing.dense_fisher(objective, params, x), atol=EXACT)
-    shaped = testing.dense_gauss_newton(objective, params, x.reshape(2, 3, -1), classes.reshape(2, 3))
+    shaped = testing.dense_gauss_newton(
+        objective, params, x.reshape(2, 3, -1), classes.reshape(2, 3)
+    )
     np.testing.assert_allclose(shaped, testing.dense_fisher(objective, params, x), atol=EXACT)
 
 
@@ -62,15 +72,21 @@ def test_parameters_are_flattened_in_leaf_order():
         lambda p, x, y: jnp.mean(x @ p["a"] @ p["b"] * y), params, np.ones((1, 1)), np.array([3.0])
     )
     np.testing.assert_array_equal(rows, [[3.0, 3.0, 3.0, 3.0]])
-    hessian = testing.dense_hessian(lambda p: jnp.sum(p["a"] ** 2) + 3 * jnp.sum(p["b"] ** 2), params)
+    hessian = testing.dense_hessian(
+        lambda p: jnp.sum(p["a"] ** 2) + 3 * jnp.sum(p["b"] ** 2), params
+    )
     np.testing.assert_array_equal(hessian, np.diag([2.0, 2.0, 6.0, 6.0]))
 
 
 def test_covariance_is_numpy_covariance():
     rows = np.random.default_rng(0).normal(size=(5, 3))
     tree = {"a": rows[:, :1], "b": rows[:, 1:].reshape(5, 2, 1)}
-    np.testing.assert_allclose(testing.dense_covariance(tree), np.cov(rows, rowvar=False), atol=EXACT)
-    np.testing.assert_allclose(testing.dense_covariance(rows, centered=False), rows.T @ rows / 5, atol=EXACT)
+    np.testing.assert_allclose(
+        testing.dense_covariance(tree), np.cov(rows, rowvar=False), atol=EXACT
+    )
+    np.testing.assert_allclose(
+        testing.dense_covariance(rows, centered=False), rows.T @ rows / 5, atol=EXACT
+    )
     for few in (rows[:1], rows[:0]):
         np.testing.assert_array_equal(testing.dense_covariance(few), np.zeros((3, 3)))
 

@@ -40,7 +40,11 @@ def tiled_class_token():
         tokens = jnp.tile(p["class"], (x.shape[0], 1, 1))
         return mean_square(jnp.tanh(jnp.concatenate([tokens, x], axis=1) @ p["w"])[:, 0] @ p["v"])
 
-    return loss, {"class": normal(1, 1, 1, D), "w": normal(2, D, 5), "v": normal(3, 5, 2)}, normal(0, N, T, D)
+    return (
+        loss,
+        {"class": normal(1, 1, 1, D), "w": normal(2, D, 5), "v": normal(3, 5, 2)},
+        normal(0, N, T, D),
+    )
 
 
 @architecture
@@ -50,7 +54,12 @@ def stacked_and_unstacked():
         q, k = jnp.einsum("knd,pde->pnke", h, jnp.stack([p["q"], p["k"]]))
         return mean_square(q * jnp.tanh(k))
 
-    params = {"w": normal(1, 3, D, 5), "s": normal(2, 5), "q": normal(3, 5, 4), "k": normal(4, 5, 4)}
+    params = {
+        "w": normal(1, 3, D, 5),
+        "s": normal(2, 5),
+        "q": normal(3, 5, 4),
+        "k": normal(4, 5, 4),
+    }
     return loss, params, normal(0, N, D)
 
 
@@ -62,7 +71,11 @@ def example_after_example():
 
         return mean_square(lax.map(lambda x: lax.scan(layer, x, p)[0], x))
 
-    return loss, {"w": normal(1, 2, D, D), "b": normal(2, 2, D), "s": normal(3, 2, D)}, normal(0, N, D)
+    return (
+        loss,
+        {"w": normal(1, 2, D, D), "b": normal(2, 2, D), "s": normal(3, 2, D)},
+        normal(0, N, D),
+    )
 
 
 @architecture
@@ -89,7 +102,11 @@ def learned_initial_state():
         return mean_square(jnp.swapaxes(lax.scan(step, start, jnp.swapaxes(x, 0, 1))[1], 0, 1))
 
     UNCOVERED["learned_initial_state"] = ["['start']"]
-    return loss, {"wx": normal(1, D, 5), "wh": normal(2, 5, 5), "start": normal(3, 5)}, normal(0, N, T, D)
+    return (
+        loss,
+        {"wx": normal(1, D, 5), "wh": normal(2, 5, 5), "start": normal(3, 5)},
+        normal(0, N, T, D),
+    )
 
 
 @architecture
@@ -102,14 +119,22 @@ def gradient_inside():
         gradient = jax.vmap(jax.grad(net, argnums=1), (None, 0))(p, x)
         return jnp.mean(jnp.sum(gradient**2, -1) + jax.vmap(net, (None, 0))(p, x) ** 2)
 
-    params = {"a": normal(1, 5, 2), "b": normal(2, 5), "c": normal(3, 4, 5), "d": normal(4, 4), "v": normal(5, 1, 4)}
+    params = {
+        "a": normal(1, 5, 2),
+        "b": normal(2, 5),
+        "c": normal(3, 4, 5),
+        "d": normal(4, 4),
+        "v": normal(5, 1, 4),
+    }
     return loss, params, normal(0, N, 2)
 
 
 @architecture
 def tangent_inside():
     def loss(p, x):
-        value, tangent = jax.jvp(lambda x: jnp.tanh(x @ p["w"] + p["b"]) @ p["v"], (x,), (jnp.ones_like(x),))
+        value, tangent = jax.jvp(
+            lambda x: jnp.tanh(x @ p["w"] + p["b"]) @ p["v"], (x,), (jnp.ones_like(x),)
+        )
         return mean_square(value + tangent)
 
     return loss, {"w": normal(1, D, 5), "b": normal(2, 5), "v": normal(3, 5, 2)}, normal(0, N, D)
@@ -127,10 +152,17 @@ def bilinear():
 def associative_recurrence():
     def loss(p, x):
         decays, inputs = jax.nn.sigmoid(x @ p["decay"] + p["b"]), x @ p["in"]
-        states = lax.associative_scan(lambda l, r: (l[0] * r[0], r[0] * l[1] + r[1]), (decays, inputs), axis=1)[1]
+        states = lax.associative_scan(
+            lambda l, r: (l[0] * r[0], r[0] * l[1] + r[1]), (decays, inputs), axis=1
+        )[1]
         return mean_square(states @ p["out"])
 
-    params = {"decay": normal(1, D, 5), "b": normal(2, 5), "in": normal(3, D, 5), "out": normal(4, 5, 2)}
+    params = {
+        "decay": normal(1, D, 5),
+        "b": normal(2, 5),
+        "in": normal(3, D, 5),
+        "out": normal(4, 5, 2),
+    }
     return loss, params, normal(0, N, T, D)
 
 
@@ -142,7 +174,11 @@ def vmapped_grouped_convolution():
         )[0]
 
     params = {"w": normal(1, 3, 3, 4), "b": normal(2, 4)}
-    return lambda p, x: mean_square(jax.vmap(lambda x: one(p["w"], x) + p["b"])(x)), params, normal(0, N, 5, 6)
+    return (
+        lambda p, x: mean_square(jax.vmap(lambda x: one(p["w"], x) + p["b"])(x)),
+        params,
+        normal(0, N, 5, 6),
+    )
 
 
 @architecture
@@ -182,18 +218,26 @@ SECOND_DERIVATIVES = {
     "hessian": lambda f, x: jnp.trace(jax.hessian(f)(x)),
     "forward_over_reverse": lambda f, x: jnp.sum(jax.jacfwd(jax.jacrev(f))(x) ** 2),
     "reverse_over_forward": lambda f, x: jnp.trace(jax.jacrev(jax.jacfwd(f))(x)),
-    "tangents_of_tangents": lambda f, x: sum(along(lambda y, e=e: along(f, y, e), x, e) for e in jnp.eye(len(x))),
+    "tangents_of_tangents": lambda f, x: sum(
+        along(lambda y, e=e: along(f, y, e), x, e) for e in jnp.eye(len(x))
+    ),
     "vmapped_tangents": lambda f, x: jnp.sum(
         jax.vmap(lambda e: along(lambda y: along(f, y, e), x, e))(jnp.eye(len(x)))
     ),
     "gradient_of_gradient": lambda f, x: jax.grad(lambda y: jax.grad(f)(y)[0])(x)[1],
-    "linearized_gradient": lambda f, x: jnp.sum(jax.vmap(jax.linearize(jax.grad(f), x)[1])(jnp.eye(len(x)))),
+    "linearized_gradient": lambda f, x: jnp.sum(
+        jax.vmap(jax.linearize(jax.grad(f), x)[1])(jnp.eye(len(x)))
+    ),
 }
 
 
 def second_derivatives(name, width):
     def loss(p, x):
-        return jnp.mean(jax.vmap(lambda x: jnp.sin(SECOND_DERIVATIVES[name](lambda y: residual_net(p, y), x)) ** 2)(x))
+        return jnp.mean(
+            jax.vmap(
+                lambda x: jnp.sin(SECOND_DERIVATIVES[name](lambda y: residual_net(p, y), x)) ** 2
+            )(x)
+        )
 
     return lambda: (loss, residual_params(width), normal(0, N, width))
 
@@ -213,15 +257,23 @@ def tangents_of_the_whole_batch():
     def loss(p, x):
         f, ones = lambda x: net(p, x), jnp.ones_like(x)
         gradient = jax.grad(lambda x: jnp.sum(f(x)))(x)
-        return mean_square(f(x) + along(lambda y: along(f, y, ones), x, ones)) + mean_square(gradient)
+        return mean_square(f(x) + along(lambda y: along(f, y, ones), x, ones)) + mean_square(
+            gradient
+        )
 
-    return loss, {"a": normal(1, 2, 5), "b": normal(2, 5), "c": normal(3, 5, 5), "v": normal(4, 5, 2)}, normal(0, N, 2)
+    return (
+        loss,
+        {"a": normal(1, 2, 5), "b": normal(2, 5), "c": normal(3, 5, 5), "v": normal(4, 5, 2)},
+        normal(0, N, 2),
+    )
 
 
 @architecture
 def point_after_point():
     def loss(p, x):
-        laplacian = lax.map(lambda x: SECOND_DERIVATIVES["hessian"](lambda y: residual_net(p, y), x), x)
+        laplacian = lax.map(
+            lambda x: SECOND_DERIVATIVES["hessian"](lambda y: residual_net(p, y), x), x
+        )
         return jnp.mean(jnp.sin(laplacian) ** 2)
 
     return loss, residual_params(2), normal(0, N, 2)
@@ -235,7 +287,9 @@ def slices_picked_by_a_loop_counter():
             return jnp.tanh(h @ w["w"] + w["b"]) * w["s"]
 
         def mix(h, i):
-            return jnp.tanh(jax.vmap(lambda h: lax.dynamic_index_in_dim(p["mix"], i, 1, keepdims=False) @ h)(h)), None
+            return jnp.tanh(
+                jax.vmap(lambda h: lax.dynamic_index_in_dim(p["mix"], i, 1, keepdims=False) @ h)(h)
+            ), None
 
         return mean_square(lax.scan(mix, lax.fori_loop(0, 2, layer, x), jnp.arange(3))[0])
 
@@ -258,7 +312,9 @@ def both_views_in_one_batch():
 @architecture
 def determinant_of_orbitals():
     def log_amplitude(p, r):
-        h = jnp.tanh(jnp.concatenate([r, jnp.broadcast_to(r.mean(0), r.shape)], -1) @ p["w"] + p["b"])
+        h = jnp.tanh(
+            jnp.concatenate([r, jnp.broadcast_to(r.mean(0), r.shape)], -1) @ p["w"] + p["b"]
+        )
         orbitals = jnp.einsum("eh,kho->keo", h, p["orbitals"]) * p["envelope"]
         sign, log = jnp.linalg.slogdet(orbitals)
         return jnp.log(jnp.abs(jnp.sum(sign * jnp.exp(log))))
@@ -267,7 +323,12 @@ def determinant_of_orbitals():
         gradient = jax.vmap(jax.grad(log_amplitude, argnums=1), (None, 0))(p, r)
         return mean_square(jnp.tanh(gradient))
 
-    params = {"w": normal(1, 4, 5), "b": normal(2, 5), "orbitals": normal(3, 2, 5, 3), "envelope": normal(4, 3)}
+    params = {
+        "w": normal(1, 4, 5),
+        "b": normal(2, 5),
+        "orbitals": normal(3, 2, 5, 3),
+        "envelope": normal(4, 3),
+    }
     return loss, params, normal(0, N, 3, 2)
 
 

@@ -1,8 +1,7 @@
 """What is trained: one small file a problem, each with a function ``problem() -> Problem``.
 
-A problem of your own is a Python file with such a function; give its path in the place of a name. A file that sets
-``X64 = True`` runs in float64.
-"""
+A problem of your own is a Python file with such a function; give its path in the place of a name. A
+file that sets ``X64 = True`` runs in float64."""
 
 import importlib
 import importlib.util
@@ -28,17 +27,21 @@ class Problem(NamedTuple):
       init: seed -> parameters.
       loss: (params, *batch) -> the mean loss of a batch, [].
       batches: (seed, steps) -> an iterator over batches, each a tuple of arrays.
-      metrics: name -> function of the parameters. The first decides: learning rates are tuned for its last value, and
-        the steps and seconds until it falls to tuned Adam's last value are compared.
+      metrics: name -> function of the parameters. The first decides: learning rates are tuned for
+        its last value, and the steps and seconds until it falls to tuned Adam's last value are
+        compared.
       steps: how many, by default.
       evaluate_every: steps between evaluations; also the length of a timed block.
-      objective: the loss as an `optax_curv.Objective` whose batches are (inputs, targets), if it is one.
-      residuals: one function (params, points [N, d]) -> residuals [N] for each array of a batch, if the loss is half
-        the sum of their mean squares.
+      objective: the loss as an `optax_curv.Objective` whose batches are (inputs, targets), if it is
+        one.
+      residuals: one function (params, points [N, d]) -> residuals [N] for each array of a batch, if
+        the loss is half the sum of their mean squares.
       adam_for: (path, leaf) -> whether methods for matrices leave this leaf to Adam.
       goal: a value of the first metric that replaces tuned Adam's last one as the target.
-      share_of_steps: method -> share of `steps` it gets, for methods whose steps cost far more or less than Adam's.
-      full_batch: whether all batches are the same, so that line searches may keep their last evaluation.
+      share_of_steps: method -> share of `steps` it gets, for methods whose steps cost far more or
+        less than Adam's.
+      full_batch: whether all batches are the same, so that line searches may keep their last
+        evaluation.
     """
 
     definition: str
@@ -63,13 +66,17 @@ def load(name: str) -> tuple[str, Problem]:
     else:
         path = pathlib.Path(name)
         if path.suffix != ".py" or not path.is_file():
-            raise ValueError(f"unknown problem {name!r}; expected one of {', '.join(NAMES)} or the path of a .py file")
+            raise ValueError(
+                f"unknown problem {name!r}; expected one of {', '.join(NAMES)} or the path of a .py file"
+            )
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None
         title, module = path.stem, importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         if not callable(getattr(module, "problem", None)):
-            raise ValueError(f"{name} has no function problem() that returns a benchmarks.problems.Problem")
+            raise ValueError(
+                f"{name} has no function problem() that returns a benchmarks.problems.Problem"
+            )
     if getattr(module, "X64", False):
         import jax
 

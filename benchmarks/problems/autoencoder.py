@@ -28,7 +28,10 @@ def problem() -> Problem:
         init=lambda seed: init_dense(seed, WIDTHS),
         loss=loss,
         batches=lambda seed, steps: epochs((images, images), 512, seed, steps),
-        metrics={"training loss": lambda params: loss(params, images, images), "squared error": squared_error},
+        metrics={
+            "training loss": lambda params: loss(params, images, images),
+            "squared error": squared_error,
+        },
         steps=400,
         evaluate_every=5,
         objective=loss,

@@ -11,7 +11,10 @@ def init_dense(seed: int, widths, dtype=jnp.float32):
     """Kernels N(0, 2 / (in + out)) and zero biases, a list of layers."""
     keys = jax.random.split(jax.random.key(seed), len(widths) - 1)
     return [
-        {"w": jax.random.normal(key, shape, dtype) * np.sqrt(2 / sum(shape)), "b": jnp.zeros(shape[1], dtype)}
+        {
+            "w": jax.random.normal(key, shape, dtype) * np.sqrt(2 / sum(shape)),
+            "b": jnp.zeros(shape[1], dtype),
+        }
         for key, shape in zip(keys, itertools.pairwise(widths), strict=True)
     ]
 

@@ -12,7 +12,9 @@ def problem() -> Problem:
     from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
-    parts = train_test_split(images.astype("float32") / 16, labels.astype("int32"), random_state=0, stratify=labels)
+    parts = train_test_split(
+        images.astype("float32") / 16, labels.astype("int32"), random_state=0, stratify=labels
+    )
     images, test_images, labels, test_labels = map(jnp.asarray, parts)
     loss = optax_curv.Objective(predict_dense, "categorical")
 

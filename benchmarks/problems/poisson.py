@@ -10,7 +10,9 @@ from benchmarks.problems import Problem
 from benchmarks.problems.dense import init_dense, predict_dense
 
 
-def poisson(dim: int, name: str, solution: Callable, interior: int, boundary: int, **options) -> Problem:
+def poisson(
+    dim: int, name: str, solution: Callable, interior: int, boundary: int, **options
+) -> Problem:
     """-Δu = f in (0, 1)^dim, u = g on the boundary, with f and g from a known solution; network dim-64-1.
 
     The points are drawn once; the relative L² error is over 10000 others.

@@ -20,7 +20,8 @@ def problem() -> Problem:
         def __call__(self, x):
             h = nn.LayerNorm(name="norm_1")(x)
             q, k, v = (
-                nn.Dense(WIDTH, name=name)(h).reshape(*x.shape[:-1], HEADS, -1) for name in ("query", "key", "value")
+                nn.Dense(WIDTH, name=name)(h).reshape(*x.shape[:-1], HEADS, -1)
+                for name in ("query", "key", "value")
             )
             h = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
             x = x + nn.Dense(WIDTH, name="out")(h)
@@ -69,6 +70,9 @@ def problem() -> Problem:
         evaluate_every=5,
         objective=loss,
         adam_for=lambda path, leaf: (
-            leaf.ndim != 2 or any(name in jax.tree_util.keystr(path) for name in ("embedding", "positions", "head"))
+            leaf.ndim != 2
+            or any(
+                name in jax.tree_util.keystr(path) for name in ("embedding", "positions", "head")
+            )
         ),
     )

@@ -17,7 +17,8 @@ def problem() -> Problem:
         keys = jax.random.split(jax.random.key(seed), 3)
         shapes = {"input": (2, UNITS), "recurrent": (UNITS, UNITS), "output": (UNITS, 1)}
         kernels = {
-            name: 0.1 * jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+            name: 0.1 * jax.random.normal(key, shape)
+            for key, (name, shape) in zip(keys, shapes.items(), strict=True)
         }
         kernels["recurrent"] = jnp.linalg.qr(kernels["recurrent"])[0]
         return {**kernels, "bias": jnp.zeros(UNITS), "output_bias": jnp.zeros(1)}
@@ -26,17 +27,24 @@ def problem() -> Problem:
         def step(h, x):
             return jnp.tanh(x @ params["input"] + h @ params["recurrent"] + params["bias"]), None
 
-        h, _ = jax.lax.scan(step, jnp.zeros((sequences.shape[0], UNITS)), jnp.moveaxis(sequences, 1, 0))
+        h, _ = jax.lax.scan(
+            step, jnp.zeros((sequences.shape[0], UNITS)), jnp.moveaxis(sequences, 1, 0)
+        )
         return h @ params["output"] + params["output_bias"]
 
     def loss(params, sequences, targets):
-        return jnp.mean(optax.sigmoid_binary_cross_entropy(predict(params, sequences)[:, 0], targets))
+        return jnp.mean(
+            optax.sigmoid_binary_cross_entropy(predict(params, sequences)[:, 0], targets)
+        )
 
     def draw(rng, count):
         """Sequences [count, DELAY, 2] of (a random sign, 1 where it counts) and targets [count] in {0, 1}."""
         signs = rng.choice([-1.0, 1.0], (count, DELAY)).astype(np.float32)
         marked = np.zeros((count, DELAY), np.float32)
-        first, second = rng.integers(0, DELAY // 10, count), rng.integers(DELAY // 10, DELAY // 2, count)
+        first, second = (
+            rng.integers(0, DELAY // 10, count),
+            rng.integers(DELAY // 10, DELAY // 2, count),
+        )
         rows = np.arange(count)
         marked[rows, first] = marked[rows, second] = 1
         targets = (signs[rows, first] != signs[rows, second]).astype(np.float32)

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from optax_curv.capture import statistics
-from optax_curv.capture.grouping import Use
-from optax_curv.capture.jaxpr import varying_like, with_automatic_sharding
-from optax_curv.capture.layers import Layers
-from optax_curv.capture.marks import LOST
-from optax_curv.capture.objective import Objective
-from optax_curv.capture.traces import Trace, trace
-from optax_curv.capture.tracing import Tap, run_with_taps
+from optax_curv.capture._graph.jaxpr import varying_like, with_automatic_sharding
+from optax_curv.capture._graph.marks import LOST
+from optax_curv.capture._graph.trace import Trace, trace
+from optax_curv.capture._graph.uses import Use
+from optax_curv.capture._graph.walk import Tap, run_with_taps
+from optax_curv.layers import Layers
+from optax_curv.objective import Objective
 
 STATISTICS = ("kronecker", "diagonal", "eigenbasis", "raw", "rows")
 FISHERS = ("empirical", "sampled", "exact")
@@ -26,10 +26,10 @@ SHARINGS = ("expand", "reduce")
 def find_layers(loss_fn: Callable, params, *args, **kwargs) -> Layers:
     """Finds the layers of a loss by following its parameters through it.
 
-    A parameter that meets an activation in a matrix product or a convolution is a layer's kernel, whatever reshaped,
-    cast or sliced it on the way; one added to a layer's output is its bias; one that rows are picked from is an
-    embedding; one that multiplies activations is a scale, one added to others a shift. Nothing is computed: arrays may
-    be `jax.ShapeDtypeStruct`s.
+    A parameter that meets an activation in a matrix product or a convolution is a layer's kernel,
+    whatever reshaped, cast or sliced it on the way; one added to a layer's output is its bias; one
+    that rows are picked from is an embedding; one that multiplies activations is a scale, one added
+    to others a shift. Nothing is computed: arrays may be `jax.ShapeDtypeStruct`s.
 
     Args:
       loss_fn: `loss_fn(params, *args, **kwargs)`, or an `Objective`.
@@ -38,7 +38,8 @@ def find_layers(loss_fn: Callable, params, *args, **kwargs) -> Layers:
       **kwargs: likewise.
 
     Returns:
-      The layers in the order of use; `print` shows a table, `uncovered` what is in no layer, and why.
+      The layers in the order of use; `print` shows a table, `uncovered` what is in no layer, and
+      why.
 
     Raises:
       ValueError: if a parameter is not a floating-point array, or a `while_loop` surrounds a layer.
@@ -107,7 +108,9 @@ class Probing:
         """The function's result, and what `traced.update` wants; the gradients of the probes are measured."""
         probes = {key: (probe, self._basis[key]) for key, probe in probes.items()}
         traced = self.traced
-        return traced.restore(run_with_taps(traced.node, [*leaves, *traced.arrays], self._taps, probes))
+        return traced.restore(
+            run_with_taps(traced.node, [*leaves, *traced.arrays], self._taps, probes)
+        )
 
     def finish(self, sums: dict) -> dict[str, Any]:
         """The curvature of each layer from the gradients of the probes."""
@@ -118,8 +121,13 @@ class Probing:
             if statistics.keeps_rows(self.statistic, use.layer):
                 found.setdefault(name, []).append((use, sums[key]))
             else:
-                found[name] = statistics.finish(self.statistic, self.sharing, use, sums[key], self._basis[key])
-        return {name: finish_rows(*zip(*x, strict=True)) if isinstance(x, list) else x for name, x in found.items()}
+                found[name] = statistics.finish(
+                    self.statistic, self.sharing, use, sums[key], self._basis[key]
+                )
+        return {
+            name: finish_rows(*zip(*x, strict=True)) if isinstance(x, list) else x
+            for name, x in found.items()
+        }
 
 
 def value_grad_and_curvature(
@@ -135,40 +143,45 @@ def value_grad_and_curvature(
 ) -> Callable:
     r"""As `jax.value_and_grad`, with the curvature of every layer from the same backward pass.
 
-    With a layer's inputs a and output gradients ḡ of the loss of the whole batch (a mean over N examples), "kronecker"
-    gives the factors of the per-example loss
+    With a layer's inputs a and output gradients ḡ of the loss of the whole batch (a mean over N
+    examples), "kronecker" gives the factors of the per-example loss
 
     .. math::
       A = \frac{1}{R} \sum_r a_r a_r^T, \qquad G = N \sum_r \bar g_r \bar g_r^T,
 
-    over all R rows (examples × positions × uses of the kernel), so that duplicating the batch changes neither. Scales
-    and shifts have the block of their own per-example gradients u as G = N Σ ū ūᵀ, and A = 1.
+    over all R rows (examples × positions × uses of the kernel), so that duplicating the batch
+    changes neither. Scales and shifts have the block of their own per-example gradients u as G = N
+    Σ ū ūᵀ, and A = 1.
 
     Args:
-      loss_fn: `loss_fn(params, *args, **kwargs) -> scalar`, a *mean* over examples, or an `Objective`.
+      loss_fn: `loss_fn(params, *args, **kwargs) -> scalar`, a *mean* over examples, or an
+        `Objective`.
       layers: the layers to measure, from `find_layers`; None: all.
-      statistic: "kronecker" (`KroneckerFactors`), "diagonal" (of the Fisher, [*stack, rows, out]), "eigenbasis"
-        (`EigenbasisMoments`; the call takes `basis=`, a dict from layer name to (U_A, U_G), None for the side of a
-        diagonal factor), "raw" (`RawSamples`) or "rows" (`FactorRows`, of which `scale_by_kfac` makes the factors where
-        its period asks for them: cheaper than "kronecker" for periods above 1).
-      fisher: "empirical": gradients of the loss itself. The other two need an `Objective`, and A ⊗ G is on the scale of
-        its Gauss-Newton matrix, however many rows of outputs an example has: "sampled" takes gradients at targets drawn
-        from the model (the call takes `key=`), "exact" the columns of the root of the loss's Hessian, vectorised, one
-        position of the outputs [N, *positions, O] after the other. Value and gradients stay those of the loss.
+      statistic: "kronecker" (`KroneckerFactors`), "diagonal" (of the Fisher, [*stack, rows, out]),
+        "eigenbasis" (`EigenbasisMoments`; the call takes `basis=`, a dict from layer name to (U_A,
+        U_G), None for the side of a diagonal factor), "raw" (`RawSamples`) or "rows" (`FactorRows`,
+        of which `scale_by_kfac` makes the factors where its period asks for them: cheaper than
+        "kronecker" for periods above 1).
+      fisher: "empirical": gradients of the loss itself. The other two need an `Objective`, and A ⊗
+        G is on the scale of its Gauss-Newton matrix, however many rows of outputs an example has:
+        "sampled" takes gradients at targets drawn from the model (the call takes `key=`), "exact"
+        the columns of the root of the loss's Hessian, vectorised, one position of the outputs [N,
+        *positions, O] after the other. Value and gradients stay those of the loss.
       samples: number of drawn targets; "sampled" only.
-      sharing: "expand" takes every row as an example, "reduce" first averages inputs and sums output gradients over the
-        positions and uses of one.
-      batch_size: N; None: the leading axis of the first array after the parameters that is no PRNG key and, where
-        there are others, in no tree of trees (as batch statistics are).
+      sharing: "expand" takes every row as an example, "reduce" first averages inputs and sums
+        output gradients over the positions and uses of one.
+      batch_size: N; None: the leading axis of the first array after the parameters that is no PRNG
+        key and, where there are others, in no tree of trees (as batch statistics are).
       has_aux: whether the loss returns (loss, aux).
 
     Returns:
-      `f(params, *args, **kwargs) -> (value, grads, curvature)`, or `((value, aux), grads, curvature)`; `curvature` is
-      a dict from layer name to its statistic, in float32 at least.
+      `f(params, *args, **kwargs) -> (value, grads, curvature)`, or `((value, aux), grads,
+      curvature)`; `curvature` is a dict from layer name to its statistic, in float32 at least.
 
     Raises:
-      ValueError: for an unknown choice; in `f`, for a loss that is not a scalar, parameters that are not
-        floating-point, layers of another model, `fisher` "sampled" or "exact" with a plain loss, or no key to sample.
+      ValueError: for an unknown choice; in `f`, for a loss that is not a scalar, parameters that
+        are not floating-point, layers of another model, `fisher` "sampled" or "exact" with a plain
+        loss, or no key to sample.
 
     Examples:
       >>> import jax.numpy as jnp, optax_curv
@@ -179,18 +192,24 @@ def value_grad_and_curvature(
       ((3, 3), 36.0)
 
     References:
-      Martens & Grosse, 2015, arXiv:1503.05671, eq. 1; Eschenhagen et al., 2023, arXiv:2311.00636, eqs. 8 and 9.
+      Martens & Grosse, 2015, arXiv:1503.05671, eq. 1; Eschenhagen et al., 2023, arXiv:2311.00636,
+      eqs. 8 and 9.
 
-    A kernel used on both sides (a tied embedding, derivatives of the network inside the loss) has one pair of factors:
-    where the input lies on the output side, R ḡ takes the place of a and a / R that of g. Layers whose rows show no
-    axis of length N count as one example in "reduce", scales and shifts.
+    A kernel used on both sides (a tied embedding, derivatives of the network inside the loss) has
+    one pair of factors: where the input lies on the output side, R ḡ takes the place of a and a / R
+    that of g. Layers whose rows show no axis of length N count as one example in "reduce", scales
+    and shifts.
     """
     chosen = {"statistic": statistic, "fisher": fisher, "sharing": sharing}
     for (name, given), choices in zip(chosen.items(), (STATISTICS, FISHERS, SHARINGS), strict=True):
         if given not in choices:
-            raise ValueError(f"value_grad_and_curvature: unknown {name}={given!r}; expected one of {choices}.")
+            raise ValueError(
+                f"value_grad_and_curvature: unknown {name}={given!r}; expected one of {choices}."
+            )
     if statistic == "rows" and sharing == "reduce":
-        raise ValueError("value_grad_and_curvature: statistic='rows' needs sharing='expand'; 'reduce' sums rows first.")
+        raise ValueError(
+            "value_grad_and_curvature: statistic='rows' needs sharing='expand'; 'reduce' sums rows first."
+        )
     is_objective = isinstance(loss_fn, Objective)
     if fisher != "empirical" and not is_objective:
         raise ValueError(
@@ -198,7 +217,9 @@ def value_grad_and_curvature(
             "not show; pass optax_curv.Objective(predict_fn, likelihood)."
         )
     if is_objective and has_aux:
-        raise ValueError("value_grad_and_curvature: has_aux=True needs a plain loss; an Objective has no aux.")
+        raise ValueError(
+            "value_grad_and_curvature: has_aux=True needs a plain loss; an Objective has no aux."
+        )
     if samples < 1:
         raise ValueError(f"value_grad_and_curvature: expected samples >= 1, got {samples=}.")
 
@@ -234,14 +255,19 @@ def value_grad_and_curvature(
         assert isinstance(loss_fn, Objective)
         traced = trace(loss_fn.value_and_outputs, params, args, kwargs, batch_size)
         probing = Probing(traced, _measured(traced.layers, layers), statistic, sharing, basis)
-        (value, outputs), pull_back, after = jax.vjp(probing, traced.leaves, probing.zeros, has_aux=True)
+        (value, outputs), pull_back, after = jax.vjp(
+            probing, traced.leaves, probing.zeros, has_aux=True
+        )
         traced.update(after)
         grads, _ = pull_back((jnp.ones_like(value), jnp.zeros_like(outputs)))
         weights, positions = kwargs.get("weights"), ()
         if fisher == "sampled":
             columns = loss_fn.sampled_cotangents(key, outputs, samples=samples, weights=weights)
         else:
-            columns, positions = loss_fn.exact_cotangents(outputs, weights=weights), outputs.shape[1:-1]
+            columns, positions = (
+                loss_fn.exact_cotangents(outputs, weights=weights),
+                outputs.shape[1:-1],
+            )
         curvature = _model_curvature(
             lambda cotangent: probing.finish(pull_back((jnp.zeros_like(value), cotangent))[1]),
             columns / jnp.sqrt(jnp.asarray(traced.batch, columns.dtype)),
@@ -253,9 +279,12 @@ def value_grad_and_curvature(
     return value_grads_curvature
 
 
-def _model_curvature(measure: Callable, columns, positions: tuple[int, ...], joins: bool) -> dict[str, Any]:
+def _model_curvature(
+    measure: Callable, columns, positions: tuple[int, ...], joins: bool
+) -> dict[str, Any]:
     """G = Σ_c Σ_r g gᵀ over a layer's rows for cotangents c [columns, *outputs.shape]; A and the like enter once."""
-    # positions of the outputs may meet inside the network, and so are pulled back one after the other
+    # positions of the outputs may meet inside the network, and so are pulled back one after the
+    # other
     count = math.prod(positions)
     if len(columns) * count == 1:
         return measure(columns[0])
@@ -267,12 +296,16 @@ def _model_curvature(measure: Callable, columns, positions: tuple[int, ...], joi
         return jax.vmap(measure)(columns * here)
 
     if joins:
-        return {name: statistics.joined(x) for name, x in jax.lax.map(at, jnp.arange(count)).items()}
+        return {
+            name: statistics.joined(x) for name, x in jax.lax.map(at, jnp.arange(count)).items()
+        }
     still = measure(jnp.zeros(columns.shape[1:], columns.dtype))
 
     def add(total, position):
         # without what is there at no cotangent
-        moved = jax.tree.map(lambda each, rest: jnp.sum(each - rest, 0, dtype=each.dtype), at(position), still)
+        moved = jax.tree.map(
+            lambda each, rest: jnp.sum(each - rest, 0, dtype=each.dtype), at(position), still
+        )
         return jax.tree.map(jnp.add, total, moved), None
 
     return jax.lax.scan(add, still, jnp.arange(count))[0]
@@ -302,7 +335,9 @@ def _measured(found: Layers, wanted: Layers | None) -> Layers:
     own = {layer.name: layer for layer in found}
     for layer in wanted:
         same = own.get(layer.name)
-        if same is None or dataclasses.replace(same, rows=0, shared=1) != dataclasses.replace(layer, rows=0, shared=1):
+        if same is None or dataclasses.replace(same, rows=0, shared=1) != dataclasses.replace(
+            layer, rows=0, shared=1
+        ):
             raise ValueError(
                 f"value_grad_and_curvature: the layer {layer!r} is not in this loss, which has {list(own.values())}; "
                 "are these the layers of another model? Make them with find_layers(loss_fn, params, ...)."

@@ -3,15 +3,15 @@
 import jax
 import jax.numpy as jnp
 
-from optax_curv.capture.statistics import FactorRows, RawSamples
+from optax_curv.curvature import FactorRows, RawSamples
 
 
 def average_curvature(mean, curvature, mini_step):
     """The mean of the curvatures of micro-batches of equal size, one after the other.
 
-    `optax.MultiSteps` averages gradients, but hands the inner transformation the extra arguments of the last
-    micro-batch alone. With this mean as `curvature=` these have the factors of the whole batch, each loss being a mean
-    over its own micro-batch.
+    `optax.MultiSteps` averages gradients, but hands the inner transformation the extra arguments of
+    the last micro-batch alone. With this mean as `curvature=` these have the factors of the whole
+    batch, each loss being a mean over its own micro-batch.
 
     Args:
       mean: the mean so far, a tree like `curvature`; of any values in the first mini-step.

@@ -3,16 +3,16 @@
 import jax
 import jax.numpy as jnp
 
-from optax_curv.linalg.checks import widen
+from optax_curv.linalg._checks import widen
 
 
 def hessian_probe(loss_fn, params, *args, key, has_aux=False, finite_difference=False, **kwargs):
     """Value, gradient, a random probe v ~ N(0, I) and the Hessian-vector product Hv, in one linearisation.
 
-    As E[v vᵀ] = I, E[Hv (Hv)ᵀ] = H², to which Newton-type preconditioners are fitted. Forward-over-reverse, at about
-    the cost of three gradients. `finite_difference=True` is for losses without a second derivative (custom rules,
-    integer tables): Hv ≈ (∇f(θ + εv) - ∇f(θ)) / ε with ε = √eps(dtype) · max(1, rms(θ)), two gradients, and a relative
-    error of about √eps.
+    As E[v vᵀ] = I, E[Hv (Hv)ᵀ] = H², to which Newton-type preconditioners are fitted.
+    Forward-over-reverse, at about the cost of three gradients. `finite_difference=True` is for
+    losses without a second derivative (custom rules, integer tables): Hv ≈ (∇f(θ + εv) - ∇f(θ)) / ε
+    with ε = √eps(dtype) · max(1, rms(θ)), two gradients, and a relative error of about √eps.
 
     Args:
       loss_fn: scalar function of (params, *args, **kwargs).
@@ -24,8 +24,9 @@ def hessian_probe(loss_fn, params, *args, key, has_aux=False, finite_difference=
       **kwargs: passed to the loss.
 
     Returns:
-      (value, grads, probe, hvp), or ((value, aux), grads, probe, hvp); the last three are like the parameters. Of
-      complex leaves hvp is the derivative of jax.grad's gradient, the conjugate of the steepest ascent.
+      (value, grads, probe, hvp), or ((value, aux), grads, probe, hvp); the last three are like the
+      parameters. Of complex leaves hvp is the derivative of jax.grad's gradient, the conjugate of
+      the steepest ascent.
 
     Raises:
       TypeError: from jax.grad, for integer parameters or a loss that is not scalar.
@@ -48,7 +49,9 @@ def hessian_probe(loss_fn, params, *args, key, has_aux=False, finite_difference=
     ]
 
     def grads_and_value(leaves):
-        value, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(treedef.unflatten(leaves), *args, **kwargs)
+        value, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(
+            treedef.unflatten(leaves), *args, **kwargs
+        )
         return jax.tree.leaves(grads), value
 
     if not finite_difference:
@@ -56,7 +59,9 @@ def hessian_probe(loss_fn, params, *args, key, has_aux=False, finite_difference=
     else:
         step = _difference_step(leaves)
         grads, value = grads_and_value(leaves)
-        ahead, _ = grads_and_value([x + (step * v).astype(v.dtype) for x, v in zip(leaves, probes, strict=True)])
+        ahead, _ = grads_and_value(
+            [x + (step * v).astype(v.dtype) for x, v in zip(leaves, probes, strict=True)]
+        )
         products = [((b - a) / step).astype(a.dtype) for a, b in zip(grads, ahead, strict=True)]
     return value, treedef.unflatten(grads), treedef.unflatten(probes), treedef.unflatten(products)
 

@@ -3,68 +3,19 @@
 Rows are inputs a and output gradients ḡ of the loss of the batch.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_curv.capture.layers import ELEMENTWISE
-from optax_curv.linalg.checks import widen
-
-
-class KroneckerFactors(NamedTuple):
-    """The factors of a layer's Fisher block, F ≈ A ⊗ G.
-
-    Attributes:
-      input_factor: A = E[a aᵀ], float [*stack, in, in], or its diagonal [*stack, in] (embeddings).
-      output_factor: G = E[g gᵀ], float [*stack, out, out], or its diagonal [*stack, out].
-      count: number of batches averaged so far, int32 [].
-    """
-
-    input_factor: jax.Array
-    output_factor: jax.Array
-    count: jax.Array  # type: ignore[override]
-
-
-class EigenbasisMoments(NamedTuple):
-    """Kronecker factors, and second moments of the gradient in a given eigenbasis (EKFAC).
-
-    Attributes:
-      input_factor, output_factor, count: as in `KroneckerFactors`.
-      moments: E[(U_Aᵀ a gᵀ U_G)²], float [*stack, rows, out].
-    """
-
-    input_factor: jax.Array
-    output_factor: jax.Array
-    count: jax.Array  # type: ignore[override]
-    moments: jax.Array
-
-
-class RawSamples(NamedTuple):
-    """The rows of a layer themselves, all uses one after the other.
-
-    Attributes:
-      inputs: a, [*stack, R, in] with the bias's coordinate; integer [*stack, R] for an embedding.
-      output_grads: g, gradients of one example's own loss, [*stack, R, out].
-    """
-
-    inputs: jax.Array
-    output_grads: jax.Array
-
-
-class FactorRows(NamedTuple):
-    """Rows of a layer of which its Kronecker factors can be made later, A = w_A Σ a aᵀ and G = w_G Σ g gᵀ.
-
-    Attributes:
-      inputs: as in `RawSamples`.
-      output_grads: g, gradients of the loss of the batch, [*stack, R, out].
-      weights: (w_A, w_G), float [2].
-    """
-
-    inputs: jax.Array
-    output_grads: jax.Array
-    weights: jax.Array
+from optax_curv.curvature import (
+    EigenbasisMoments,
+    FactorRows,
+    KroneckerFactors,
+    RawSamples,
+    quadratic_sums,
+)
+from optax_curv.layers import ELEMENTWISE
+from optax_curv.linalg._checks import widen
 
 
 def rows_of(use, operands, grad) -> tuple[jax.Array | None, jax.Array]:
@@ -80,13 +31,19 @@ def rows_of(use, operands, grad) -> tuple[jax.Array | None, jax.Array]:
             grad = grad * operand
         rows = use.outputs(grad)
         if use.positions is not None:
-            rows = jnp.zeros((*rows.shape[:-1], use.layer.out_dim), rows.dtype).at[..., use.positions].set(rows)
+            rows = (
+                jnp.zeros((*rows.shape[:-1], use.layer.out_dim), rows.dtype)
+                .at[..., use.positions]
+                .set(rows)
+            )
         return None, rows
     x = _part(operands[0], found.windows[0])
     if found.conv is not None:
         x = lax.conv_general_dilated_patches(x, *found.conv, precision=lax.Precision.HIGHEST)
     inputs, grads = use.inputs(x if found.kind != "embedding" else x[..., 0]), use.outputs(grad)
-    if inputs.shape[:-1] != grads.shape[:-1]:  # the same for all examples, or members of an ensemble
+    if (
+        inputs.shape[:-1] != grads.shape[:-1]
+    ):  # the same for all examples, or members of an ensemble
         inputs = jnp.broadcast_to(inputs, (*grads.shape[:-1], inputs.shape[-1]))
     if found.kind == "embedding":
         return inputs[..., 0], grads
@@ -102,56 +59,16 @@ def rows_of(use, operands, grad) -> tuple[jax.Array | None, jax.Array]:
 
 def _part(x, window):
     """A part (axis, start, size) of an array; None: all of it."""
-    return x if window is None else lax.slice_in_dim(x, window[1], window[1] + window[2], axis=window[0])
-
-
-def _second_moment(rows, full: bool):
-    """Σ x xᵀ over the rows [*stack, R, d], or its diagonal."""
-    if not full:
-        return jnp.sum(jnp.square(widen(rows)), axis=-2)
-    wide = jnp.promote_types(rows.dtype, jnp.float32)  # where products of half-precision numbers are exact
-    return jnp.einsum("...ri,...rj->...ij", rows, rows, precision=lax.Precision.HIGHEST, preferred_element_type=wide)
-
-
-def _counts(ids, width: int, weights):
-    """Σ of products of one-hot rows with weights, [*stack, R] and [*stack, R, ·] to [*stack, width, ·]."""
-    if ids.ndim > 1:
-        return jax.vmap(lambda i, w: _counts(i, width, w))(ids, weights)
-    return jnp.zeros((width, *weights.shape[1:]), weights.dtype).at[ids].add(weights, mode="drop")
+    return (
+        x
+        if window is None
+        else lax.slice_in_dim(x, window[1], window[1] + window[2], axis=window[0])
+    )
 
 
 def _flat(x, stack: int):
     """Every row an example: [*stack, examples · positions, ...]."""
     return x.reshape(*x.shape[:stack], -1, *x.shape[stack + 2 :])
-
-
-def _quadratic(statistic: str, layer, inputs, grads, basis) -> dict[str, jax.Array]:
-    """Σ a aᵀ, Σ g gᵀ and Σ (U_Aᵀ a)² (U_Gᵀ g)² over rows [*stack, R, ·], as far as the statistic has them."""
-    sums, one_hot = {}, layer.kind == "embedding" and inputs.ndim == grads.ndim - 1
-    if statistic != "diagonal":
-        full_input, full_output = (len(shape) == len(layer.stack) + 2 for shape in layer.factor_shapes)
-        sums["output"] = _second_moment(grads, full_output)
-        if one_hot:
-            sums["input"] = _counts(inputs, layer.in_dim, jnp.ones(inputs.shape, jnp.float32))
-        else:
-            sums["input"] = _second_moment(inputs, full_input)
-    if statistic not in ("kronecker", "rows"):
-        left, right = basis
-        squares = _squares(grads, right)
-        if one_hot:
-            sums["moments"] = _counts(inputs, layer.in_dim, squares)
-        else:
-            a = _squares(inputs, left)
-            sums["moments"] = jnp.einsum("...ri,...rj->...ij", a, squares, precision=lax.Precision.HIGHEST)
-    return sums
-
-
-def _squares(rows, basis):
-    """Of the rows in a basis whose vectors are the columns of `basis`; None: the identity."""
-    rows = widen(rows)
-    if basis is not None:
-        rows = jnp.einsum("...ri,...ij->...rj", rows, basis, precision=lax.Precision.HIGHEST)
-    return jnp.square(rows)
 
 
 def is_linear(layer, sharing: str) -> bool:
@@ -191,7 +108,9 @@ def probe(statistic: str, sharing: str, use, dtype) -> dict[str, jax.Array]:
     return {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
 
 
-def contribution(statistic: str, sharing: str, use, operands, grad, zeros, basis) -> dict[str, jax.Array]:
+def contribution(
+    statistic: str, sharing: str, use, operands, grad, zeros, basis
+) -> dict[str, jax.Array]:
     """What one use adds to its probe."""
     inputs, grads = rows_of(use, operands, grad)
     stack = grads.ndim - 3
@@ -200,12 +119,17 @@ def contribution(statistic: str, sharing: str, use, operands, grad, zeros, basis
             grads = jnp.sum(grads, axis=-2, keepdims=True)
             inputs = jnp.ones(grads.shape[:-1], grads.dtype)
         grads = widen(_flat(grads, stack))
-        found = {"inputs": _flat(inputs, stack), "output_grads": grads * use.batch if statistic == "raw" else grads}
+        found = {
+            "inputs": _flat(inputs, stack),
+            "output_grads": grads * use.batch if statistic == "raw" else grads,
+        }
     elif is_linear(use.layer, sharing):
         found = _example_sums(use, inputs, grads)
     else:
         basis = tuple(u if u is None else u[use.slots] for u in basis)
-        found = _quadratic(statistic, use.layer, _flat(inputs, stack), _flat(grads, stack), basis)
+        found = quadratic_sums(
+            statistic, use.layer, _flat(inputs, stack), _flat(grads, stack), basis
+        )
     placed = {}
     for name, value in found.items():
         value = value.astype(zeros[name].dtype)
@@ -227,7 +151,8 @@ def _example_sums(use, inputs, grads):
 def finish(statistic: str, sharing: str, use, sums: dict, basis):
     """The statistic of a layer from the sum over all its uses, of which one is given.
 
-    A = Σ a aᵀ / R and G = N Σ ḡ ḡᵀ; where rows were summed for each example first, inputs are averaged, and R = N.
+    A = Σ a aᵀ / R and G = N Σ ḡ ḡᵀ; where rows were summed for each example first, inputs are
+    averaged, and R = N.
     """
     layer, rows = use.layer, use.rows
     if is_linear(layer, sharing):
@@ -235,8 +160,12 @@ def finish(statistic: str, sharing: str, use, sums: dict, basis):
             outer = sum(use.loops[: use.example_loop])
             sums = {name: jnp.moveaxis(x, outer, -3)[..., 0, :] for name, x in sums.items()}
         inputs, grads, rows = sums.get("inputs"), sums["grads"], use.examples
-        inputs = jnp.ones((*grads.shape[:-1], 1), grads.dtype) if inputs is None else inputs * (use.examples / use.rows)
-        sums = _quadratic(statistic, layer, inputs, grads, basis)
+        inputs = (
+            jnp.ones((*grads.shape[:-1], 1), grads.dtype)
+            if inputs is None
+            else inputs * (use.examples / use.rows)
+        )
+        sums = quadratic_sums(statistic, layer, inputs, grads, basis)
     scaled = {name: x * (1 / rows if name == "input" else use.batch) for name, x in sums.items()}
     if statistic == "diagonal":
         return scaled["moments"]
@@ -250,12 +179,6 @@ def finish_rows(uses, samples) -> FactorRows:
     return FactorRows(*raw, jnp.array([1 / uses[0].rows, uses[0].batch], raw.output_grads.dtype))
 
 
-def factors_of_rows(rows: FactorRows, layer) -> tuple[jax.Array, jax.Array]:
-    """A and G in the shapes of `layer.factor_shapes`."""
-    sums = _quadratic("kronecker", layer, rows.inputs, rows.output_grads, None)
-    return rows.weights[0] * sums["input"], rows.weights[1] * sums["output"]
-
-
 def finish_raw(uses, samples) -> RawSamples:
     """All rows of a layer, from the samples of each of its uses."""
     layer, stack, joined = uses[0].layer, len(uses[0].layer.stack), {}
@@ -266,7 +189,9 @@ def finish_raw(uses, samples) -> RawSamples:
         rows = first + stack - len(own)
         for name, x in sample.items():
             x = x.transpose([*own, *range(first, rows), *shared, *range(rows, x.ndim)])
-            joined.setdefault(name, []).append(x.reshape(*x.shape[:stack], -1, *x.shape[stack + len(shared) + 1 :]))
+            joined.setdefault(name, []).append(
+                x.reshape(*x.shape[:stack], -1, *x.shape[stack + len(shared) + 1 :])
+            )
     one_hot = [use.found.kind == "embedding" for use in uses]
     inputs = joined["inputs"]
     if layer.kind == "embedding" and not all(one_hot):
@@ -281,8 +206,12 @@ def finish_raw(uses, samples) -> RawSamples:
 
 def joined(rows):
     """Rows of all cotangents [positions, columns, *stack, R, ·] as rows of one."""
-    if isinstance(rows, KroneckerFactors):  # of a scale or shift, whose A does not depend on cotangents
-        return KroneckerFactors(rows.input_factor[0, 0], jnp.sum(rows.output_factor, (0, 1)), rows.count[0, 0])
+    if isinstance(
+        rows, KroneckerFactors
+    ):  # of a scale or shift, whose A does not depend on cotangents
+        return KroneckerFactors(
+            rows.input_factor[0, 0], jnp.sum(rows.output_factor, (0, 1)), rows.count[0, 0]
+        )
     (positions, columns), axis = rows.output_grads.shape[:2], rows.output_grads.ndim - 4
     count = positions * columns
 
@@ -293,4 +222,6 @@ def joined(rows):
     inputs, output_grads = join(rows.inputs), join(rows.output_grads)
     if isinstance(rows, RawSamples):
         return RawSamples(inputs, output_grads * jnp.sqrt(float(count)))
-    return FactorRows(inputs, output_grads, rows.weights[0, 0] / jnp.array([count, 1], rows.weights.dtype))
+    return FactorRows(
+        inputs, output_grads, rows.weights[0, 0] / jnp.array([count, 1], rows.weights.dtype)
+    )

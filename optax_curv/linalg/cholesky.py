@@ -6,10 +6,11 @@ import math
 import jax
 import jax.numpy as jnp
 
-from optax_curv.linalg import lapack
-from optax_curv.linalg.checks import per_matrix, require_square, symmetric_part, widen
+from optax_curv.linalg import _lapack as lapack
+from optax_curv.linalg._checks import per_matrix, require_square, symmetric_part, widen
 
-# From eps · max|a| to n · max|a|, where it is positive definite (Gershgorin), lie 16 + log10(n) steps in float64.
+# From eps · max|a| to n · max|a|, where it is positive definite (Gershgorin), lie 16 + log10(n)
+# steps in float64.
 MAX_ATTEMPTS = 32
 
 
@@ -17,20 +18,22 @@ MAX_ATTEMPTS = 32
 def cholesky(a, damping=0.0) -> tuple[jax.Array, jax.Array]:
     r"""Factors `a + damping I = L Lᴴ`, with as much more damping as it takes.
 
-    Where a pivot is not positive, the damping is raised to `max(10 damping, eps max|a|)` (eps, the machine epsilon, for
-    a zero matrix) and tried again, for each matrix of a batch on its own, inside the compiled program. So the factor of
-    a finite matrix is finite, be it singular, indefinite or zero.
+    Where a pivot is not positive, the damping is raised to `max(10 damping, eps max|a|)` (eps, the
+    machine epsilon, for a zero matrix) and tried again, for each matrix of a batch on its own,
+    inside the compiled program. So the factor of a finite matrix is finite, be it singular,
+    indefinite or zero.
 
-    The derivative is that of `a + damping_used I`'s factor, `damping_used` constant where it was raised.
+    The derivative is that of `a + damping_used I`'s factor, `damping_used` constant where it was
+    raised.
 
     Args:
-      a: symmetric or Hermitian matrices [*batch, n, n], of which the symmetric part is taken; float32 at least is
-        computed and returned.
+      a: symmetric or Hermitian matrices [*batch, n, n], of which the symmetric part is taken;
+        float32 at least is computed and returned.
       damping: number, or an array that broadcasts to [*batch].
 
     Returns:
-      The lower triangular factor [*batch, n, n], NaN where `a` or `damping` is not finite, and the damping used
-      [*batch].
+      The lower triangular factor [*batch, n, n], NaN where `a` or `damping` is not finite, and the
+      damping used [*batch].
 
     Raises:
       ValueError: if the matrices are not square, or the damping does not fit the batch.
@@ -48,7 +51,8 @@ def cholesky(a, damping=0.0) -> tuple[jax.Array, jax.Array]:
 
 @jax.custom_jvp
 def _factorize(a, damping):
-    # on CPU a maximum may drop a NaN, and a sum does not; what is not finite is not tried again and again
+    # on CPU a maximum may drop a NaN, and a sum does not; what is not finite is not tried again and
+    # again
     hopeless = ~jnp.isfinite(jnp.sum(0 * a, axis=(-2, -1)).real + damping)
     eye = jnp.eye(a.shape[-1], dtype=a.dtype)
     hopeful = jnp.where(hopeless[..., None, None], eye, a), jnp.where(hopeless, 0, damping)
@@ -58,8 +62,14 @@ def _factorize(a, damping):
 
 def _attempts(kernel, a, damping):
     """(factor, damping used, diagonal of the factor)."""
-    limits, alone = jnp.finfo(a.dtype), math.prod(a.shape[:-2]) == 1  # alone, none must wait for others
-    eye, largest = jnp.eye(a.shape[-1], dtype=a.dtype), jnp.max(jnp.abs(a), axis=(-2, -1), initial=0)
+    limits, alone = (
+        jnp.finfo(a.dtype),
+        math.prod(a.shape[:-2]) == 1,
+    )  # alone, none must wait for others
+    eye, largest = (
+        jnp.eye(a.shape[-1], dtype=a.dtype),
+        jnp.max(jnp.abs(a), axis=(-2, -1), initial=0),
+    )
     first = jnp.where(largest > 0, jnp.maximum(limits.eps * largest, limits.tiny), limits.eps)
 
     def well(pivots):  # a failure is NaN all over; an overflow leaves its row no finite pivot
@@ -77,7 +87,12 @@ def _attempts(kernel, a, damping):
         *_, pivots, attempts = carry
         return jnp.any(~well(pivots)) & (attempts < MAX_ATTEMPTS)
 
-    start = (damping, jnp.full_like(a, jnp.nan), jnp.zeros(a.shape[:-1], limits.dtype), jnp.int32(0))
+    start = (
+        damping,
+        jnp.full_like(a, jnp.nan),
+        jnp.zeros(a.shape[:-1], limits.dtype),
+        jnp.int32(0),
+    )
     used, factor, pivots, _ = jax.lax.while_loop(unfinished, attempt, start)
     return factor, used, pivots
 
@@ -104,7 +119,8 @@ def cholesky_solve(factor, b) -> jax.Array:
 
     Args:
       factor: lower triangular matrices [*batch, n, n].
-      b: one right-hand side [*batch, n] if it has one axis less than `factor`, else k of them [*batch, n, k].
+      b: one right-hand side [*batch, n] if it has one axis less than `factor`, else k of them
+        [*batch, n, k].
 
     Returns:
       The solution, of the shape of `b`.
@@ -131,7 +147,9 @@ def damped_inverse(a, damping) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def _inverse_by(factorize, a, damping):
     factor, used, pivots = factorize(a, damping[..., 0, 0])
-    root = _solve(factor, jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape), lower=True)
+    root = _solve(
+        factor, jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape), lower=True
+    )
     ratio = jnp.square(jnp.max(pivots, -1) / jnp.min(pivots, -1))
     inverse = jnp.matmul(root.mT, root, precision=jax.lax.Precision.HIGHEST)
     return inverse, used[..., None, None], ratio[..., None, None]
@@ -144,7 +162,8 @@ def _derivable(a, damping):
 
 _plain = functools.partial(jax.lax.linalg.cholesky, symmetrize_input=False)
 _damped_inverse = lapack.in_small_calls(
-    functools.partial(_inverse_by, functools.partial(_attempts, _plain)), functools.partial(_inverse_by, _derivable)
+    functools.partial(_inverse_by, functools.partial(_attempts, _plain)),
+    functools.partial(_inverse_by, _derivable),
 )
 
 
@@ -154,13 +173,14 @@ def triangular_solve(t, b, *, lower, transpose=False, side="left", zero_pivot=No
 
     Args:
       t: matrices [*batch, n, n]; only the triangle that `lower` names is read.
-      b: one right-hand side [*batch, n] if it has one axis less than `t`, else k of them: [*batch, n, k] on the left,
-        [*batch, k, n] on the right. The batch axes of `t` and `b` may broadcast; float32 at least is computed and
-        returned.
+      b: one right-hand side [*batch, n] if it has one axis less than `t`, else k of them: [*batch,
+        n, k] on the left, [*batch, k, n] on the right. The batch axes of `t` and `b` may broadcast;
+        float32 at least is computed and returned.
       lower: whether t is lower triangular.
       transpose: whether op(t) is the (unconjugated) transpose of t.
       side: "left" or "right".
-      zero_pivot: None, or a number: an entry of x is zero where its pivot's magnitude is at most this.
+      zero_pivot: None, or a number: an entry of x is zero where its pivot's magnitude is at most
+        this.
 
     Returns:
       The solution x, of the shape of `b`.
@@ -188,11 +208,16 @@ def triangular_solve(t, b, *, lower, transpose=False, side="left", zero_pivot=No
         raise ValueError(
             f"triangular_solve: b of shape {given} does not fit t of shape {t.shape}; expected [..., n] or {wanted}."
         )
-    dtype, batch = jnp.promote_types(t.dtype, b.dtype), jnp.broadcast_shapes(t.shape[:-2], b.shape[:-2])
+    dtype, batch = (
+        jnp.promote_types(t.dtype, b.dtype),
+        jnp.broadcast_shapes(t.shape[:-2], b.shape[:-2]),
+    )
     if zero_pivot is not None:
         # an equation x_i = 0 in place of the pivot's own
         dead = jnp.abs(jnp.diagonal(t, axis1=-2, axis2=-1)) <= zero_pivot
-        t = jnp.where(jnp.expand_dims(dead, -2 if left == transpose else -1), jnp.eye(n, dtype=t.dtype), t)
+        t = jnp.where(
+            jnp.expand_dims(dead, -2 if left == transpose else -1), jnp.eye(n, dtype=t.dtype), t
+        )
         b = jnp.where(jnp.expand_dims(dead, across), 0, b)
     t, b = (jnp.broadcast_to(x, batch + x.shape[-2:]).astype(dtype) for x in (t, b))
     x = lapack.triangular_solve(t, b, left_side=left, lower=lower, transpose_a=transpose)
@@ -200,4 +225,7 @@ def triangular_solve(t, b, *, lower, transpose=False, side="left", zero_pivot=No
 
 
 def _broadcasts(*shapes) -> bool:
-    return all(1 in sizes or len(set(sizes)) == 1 for sizes in zip(*(s[::-1] for s in shapes), strict=False))
+    return all(
+        1 in sizes or len(set(sizes)) == 1
+        for sizes in zip(*(s[::-1] for s in shapes), strict=False)
+    )

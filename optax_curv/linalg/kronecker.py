@@ -10,11 +10,12 @@ import jax.numpy as jnp
 def kron_matvec(factors, x, *, precision=jax.lax.Precision.HIGHEST) -> jax.Array:
     """Multiplies `x` by a Kronecker product, one factor for each of its trailing axes.
 
-    With row-major `vec`, `vec(y) = (F_1 ⊗ F_2 ⊗ …) vec(x)`; for a matrix, `y = F_1 x F_2ᵀ`. Nothing larger than the
-    factors and `x` is formed.
+    With row-major `vec`, `vec(y) = (F_1 ⊗ F_2 ⊗ …) vec(x)`; for a matrix, `y = F_1 x F_2ᵀ`. Nothing
+    larger than the factors and `x` is formed.
 
     Args:
-      factors: arrays, each dense [*batch, d, d] or a diagonal [*batch, d], for the last axes of `x` in order.
+      factors: arrays, each dense [*batch, d, d] or a diagonal [*batch, d], for the last axes of `x`
+        in order.
       x: array [*batch, d_1, d_2, …].
       precision: of the matrix products.
 
@@ -33,7 +34,9 @@ def kron_matvec(factors, x, *, precision=jax.lax.Precision.HIGHEST) -> jax.Array
     x = jnp.asarray(x)
     batch = x.ndim - len(factors)
     if batch < 0:
-        raise ValueError(f"kron_matvec: got {len(factors)} factors for x of shape {x.shape}, which has fewer axes.")
+        raise ValueError(
+            f"kron_matvec: got {len(factors)} factors for x of shape {x.shape}, which has fewer axes."
+        )
     axes, leading = list(range(x.ndim)), x.shape[:batch]
     for axis, factor in enumerate(factors, start=batch):
         factor, d = jnp.asarray(factor), x.shape[axis]

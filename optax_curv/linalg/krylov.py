@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_curv.linalg.checks import widen
+from optax_curv.linalg._checks import widen
 
 LONGEST_WINDOW = 128  # of the progress rule, reached at 1280 iterations
 MERIT_RATIO = 1.3  # of successive iterates whose merit is taken (Martens 2010, §4.6)
@@ -44,24 +44,26 @@ def conjugate_gradient(
 
     Each iteration is
 
-        α = ⟨r, z⟩ / ⟨p, A p⟩,   x ← x + α p,   r ← r - α A p,   z = M r,   β = ⟨r, z⟩ / ⟨r, z⟩_old,   p ← z + β p.
+        α = ⟨r, z⟩ / ⟨p, A p⟩,   x ← x + α p,   r ← r - α A p,   z = M r,   β = ⟨r, z⟩ / ⟨r, z⟩_old,
+        p ← z + β p.
 
     It stops when `‖r‖ ≤ max(tol ‖b‖, atol)`, or after `max_iters`.
 
-    With `floor` above zero both denominators are `max(floor, ·)` and the test `‖r‖ < max(tol ‖b‖, atol)` comes after
-    the update, so at least one iteration is done: the original branch natural gradient (floor 1e-12, atol 1e-6), whose
-    step is not invariant to the scale of b.
+    With `floor` above zero both denominators are `max(floor, ·)` and the test `‖r‖ < max(tol ‖b‖,
+    atol)` comes after the update, so at least one iteration is done: the original branch natural
+    gradient (floor 1e-12, atol 1e-6), whose step is not invariant to the scale of b.
 
-    Derivatives in `b` and in what `matvec` closes over are those of the equation: exact once converged. Norms do not
-    overflow or underflow for any `b`. Under `jax.vmap` a lane that is done keeps its solution.
+    Derivatives in `b` and in what `matvec` closes over are those of the equation: exact once
+    converged. Norms do not overflow or underflow for any `b`. Under `jax.vmap` a lane that is done
+    keeps its solution.
 
-    Two rules are for solves far from convergence, of the minimum of φ(x) = ½⟨x, A x⟩ - ⟨b, x⟩. With `min_progress` ε it
-    also stops at an iteration i > k where
+    Two rules are for solves far from convergence, of the minimum of φ(x) = ½⟨x, A x⟩ - ⟨b, x⟩. With
+    `min_progress` ε it also stops at an iteration i > k where
 
         φ(x_i) < 0   and   (φ(x_i) - φ(x_{i-k})) / φ(x_i) < k ε,   k = max(10, i / 10).
 
-    With `merit`, for one more copy of x, the iterate of least merit is returned, among the last and 1, 2, 3, 4, 6, 8,
-    11, …, each 1.3 times the one before.
+    With `merit`, for one more copy of x, the iterate of least merit is returned, among the last and
+    1, 2, 3, 4, 6, 8, 11, …, each 1.3 times the one before.
 
     Args:
       matvec: function from pytrees like `b`, in float32 at least as all arithmetic, to the same.
@@ -70,18 +72,22 @@ def conjugate_gradient(
       max_iters: most iterations; a number, array or tracer, like the three below.
       tol: relative tolerance.
       atol: absolute tolerance.
-      preconditioner: function `r ↦ M r` for a Hermitian positive definite M that approximates A⁻¹; None: the identity.
+      preconditioner: function `r ↦ M r` for a Hermitian positive definite M that approximates A⁻¹;
+        None: the identity.
       floor: smallest denominator; see above.
       min_progress: ε, a number or tracer, 5e-4 in the paper; None: no such rule.
-      merit: function from pytrees like `b` to a number; a NaN counts as the worst. None: the last iterate is returned.
-      keep_finite: whether an iteration whose residual is not finite is not taken: then only `residual_norm` shows NaNs
-        in `b` or `matvec`, and else the solution too.
+      merit: function from pytrees like `b` to a number; a NaN counts as the worst. None: the last
+        iterate is returned.
+      keep_finite: whether an iteration whose residual is not finite is not taken: then only
+        `residual_norm` shows NaNs in `b` or `matvec`, and else the solution too.
 
     Returns:
-      The solution, with the structure, shapes and float types of `b`, and a `ConjugateGradientInfo`.
+      The solution, with the structure, shapes and float types of `b`, and a
+      `ConjugateGradientInfo`.
 
     Raises:
-      ValueError: if `x0`, or what `matvec` or `preconditioner` return, has another structure or shapes than `b`.
+      ValueError: if `x0`, or what `matvec` or `preconditioner` return, has another structure or
+        shapes than `b`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -92,7 +98,8 @@ def conjugate_gradient(
 
     References:
       Hestenes & Stiefel, *Methods of Conjugate Gradients for Solving Linear Systems*, 1952, (3:1).
-      Martens, *Deep Learning via Hessian-Free Optimization*, 2010, §4.4 (`min_progress`) and §4.6 (`merit`).
+      Martens, *Deep Learning via Hessian-Free Optimization*, 2010, §4.4 (`min_progress`) and §4.6
+      (`merit`).
     """
     dtypes = jax.tree.map(lambda x: jnp.result_type(x, float), b)
     b = jax.tree.map(widen, b)
@@ -114,7 +121,9 @@ def conjugate_gradient(
 
     is_complex = any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(b))
     backward = transpose_solve if is_complex else None
-    linear_solve: Any = jax.lax.custom_linear_solve  # of which checkers of types think that it never returns
+    linear_solve: Any = (
+        jax.lax.custom_linear_solve
+    )  # of which checkers of types think that it never returns
     x, info = linear_solve(operator, b, solve, backward, symmetric=not is_complex, has_aux=True)
     return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), x, dtypes), info
 
@@ -146,7 +155,9 @@ def _iterate(operator, precondition, b, x, limits, merit, keep_finite):
     leaves = jax.tree.leaves(b)
     real = jnp.finfo(jnp.result_type(jnp.float32, *leaves)).dtype
     initial = jnp.zeros((), real)
-    scale = _power_of_two(functools.reduce(jnp.maximum, (jnp.max(jnp.abs(x), initial=0) for x in leaves), initial))
+    scale = _power_of_two(
+        functools.reduce(jnp.maximum, (jnp.max(jnp.abs(x), initial=0) for x in leaves), initial)
+    )
     b = _times(1 / scale, b)
     threshold = jnp.maximum(tol * jnp.sqrt(_dot(b, b)), atol / scale).astype(real)
     floor = jnp.asarray(floor, real)
@@ -219,13 +230,17 @@ def _stalled(values, done, min_progress):
 
 def _power_of_two(largest):
     """A power of two near `largest`, 1 for zero or what is not finite; dividing by it changes no digit."""
-    limit = -jnp.finfo(largest.dtype).minexp - 1  # neither the power nor its inverse leaves the normal numbers
+    limit = (
+        -jnp.finfo(largest.dtype).minexp - 1
+    )  # neither the power nor its inverse leaves the normal numbers
     exponent = jnp.where(jnp.isfinite(largest), jnp.frexp(largest)[1], 0)
     return jnp.ldexp(jnp.ones_like(largest), jnp.clip(exponent, -limit, limit))
 
 
 def _dot(x, y):
-    products = jax.tree.map(lambda a, b: jnp.vdot(a, b, precision=jax.lax.Precision.HIGHEST).real, x, y)
+    products = jax.tree.map(
+        lambda a, b: jnp.vdot(a, b, precision=jax.lax.Precision.HIGHEST).real, x, y
+    )
     return functools.reduce(jnp.add, jax.tree.leaves(products), jnp.float32(0))
 
 
@@ -240,6 +255,10 @@ def _plus(x, factor, y):
 def _like(what, tree, b):
     """`tree` in the float types of `b`, whose structure and shapes it must have."""
     given, expected = (jax.tree.map(jnp.shape, x) for x in (tree, b))
-    if jax.tree.structure(tree) != jax.tree.structure(b) or jax.tree.leaves(given) != jax.tree.leaves(expected):
-        raise ValueError(f"conjugate_gradient: {what} has shapes {given}, but b has shapes {expected}.")
+    if jax.tree.structure(tree) != jax.tree.structure(b) or jax.tree.leaves(
+        given
+    ) != jax.tree.leaves(expected):
+        raise ValueError(
+            f"conjugate_gradient: {what} has shapes {given}, but b has shapes {expected}."
+        )
     return jax.tree.map(lambda x, y: jnp.asarray(x).astype(y.dtype), tree, b)

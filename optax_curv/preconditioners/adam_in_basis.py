@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_curv.capture.layers import Layers
-from optax_curv.capture.statistics import KroneckerFactors
-from optax_curv.preconditioners import axis_factors, contracts, ekfac
-from optax_curv.preconditioners.layerwise import averaged, layerwise, zero_factors
+from optax_curv.curvature import KroneckerFactors
+from optax_curv.layers import Layers
+from optax_curv.preconditioners import ekfac
+from optax_curv.preconditioners._axes import axis_factors
+from optax_curv.preconditioners._layerwise.layerwise import averaged, layerwise, zero_factors
+from optax_curv.preconditioners._transformation import contracts
 
 METHOD = "scale_by_adam_in_basis"
 
@@ -50,13 +52,14 @@ def scale_by_adam_in_basis(
 ) -> optax.GradientTransformationExtraArgs:
     """Adam in the eigenbasis of K-FAC's factors: SOAP with captured factors in the place of the gradients' own.
 
-    With A = U_A S_A U_Aᵀ and G = U_G S_G U_Gᵀ the averages of the captured factors, each layer's gradient ∇ is seen as
-    ∇' = U_Aᵀ ∇ U_G, where Adam's rule acts element by element:
+    With A = U_A S_A U_Aᵀ and G = U_G S_G U_Gᵀ the averages of the captured factors, each layer's
+    gradient ∇ is seen as ∇' = U_Aᵀ ∇ U_G, where Adam's rule acts element by element:
 
-        m ← b1 m + (1 - b1) ∇,    v ← b2 v + (1 - b2) ∇'²,    u = U_A [(U_Aᵀ m U_G) / (√v + eps)] U_Gᵀ,
+        m ← b1 m + (1 - b1) ∇,    v ← b2 v + (1 - b2) ∇'²,    u = U_A [(U_Aᵀ m U_G) / (√v + eps)]
+        U_Gᵀ,
 
-    m and v free of the bias of their start. EKFAC's moments are *per example*, these of the batch gradient, whence the
-    scale is Adam's.
+    m and v free of the bias of their start. EKFAC's moments are *per example*, these of the batch
+    gradient, whence the scale is Adam's.
 
     Args:
       layers: see `scale_by_kfac`.
@@ -65,14 +68,15 @@ def scale_by_adam_in_basis(
       eps: at least 0.
       decay: weight of the old factors, in [0, 1]; a number or a schedule.
       update_every: steps between averaging statistics in.
-      basis_every: steps between eigendecompositions, after each of which the moments are carried into the new basis, as
-        far as their diagonal says.
+      basis_every: steps between eigendecompositions, after each of which the moments are carried
+        into the new basis, as far as their diagonal says.
       fallback: see `scale_by_kfac`.
       factor_sharding: see `scale_by_kfac`.
 
     Returns:
-      A transformation whose `update` needs `curvature=`, a dict from layer name to `KroneckerFactors`. With a
-      gradient or statistic that is not finite it returns zeros and keeps its state.
+      A transformation whose `update` needs `curvature=`, a dict from layer name to
+      `KroneckerFactors`. With a gradient or statistic that is not finite it returns zeros and keeps
+      its state.
 
     Raises:
       ValueError: as `scale_by_kfac`, and for a layer whose leaves are masked in part.
@@ -93,7 +97,9 @@ def scale_by_adam_in_basis(
     """
     contracts.require_numbers(METHOD, b1=b1, b2=b2, decay=decay, at_least=0, at_most=1)
     contracts.require_numbers(METHOD, eps=eps, at_least=0)
-    contracts.require_numbers(METHOD, update_every=update_every, basis_every=basis_every, at_least=1)
+    contracts.require_numbers(
+        METHOD, update_every=update_every, basis_every=basis_every, at_least=1
+    )
 
     def init_rule(present):
         return {
@@ -105,7 +111,9 @@ def scale_by_adam_in_basis(
 
     def new_basis(present, factors, state):
         _, basis = ekfac.layer_bases(present, factors, factor_sharding)
-        return basis, ekfac.carry_moments(present, state.moments, state.basis, basis, factor_sharding)
+        return basis, ekfac.carry_moments(
+            present, state.moments, state.basis, basis, factor_sharding
+        )
 
     def squares(u_a, u_g, matrix):
         return jnp.square(ekfac.into_basis((u_a, u_g), matrix))
@@ -121,7 +129,10 @@ def scale_by_adam_in_basis(
         momentum, scale = {}, {}
         for name, x in present.items():
             first, second = (
-                axis_factors.running_weight(contracts.value_at(b, state.count, x.dtype), state.count) for b in (b1, b2)
+                axis_factors.running_weight(
+                    contracts.value_at(b, state.count, x.dtype), state.count
+                )
+                for b in (b1, b2)
             )
             momentum[name] = state.momentum[name] + first * (matrices[name] - state.momentum[name])
             moments[name] = moments[name] + second * (new[name] - moments[name])

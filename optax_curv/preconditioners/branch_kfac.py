@@ -10,11 +10,12 @@ import numpy as np
 import optax
 
 from optax_curv import linalg
-from optax_curv.linalg import lapack
-from optax_curv.preconditioners import contracts, projections
+from optax_curv.linalg import _lapack as lapack
+from optax_curv.preconditioners._branches import projections
+from optax_curv.preconditioners._stacks.owners import with_sharding_types
+from optax_curv.preconditioners._transformation import contracts
+from optax_curv.preconditioners._transformation.contracts import static
 from optax_curv.preconditioners.chain_pieces import keep_params_in_box, with_decay
-from optax_curv.preconditioners.contracts import static
-from optax_curv.preconditioners.distribution import with_sharding_types
 
 
 class ScaleByBranchKFACState(NamedTuple):
@@ -44,14 +45,15 @@ def scale_by_branch_kfac(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Natural gradient in the block-diagonal metric of K samples ("branches") of a D-dimensional state.
 
-    As `scale_by_branch_fisher`, but of the covariance C only the diagonal blocks of `blocks` runs of state coordinates
-    are kept, the first D mod `blocks` of them one longer than the others:
+    As `scale_by_branch_fisher`, but of the covariance C only the diagonal blocks of `blocks` runs
+    of state coordinates are kept, the first D mod `blocks` of them one longer than the others:
 
     .. math::
       M = \mathrm{blockdiag}(C) + \lambda I, \qquad d = P M^{-1} P^T g
 
-    **The original rule (the defaults) only adds noise**, see there; `complement=True` is what we recommend:
-    λ (λI + P blockdiag(C) Pᵀ)⁻¹ g. `update` takes `branches` [K, D] and `projection` as there.
+    **The original rule (the defaults) only adds noise**, see there; `complement=True` is what we
+    recommend: λ (λI + P blockdiag(C) Pᵀ)⁻¹ g. `update` takes `branches` [K, D] and `projection` as
+    there.
 
     Args:
       damping: λ, at least 0; a number or a schedule. A singular block gets more of it.
@@ -63,10 +65,12 @@ def scale_by_branch_kfac(
       key: see there.
 
     Returns:
-      A transformation with state `ScaleByBranchKFACState`; dtypes, NaNs and infinities as in `scale_by_branch_fisher`.
+      A transformation with state `ScaleByBranchKFACState`; dtypes, NaNs and infinities as in
+      `scale_by_branch_fisher`.
 
     Raises:
-      ValueError: unknown `projection`, negative damping, traced `blocks`; in `update`, shapes that do not fit.
+      ValueError: unknown `projection`, negative damping, traced `blocks`; in `update`, shapes that
+        do not fit.
 
     Examples:
       >>> import jax.numpy as jnp, optax_curv
@@ -78,8 +82,9 @@ def scale_by_branch_kfac(
       [0.4 0.4]
 
     References:
-      Martens and Grosse 2015, arXiv:1503.05671, §4.2 for the block-diagonal metric (there the blocks are layers). The
-      arithmetic of `complement=False` with "gaussian" is that of the published `HCKFACLike`.
+      Martens and Grosse 2015, arXiv:1503.05671, §4.2 for the block-diagonal metric (there the
+      blocks are layers). The arithmetic of `complement=False` with "gaussian" is that of the
+      published `HCKFACLike`.
     """
     method = "scale_by_branch_kfac"
     try:
@@ -193,8 +198,9 @@ def scale_by_state_branches(
     complex_leaves=False,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation d = P M⁻¹ Pᵀ g, or λ (λI + P cov Pᵀ)⁻¹ g with `complement`, for branches [K, D]."""
-    # solve: (B, b, λ) -> M⁻¹ b with M = BᵀB + λI, or the part of it that the method keeps; without `complement`
-    # root: B -> R [r, D] with RᵀR the covariance that the method keeps; with `complement`
+    # solve: (B, b, λ) -> M⁻¹ b with M = BᵀB + λI, or the part of it that the method keeps; without
+    # `complement` root: B -> R [r, D] with RᵀR the covariance that the method keeps; with
+    # `complement`
     contracts.require_numbers(method, damping=damping, at_least=0)
     contracts.require_choice(method, "projection", projection, projections.PROJECTIONS)
     kind, seen = projection, []
@@ -204,16 +210,28 @@ def scale_by_state_branches(
         seen.clear()
         # numbers of their own, as a buffer that stands twice in a state cannot be donated
         counts = {name: jnp.zeros([], jnp.int32) for name in ("count", "total_notfinite")}
-        return empty_state(key=contracts.raw_key(key), precond_norm=jnp.zeros([], jnp.float32), **counts)
+        return empty_state(
+            key=contracts.raw_key(key), precond_norm=jnp.zeros([], jnp.float32), **counts
+        )
 
     def update(updates, state, params=None, *, branches=None, projection=None, **extra_args):
         del extra_args
         if params is not None:
-            contracts.require_same_leaves(method, "the gradients", updates, "the parameters", params)
-        if branches is None or not is_array(branches) or jnp.ndim(branches) != 2 or not optax.tree.size(updates):
+            contracts.require_same_leaves(
+                method, "the gradients", updates, "the parameters", params
+            )
+        if (
+            branches is None
+            or not is_array(branches)
+            or jnp.ndim(branches) != 2
+            or not optax.tree.size(updates)
+        ):
             return step(updates, state, (), updates)
         _require_same_shape(method, jnp.shape(branches), seen)
-        for what, given in (("branches [K, D]", branches), ("gradients for branches [K, D]", updates)):
+        for what, given in (
+            ("branches [K, D]", branches),
+            ("gradients for branches [K, D]", updates),
+        ):
             if is_complex(given):
                 raise ValueError(f"{method}: expected real {what}, got complex ones.")
         leaves = [jnp.asarray(x) for x in jax.tree.leaves((updates, branches, projection))]
@@ -221,7 +239,9 @@ def scale_by_state_branches(
         rows = covariance_rows(jnp.asarray(branches, dtype), centered)
         gradient = jax.tree.map(lambda g: jnp.asarray(g, dtype), updates)
         if not rows.shape[1]:
-            return step(updates, state, (), gradient if complement else optax.tree.zeros_like(gradient))
+            return step(
+                updates, state, (), gradient if complement else optax.tree.zeros_like(gradient)
+            )
         basis, next_key = _projection(method, kind, projection, gradient, rows, state.key)
         damping_now = contracts.value_at(damping, state.count, dtype)
         if complement:
@@ -237,7 +257,9 @@ def descend(scale_by, given) -> optax.GradientTransformationExtraArgs:
     """The alias of a branch method, of the arguments `given` by name."""
     bound = given["param_bound"]
     box = () if bound is None else (keep_params_in_box(bound),)
-    return with_decay(contracts.handed_on(scale_by, given), given["learning_rate"], given["weight_decay"], *box)
+    return with_decay(
+        contracts.handed_on(scale_by, given), given["learning_rate"], given["weight_decay"], *box
+    )
 
 
 def is_array(branches: Any) -> bool:
@@ -247,7 +269,9 @@ def is_array(branches: Any) -> bool:
 
 def is_complex(tree: Any) -> bool:
     """Whether a leaf of the tree is complex."""
-    return any(jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating) for leaf in jax.tree.leaves(tree))
+    return any(
+        jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating) for leaf in jax.tree.leaves(tree)
+    )
 
 
 def covariance_rows(branches, centered: bool) -> jax.Array:
@@ -266,7 +290,9 @@ def step(updates, state, inputs, direction, **changed):
     wide = jax.tree.map(lambda d: d.astype(jnp.promote_types(jnp.float32, d.dtype)), direction)
     # A norm beyond float32 is recorded as its largest number: the state stays finite.
     norm = jnp.nan_to_num(jnp.asarray(optax.tree.norm(wide), jnp.float32))
-    new_state = state._replace(count=optax.safe_increment(state.count), precond_norm=norm, **changed)
+    new_state = state._replace(
+        count=optax.safe_increment(state.count), precond_norm=norm, **changed
+    )
     good = contracts.is_squarable(updates, inputs) & contracts.is_finite(cast)
     return contracts.skip_unless(good, cast, new_state, state)
 
@@ -289,7 +315,9 @@ def _projection(method, kind, given, gradient, rows, key):
     step_key = jax.random.wrap_key_data(key)
     if kind == "gaussian":
         next_key, step_key = jax.random.split(step_key)
-        return projections.gaussian(step_key, gradient, dimension, dtype), jax.random.key_data(next_key)
+        return projections.gaussian(step_key, gradient, dimension, dtype), jax.random.key_data(
+            next_key
+        )
     basis = projections.gaussian(step_key, gradient, dimension, dtype)
     if kind == "fixed":
         return basis, key
@@ -303,9 +331,12 @@ def _projection(method, kind, given, gradient, rows, key):
 
 def _keep_complement(basis, gradient, root, damping):
     """λ (λI + P RᵀR Pᵀ)⁻¹ g, which is g - Q U diag(s² / (s² + λ)) Uᵀ Qᵀ g for P = Q T, T Rᵀ = U s Vᵀ."""
-    # Nothing is squared before it is divided: accurate where λ is far below the rounding of P cov Pᵀ.
+    # Nothing is squared before it is divided: accurate where λ is far below the rounding of P cov
+    # Pᵀ.
     columns, triangle = basis.factor()
-    left, s, _ = jnp.linalg.svd(jnp.matmul(triangle, root.T, precision="highest"), full_matrices=False)
+    left, s, _ = jnp.linalg.svd(
+        jnp.matmul(triangle, root.T, precision="highest"), full_matrices=False
+    )
     share = (s / jnp.maximum(jnp.hypot(s, jnp.sqrt(damping)), jnp.finfo(s.dtype).tiny)) ** 2
     inside = share * jnp.matmul(left.T, columns.pull(gradient), precision="highest")
     return optax.tree.sub(gradient, columns.push(jnp.matmul(left, inside, precision="highest")))

@@ -1,7 +1,8 @@
 """Small chainable pieces, stateless but for the reference of `normalize_by_reference`.
 
-Zero updates stay zero, and dtypes stay those of the incoming updates. A NaN passes through, as in Optax's own pieces:
-the methods before them answer it with a zero update, and `optax.apply_if_finite` catches the rest.
+Zero updates stay zero, and dtypes stay those of the incoming updates. A NaN passes through, as in
+Optax's own pieces: the methods before them answer it with a zero update, and
+`optax.apply_if_finite` catches the rest.
 """
 
 from typing import Any
@@ -11,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_curv.preconditioners import contracts
-from optax_curv.preconditioners.distribution import with_sharding_types
+from optax_curv.preconditioners._stacks.owners import with_sharding_types
+from optax_curv.preconditioners._transformation import contracts
 
 
 def clip_by_max_abs(max_abs) -> optax.GradientTransformationExtraArgs:
     """Scales each leaf so that its largest entry does not exceed a bound: u · min(1, max_abs / max|u|).
 
-    Unlike `optax.clip` it keeps the direction of a leaf; one within the bound is returned bit for bit. The original
-    Kronecker PSGD calls this its "spectral" clip.
+    Unlike `optax.clip` it keeps the direction of a leaf; one within the bound is returned bit for
+    bit. The original Kronecker PSGD calls this its "spectral" clip.
 
     Args:
       max_abs: the bound, a number (or array, tracer) above zero.
@@ -53,7 +54,9 @@ def clip_leaves(max_abs, max_rms) -> optax.GradientTransformationExtraArgs:
     def clipped(u):
         magnitudes, scale = _magnitudes(u), 1
         if max_abs is not None:
-            scale = jnp.minimum(1, jnp.asarray(max_abs, magnitudes.dtype) / jnp.max(magnitudes, initial=0))
+            scale = jnp.minimum(
+                1, jnp.asarray(max_abs, magnitudes.dtype) / jnp.max(magnitudes, initial=0)
+            )
         if max_rms is not None:
             rms = jnp.sqrt(jnp.sum(jnp.square(magnitudes * scale)) / max(1, u.size))
             scale = scale * jnp.minimum(1, jnp.asarray(max_rms, magnitudes.dtype) / rms)
@@ -83,15 +86,19 @@ def normalize_by_rms(target) -> optax.GradientTransformationExtraArgs:
     """
     contracts.require_numbers("normalize_by_rms", target=target, at_least=0)
     return _stateless(
-        lambda updates: jax.tree.map(lambda u: _scaled(u, target, _norm(u) / max(1, u.size) ** 0.5), updates)
+        lambda updates: jax.tree.map(
+            lambda u: _scaled(u, target, _norm(u) / max(1, u.size) ** 0.5), updates
+        )
     )
 
 
-def normalize_by_reference(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def normalize_by_reference(
+    tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
     """Gives each leaf the norm that another transformation's update has (grafting): u · ‖r‖ / ‖u‖.
 
-    r is the update of `tx` for the gradients where `update` is given them (`grad=`, Optax's own name for it), else for
-    the incoming updates themselves.
+    r is the update of `tx` for the gradients where `update` is given them (`grad=`, Optax's own
+    name for it), else for the incoming updates themselves.
 
     Args:
       tx: the reference; it is initialised and updated here, and receives the extra arguments.
@@ -121,8 +128,9 @@ def normalize_by_reference(tx: optax.GradientTransformation) -> optax.GradientTr
 def keep_params_in_box(bound) -> optax.GradientTransformationExtraArgs:
     """Adjusts updates so that params + updates lies in [-bound, bound]; place it last in a chain.
 
-    Holds for what `optax.apply_updates` stores: in a low-precision dtype the box, and an update that would round across
-    it, are rounded inwards. Updates that stay inside are returned bit for bit.
+    Holds for what `optax.apply_updates` stores: in a low-precision dtype the box, and an update
+    that would round across it, are rounded inwards. Updates that stay inside are returned bit for
+    bit.
 
     Args:
       bound: half-width of the box, a number (or array, tracer), at least zero.
@@ -131,8 +139,8 @@ def keep_params_in_box(bound) -> optax.GradientTransformationExtraArgs:
       A stateless transformation; `update` needs `params`.
 
     Raises:
-      ValueError: if `bound` is a Python number out of range, if `params` is missing in `update`, or, in `init`, for a
-        leaf that is not real floating point.
+      ValueError: if `bound` is a Python number out of range, if `params` is missing in `update`,
+        or, in `init`, for a leaf that is not real floating point.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_curv
@@ -158,7 +166,9 @@ def keep_params_in_box(bound) -> optax.GradientTransformationExtraArgs:
         # Compilers may keep excess precision through a cast, never through reduce_precision.
         info = jnp.finfo(u.dtype)
         step = jax.lax.reduce_precision(jnp.clip(total, -box, box) - p, info.nexp, info.nmant)
-        inwards = jnp.nextafter(step.astype(u.dtype), jnp.where(total > 0, -jnp.inf, jnp.inf).astype(u.dtype))
+        inwards = jnp.nextafter(
+            step.astype(u.dtype), jnp.where(total > 0, -jnp.inf, jnp.inf).astype(u.dtype)
+        )
         step = jnp.where(jnp.abs(p + step) > box, inwards, step.astype(u.dtype))
         return jnp.where(jnp.abs(total) > box, step, u)
 
@@ -174,15 +184,17 @@ def estimate_gradients(estimator) -> optax.GradientTransformationExtraArgs:
     """Replaces incoming updates by `estimator(params, **extra_args)`: for losses without `jax.grad`; place it first.
 
     Args:
-      estimator: function of the parameters and of all extra arguments of `update` (end it in `**_` in a chain with
-        members that take others) that returns a tree like the parameters.
+      estimator: function of the parameters and of all extra arguments of `update` (end it in `**_`
+        in a chain with members that take others) that returns a tree like the parameters.
 
     Returns:
-      A stateless transformation. `update` needs `params`; the incoming updates give only the dtypes, and a None leaf
-      stays None. They may be None altogether, which means the parameters' dtypes.
+      A stateless transformation. `update` needs `params`; the incoming updates give only the
+      dtypes, and a None leaf stays None. They may be None altogether, which means the parameters'
+      dtypes.
 
     Raises:
-      ValueError: in `update`, if `params` is missing or the estimate's tree or shapes differ from theirs.
+      ValueError: in `update`, if `params` is missing or the estimate's tree or shapes differ from
+        theirs.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_curv
@@ -198,10 +210,15 @@ def estimate_gradients(estimator) -> optax.GradientTransformationExtraArgs:
     def update(updates, state, params=None, **extra_args):
         contracts.require_params("estimate_gradients", params)
         estimates = estimator(params, **extra_args)
-        contracts.require_same_leaves("estimate_gradients", "the estimate", estimates, "params", params)
+        contracts.require_same_leaves(
+            "estimate_gradients", "the estimate", estimates, "params", params
+        )
         like = params if updates is None else updates
         estimates = jax.tree.map(
-            lambda u, x: None if u is None else jnp.asarray(x, u.dtype), like, estimates, is_leaf=_is_none
+            lambda u, x: None if u is None else jnp.asarray(x, u.dtype),
+            like,
+            estimates,
+            is_leaf=_is_none,
         )
         return estimates, state
 
@@ -210,10 +227,17 @@ def estimate_gradients(estimator) -> optax.GradientTransformationExtraArgs:
 
 def with_decay(tx, learning_rate, weight_decay, *after) -> optax.GradientTransformationExtraArgs:
     """An alias's chain: θ ← θ - lr (d + weight_decay θ), then the rest."""
-    return optax.chain(tx, optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate), *after)
+    return optax.chain(
+        tx,
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+        *after,
+    )
 
 
-def on_flat_vector(method: str, tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+def on_flat_vector(
+    method: str, tx: optax.GradientTransformationExtraArgs
+) -> optax.GradientTransformationExtraArgs:
     """Lets `tx` see the tree, the probe and the Hessian-vector product as vectors [n], leaves in flattening order."""
 
     def dtype_of(leaves):
@@ -231,14 +255,16 @@ def on_flat_vector(method: str, tx: optax.GradientTransformationExtraArgs) -> op
         leaves, treedef = jax.tree.flatten(like)
         ends = np.cumsum([leaf.size for leaf in leaves])
         parts = [
-            vector[end - x.size : end].reshape(x.shape).astype(x.dtype) for end, x in zip(ends, leaves, strict=True)
+            vector[end - x.size : end].reshape(x.shape).astype(x.dtype)
+            for end, x in zip(ends, leaves, strict=True)
         ]
         return treedef.unflatten(parts)
 
     def init(params):
         contracts.require_float_leaves(method, params)
         leaves = jax.tree.leaves(params)
-        # A tree without numbers counts as one: the state's structure must not depend on how many there are.
+        # A tree without numbers counts as one: the state's structure must not depend on how many
+        # there are.
         vector: Any = jax.ShapeDtypeStruct((max(1, size_of(leaves)),), dtype_of(leaves))
         return tx.init(vector)
 
@@ -247,7 +273,9 @@ def on_flat_vector(method: str, tx: optax.GradientTransformationExtraArgs) -> op
         for name, tree in (("params", params), ("probe", probe), ("hvp", hvp)):
             if tree is not None:
                 contracts.require_same_leaves(method, name, tree, "the gradients", updates)
-        flat = {name: ravel(tree) for name, tree in (("probe", probe), ("hvp", hvp)) if tree is not None}
+        flat = {
+            name: ravel(tree) for name, tree in (("probe", probe), ("hvp", hvp)) if tree is not None
+        }
         vector, state = tx.update(ravel(updates), state, **flat)
         return unravel(vector, updates), state
 
@@ -278,7 +306,9 @@ def _real(u) -> jax.Array:
 
 def _peak(u) -> jax.Array:
     u = _real(u)
-    return jnp.maximum(jnp.max(u, initial=0), -jnp.min(u, initial=0)).astype(jnp.promote_types(jnp.float32, u.dtype))
+    return jnp.maximum(jnp.max(u, initial=0), -jnp.min(u, initial=0)).astype(
+        jnp.promote_types(jnp.float32, u.dtype)
+    )
 
 
 def _norm(u) -> jax.Array:
@@ -299,4 +329,8 @@ def _rounded_inwards(bound, dtype):
     bound = xp.asarray(bound, xp.promote_types(wide, jnp.result_type(bound)))
     with np.errstate(over="ignore"):
         rounded = bound.astype(dtype)
-        return xp.where(rounded.astype(bound.dtype) > bound, xp.nextafter(rounded, xp.zeros_like(rounded)), rounded)
+        return xp.where(
+            rounded.astype(bound.dtype) > bound,
+            xp.nextafter(rounded, xp.zeros_like(rounded)),
+            rounded,
+        )

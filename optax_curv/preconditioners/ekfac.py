@@ -6,11 +6,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_curv.capture.layers import Layers
-from optax_curv.capture.statistics import KroneckerFactors
-from optax_curv.linalg import lapack
-from optax_curv.preconditioners import contracts
-from optax_curv.preconditioners.layerwise import HIGHEST, averaged, is_silent, layerwise, map_grouped, zero_factors
+from optax_curv.curvature import KroneckerFactors
+from optax_curv.layers import Layers
+from optax_curv.linalg import _lapack as lapack
+from optax_curv.preconditioners._layerwise.layerwise import (
+    HIGHEST,
+    averaged,
+    is_silent,
+    layerwise,
+    map_grouped,
+    zero_factors,
+)
+from optax_curv.preconditioners._transformation import contracts
 
 
 class Eigenbasis(NamedTuple):
@@ -52,8 +59,8 @@ def eigenbasis(opt_state) -> dict[str, Eigenbasis]:
       opt_state: the state of `scale_by_ekfac`, alone or anywhere within the state of a chain.
 
     Returns:
-      `Eigenbasis` by layer, for ``value_grad_and_curvature(..., statistic="eigenbasis")(..., basis=...)``. Its shapes
-      never change, so it may cross `jax.jit`.
+      `Eigenbasis` by layer, for ``value_grad_and_curvature(..., statistic="eigenbasis")(...,
+      basis=...)``. Its shapes never change, so it may cross `jax.jit`.
 
     Raises:
       ValueError: if there is no such state, or more than one.
@@ -80,7 +87,9 @@ def eigenbasis(opt_state) -> dict[str, Eigenbasis]:
 
 def rotate(basis, x, transpose=False):
     """Uᵀ x (or U x) along the rows of a batch [B, m, n]; None leaves x as it is."""
-    return x if basis is None else jnp.matmul(basis.mT if transpose else basis, x, precision=HIGHEST)
+    return (
+        x if basis is None else jnp.matmul(basis.mT if transpose else basis, x, precision=HIGHEST)
+    )
 
 
 def into_basis(basis, x):
@@ -122,9 +131,13 @@ def in_bases(function, present, bases, *columns, sharding):
 
 def _carried(new_a, new_g, old_a, old_g, moments):
     if new_a is not None:
-        moments = jnp.matmul(jnp.square(rotate(new_a, old_a, transpose=True)), moments, precision=HIGHEST)
+        moments = jnp.matmul(
+            jnp.square(rotate(new_a, old_a, transpose=True)), moments, precision=HIGHEST
+        )
     if new_g is not None:
-        moments = jnp.matmul(moments, jnp.square(rotate(new_g, old_g, transpose=True)).mT, precision=HIGHEST)
+        moments = jnp.matmul(
+            moments, jnp.square(rotate(new_g, old_g, transpose=True)).mT, precision=HIGHEST
+        )
     return moments
 
 
@@ -149,9 +162,13 @@ def identity_basis(method: str, x) -> Eigenbasis:
     """A layer's basis before any step; refuses a layer of which a leaf is masked."""
     layer = x.layer
     if layer.rows_of_matrix != x.whole.rows_of_matrix:
-        raise ValueError(f"{method}: layer {layer.name!r} is masked in part; mask all of {x.whole.paths} or none.")
+        raise ValueError(
+            f"{method}: layer {layer.name!r} is masked in part; mask all of {x.whole.paths} or none."
+        )
     sides = [
-        jnp.broadcast_to(jnp.eye(shape[-1], dtype=x.dtype), shape) if len(shape) == len(layer.stack) + 2 else None
+        jnp.broadcast_to(jnp.eye(shape[-1], dtype=x.dtype), shape)
+        if len(shape) == len(layer.stack) + 2
+        else None
         for shape in layer.factor_shapes
     ]
     return Eigenbasis(*sides)
@@ -177,33 +194,39 @@ def scale_by_ekfac(
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions each layer's gradient by its second moments in the eigenbasis of K-FAC's factors.
 
-    With A = U_A S_A U_Aᵀ, G = U_G S_G U_Gᵀ and M = E[(U_Aᵀ a gᵀ U_G)²], element by element, the direction is
+    With A = U_A S_A U_Aᵀ, G = U_G S_G U_Gᵀ and M = E[(U_Aᵀ a gᵀ U_G)²], element by element, the
+    direction is
 
         u = U_A [(U_Aᵀ ∇ U_G) / (M + λ)] U_Gᵀ.
 
-    K-FAC has S_A S_Gᵀ in the place of M, the diagonal nearest to the Fisher block in this basis. M is measured by the
-    backward pass, in the basis of the state *before* the step, and new at every step, so that old bases are safe:
+    K-FAC has S_A S_Gᵀ in the place of M, the diagonal nearest to the Fisher block in this basis. M
+    is measured by the backward pass, in the basis of the state *before* the step, and new at every
+    step, so that old bases are safe:
 
-        capture = optax_curv.value_grad_and_curvature(loss_fn, layers=layers, statistic="eigenbasis")
-        value, grads, curvature = capture(params, batch, basis=optax_curv.eigenbasis(opt_state))
+        capture = optax_curv.value_grad_and_curvature(loss_fn, layers=layers,
+        statistic="eigenbasis") value, grads, curvature = capture(params, batch,
+        basis=optax_curv.eigenbasis(opt_state))
 
     Args:
       layers: see `scale_by_kfac`.
       damping: λ ≥ 0, added to the moments; a number or a schedule.
       decay: weight of the old factors and moments, in [0, 1]; a number or a schedule.
       update_every: steps between averaging statistics in.
-      invert_every: steps between eigendecompositions, after each of which the moments are carried into the new basis,
-        as far as their diagonal says. Under `jax.vmap` over a hyper-parameter longer periods save nothing.
+      invert_every: steps between eigendecompositions, after each of which the moments are carried
+        into the new basis, as far as their diagonal says. Under `jax.vmap` over a hyper-parameter
+        longer periods save nothing.
       kl_clip: see `scale_by_kfac`.
       fallback: see `scale_by_kfac`.
       factor_sharding: see `scale_by_kfac`.
 
     Returns:
-      A transformation whose `update` needs `curvature=`, a dict from layer name to `EigenbasisMoments`. With a
-      gradient or statistic that is not finite it returns zeros and keeps its state.
+      A transformation whose `update` needs `curvature=`, a dict from layer name to
+      `EigenbasisMoments`. With a gradient or statistic that is not finite it returns zeros and
+      keeps its state.
 
     Raises:
-      ValueError: as `scale_by_kfac`; for a statistic without moments; and for a layer whose leaves are masked in part.
+      ValueError: as `scale_by_kfac`; for a statistic without moments; and for a layer whose leaves
+        are masked in part.
 
     Examples:
       >>> import jax.numpy as jnp, optax_curv
@@ -217,13 +240,15 @@ def scale_by_ekfac(
       [0.25, 1.0]
 
     References:
-      George et al. 2018, arXiv:1806.03884, §3 and Algorithm 1. Deviation: moments start from the Kronecker product, and
-      survive a change of basis.
+      George et al. 2018, arXiv:1806.03884, §3 and Algorithm 1. Deviation: moments start from the
+      Kronecker product, and survive a change of basis.
     """
     method = "scale_by_ekfac"
     contracts.require_numbers(method, damping=damping, at_least=0)
     contracts.require_numbers(method, decay=decay, at_least=0, at_most=1)
-    contracts.require_numbers(method, update_every=update_every, invert_every=invert_every, at_least=1)
+    contracts.require_numbers(
+        method, update_every=update_every, invert_every=invert_every, at_least=1
+    )
 
     def init_rule(present):
         basis = {name: identity_basis(method, x) for name, x in present.items()}
@@ -260,10 +285,14 @@ def scale_by_ekfac(
         )
         # Without any moments yet there is no reason to move a layer.
         damped = {
-            name: jnp.where(is_silent(m), jnp.inf, m + contracts.value_at(damping, state.count, m.dtype))
+            name: jnp.where(
+                is_silent(m), jnp.inf, m + contracts.value_at(damping, state.count, m.dtype)
+            )
             for name, m in moments.items()
         }
-        directions = in_bases(divided_in_basis, present, (basis,), damped, matrices, sharding=factor_sharding)
+        directions = in_bases(
+            divided_in_basis, present, (basis,), damped, matrices, sharding=factor_sharding
+        )
         fields = {"factors": factors, "basis": basis, "moments": moments}
         return directions, fields, {}, good & contracts.is_squarable(curvature)
 
@@ -287,7 +316,8 @@ def ekfac(
 ) -> optax.GradientTransformationExtraArgs:
     """EKFAC with decoupled weight decay, momentum and a learning rate.
 
-    A chain of `scale_by_ekfac`, `optax.add_decayed_weights`, `optax.trace` and `optax.scale_by_learning_rate`.
+    A chain of `scale_by_ekfac`, `optax.add_decayed_weights`, `optax.trace` and
+    `optax.scale_by_learning_rate`.
 
     Args:
       learning_rate: a number or a schedule.

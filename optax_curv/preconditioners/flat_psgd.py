@@ -8,17 +8,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_curv.preconditioners import contracts, kron_geometries
+from optax_curv.preconditioners._psgd import geometries as kron_geometries
+from optax_curv.preconditioners._psgd.options import check_fit, require_probe
+from optax_curv.preconditioners._psgd.step import BALANCE_PROBABILITY, averaged, bias_correction
+from optax_curv.preconditioners._transformation import contracts
+from optax_curv.preconditioners._transformation.contracts import (
+    is_python_number,
+    static,
+    structural,
+)
 from optax_curv.preconditioners.chain_pieces import on_flat_vector, with_decay
-from optax_curv.preconditioners.contracts import is_python_number, static, structural
-from optax_curv.preconditioners.kron_options import check_fit, require_probe
 from optax_curv.preconditioners.kron_psgd import scale_by_kron_psgd
-from optax_curv.preconditioners.kron_steps import BALANCE_PROBABILITY, averaged, bias_correction
 
 LRA = "scale_by_lra_psgd"
 HIGHEST = jax.lax.Precision.HIGHEST
-# Factors common to d and the columns of I + U Vᵀ would drift apart until float32 no longer holds their product: columns
-# of a squared norm beyond these are drawn back. 1 % of μ outweighs the drift where the bounds remember 100 steps.
+# Factors common to d and the columns of I + U Vᵀ would drift apart until float32 no longer holds
+# their product: columns of a squared norm beyond these are drawn back. 1 % of μ outweighs the drift
+# where the bounds remember 100 steps.
 LARGEST, PULL = 1e2, 1e-2
 START_NORM = 0.1  # ‖U Vᵀ‖_F at the start, as in psgd_torch: near the diagonal, but not where the gradient of U is zero
 
@@ -39,8 +45,8 @@ def scale_by_dense_psgd(
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions a small whole tree by one matrix P = QᵀQ of its n parameters, learned as in Kronecker PSGD.
 
-    Memory n², time n³ a step. Nothing about P is assumed, so for "newton" with exact products it reaches |H|⁻¹, of an
-    indefinite H too.
+    Memory n², time n³ a step. Nothing about P is assumed, so for "newton" with exact products it
+    reaches |H|⁻¹, of an indefinite H too.
 
     Args:
       precond_lr: see `scale_by_kron_psgd`, as for all that follow.
@@ -56,11 +62,13 @@ def scale_by_dense_psgd(
       key: see there.
 
     Returns:
-      A `GradientTransformationExtraArgs` with `update(grads, state, params=None, *, probe=None, hvp=None)`. Its state
-      is a `ScaleByKronPsgdState` whose `factors` are the tuple of one matrix [n, n].
+      A `GradientTransformationExtraArgs` with `update(grads, state, params=None, *, probe=None,
+      hvp=None)`. Its state is a `ScaleByKronPsgdState` whose `factors` are the tuple of one matrix
+      [n, n].
 
     Raises:
-      ValueError: as `scale_by_kron_psgd`; for geometry="right_triangular", which knows matrices only.
+      ValueError: as `scale_by_kron_psgd`; for geometry="right_triangular", which knows matrices
+        only.
 
     Examples:
       >>> import jax.numpy as jnp, optax_curv
@@ -73,7 +81,9 @@ def scale_by_dense_psgd(
     """
     given = locals()
     if geometry == "right_triangular":
-        raise ValueError("scale_by_dense_psgd: geometry='right_triangular' knows matrices only; use another geometry.")
+        raise ValueError(
+            "scale_by_dense_psgd: geometry='right_triangular' knows matrices only; use another geometry."
+        )
     kron = scale_by_kron_psgd(**given, max_dense_dim=2**31, max_skew=float("inf"))
     return on_flat_vector("scale_by_dense_psgd", kron)
 
@@ -121,7 +131,9 @@ def dense_psgd(
       >>> print(updates.round(1))
       [-0.1 -0.1 -0.1]
     """
-    return with_decay(contracts.handed_on(scale_by_dense_psgd, locals()), learning_rate, weight_decay)
+    return with_decay(
+        contracts.handed_on(scale_by_dense_psgd, locals()), learning_rate, weight_decay
+    )
 
 
 class ScaleByLRAPsgdState(NamedTuple):
@@ -179,7 +191,9 @@ def _bounded_step(old, new, rate, decay):
 def _projected(span, a, b):
     """W with (a aᵀ - b bᵀ) Π = W spanᵀ, Π the projection on the columns of `span` [n, r], and a bound on its norm."""
     gram = _times(span.T, span)
-    floor = jnp.finfo(gram.dtype).eps * jnp.trace(gram) + jnp.finfo(gram.dtype).tiny  # a column may vanish
+    floor = (
+        jnp.finfo(gram.dtype).eps * jnp.trace(gram) + jnp.finfo(gram.dtype).tiny
+    )  # a column may vanish
     inner = _times(span.T, jnp.stack([a, b], axis=1))
     weights = jnp.linalg.solve(gram + floor * jnp.eye(gram.shape[0], dtype=gram.dtype), inner)
     sizes = jnp.sqrt(jnp.maximum(jnp.sum(inner * weights, axis=0), 0))  # ‖Π a‖, ‖Π b‖
@@ -189,15 +203,17 @@ def _projected(span, a, b):
 
 def _move(diagonal, u, v, lipschitz, h, w, rate, decay):
     """One step down the gradient of ‖Q h‖² + ‖Q⁻ᵀ w‖²: Q ← Q (I - diag), then (I - E) Q for U and for V."""
-    # With a = Q h, b = Q⁻ᵀ w the gradient is h ∘ P h - w ∘ P⁻¹ w for d, and for E it is a aᵀ - b bᵀ, projected on what
-    # keeps the form: E = W Vᵀ moves U alone, E = U Wᵀ moves V alone.
+    # With a = Q h, b = Q⁻ᵀ w the gradient is h ∘ P h - w ∘ P⁻¹ w for d, and for E it is a aᵀ - b
+    # bᵀ, projected on what keeps the form: E = W Vᵀ moves U alone, E = U Wᵀ moves V alone.
 
     def images(diagonal, u, v):
         return _low_rank(u, v, diagonal * h), _low_rank_inverse(v, u, w / diagonal)
 
     a, b = images(diagonal, u, v)
     curved, whitened = h * diagonal * _low_rank(v, u, a), w * _low_rank_inverse(u, v, b) / diagonal
-    bound_d, step = _bounded_step(lipschitz[0], jnp.max(jnp.abs(curved) + jnp.abs(whitened)), rate, decay)
+    bound_d, step = _bounded_step(
+        lipschitz[0], jnp.max(jnp.abs(curved) + jnp.abs(whitened)), rate, decay
+    )
     diagonal = diagonal * (1 - step * (curved - whitened))
     if u.shape[1] == 0:
         return diagonal, u, v, jnp.stack([bound_d, *lipschitz[1:]])
@@ -231,7 +247,9 @@ def _init(options, params) -> Any:
     return ScaleByLRAPsgdState(
         count=jnp.zeros([], jnp.int32),
         key=jax.random.key_data(key),
-        diagonal=jnp.full(shape[:1], 0 if options.init_scale is None else options.init_scale, params.dtype),
+        diagonal=jnp.full(
+            shape[:1], 0 if options.init_scale is None else options.init_scale, params.dtype
+        ),
         u=u * jnp.sqrt(START_NORM / norm),
         v=v * jnp.sqrt(START_NORM / norm),
         lipschitz=jnp.zeros(3, params.dtype),
@@ -251,7 +269,11 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
         return updates, state
     require_probe(LRA, options.criterion, probe, hvp)
     momentum = averaged(options.b1, updates, state.momentum, jnp.bool_(True))
-    direction = updates if momentum is None else (momentum / bias_correction(options.b1, state)).astype(momentum.dtype)
+    direction = (
+        updates
+        if momentum is None
+        else (momentum / bias_correction(options.b1, state)).astype(momentum.dtype)
+    )
     whitened = updates if options.whiten == "gradient" else direction
     signal = jnp.asarray(hvp if options.criterion == "newton" else whitened)
     keys = jax.random.split(jax.random.wrap_key_data(state.key), 5)
@@ -271,7 +293,10 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
         out = out[0], *jax.lax.cond(balances, _balanced, lambda u, v: (u, v), *out[1:3]), out[3]
         # A solve that fails is left out: the next one has other noise.
         sound = contracts.is_finite(out)
-        return tuple(jnp.where(sound, new, old) for new, old in zip(out, (diagonal, u, v, lipschitz), strict=True))
+        return tuple(
+            jnp.where(sound, new, old)
+            for new, old in zip(out, (diagonal, u, v, lipschitz), strict=True)
+        )
 
     chance = contracts.value_at(options.update_probability, state.count)
     moves = (jax.random.uniform(keys[4]) < chance) & jnp.any(diagonal != 0)
@@ -287,7 +312,9 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
         lipschitz=lipschitz,
         momentum=momentum,
     )
-    good = contracts.is_squarable(direction, probe, hvp) & contracts.is_finite(updates, diagonal, lipschitz)
+    good = contracts.is_squarable(direction, probe, hvp) & contracts.is_finite(
+        updates, diagonal, lipschitz
+    )
     return contracts.skip_unless(good, updates, new_state, state)
 
 
@@ -307,8 +334,8 @@ def scale_by_lra_psgd(
     """Preconditions the whole tree by P = QᵀQ, Q = (I + U Vᵀ) diag(d), learned as in Kronecker PSGD.
 
     Memory (2 r + 1) n and as much time a step, for n parameters; rank 0 is a diagonal. Q minimises
-    E[‖Q h‖² + ‖Q⁻ᵀ v‖²], v ~ N(0, I), so that P = (E[h hᵀ])^(-1/2): whitening for h = g, and |H|⁻¹ for Hessian-vector
-    products h = Hv.
+    E[‖Q h‖² + ‖Q⁻ᵀ v‖²], v ~ N(0, I), so that P = (E[h hᵀ])^(-1/2): whitening for h = g, and |H|⁻¹
+    for Hessian-vector products h = Hv.
 
     Args:
       precond_lr: μ > 0, a number or a schedule.
@@ -317,17 +344,19 @@ def scale_by_lra_psgd(
       b1: decay of the bias-corrected momentum that is preconditioned; 0 for none.
       whiten: see `scale_by_kron_psgd`.
       update_probability: probability of moving Q at a step, a number or a schedule.
-      init_scale: d at the start; None: (mean|g|⁴ + damping⁴)^(-1/8) of the first gradient that is not zero.
+      init_scale: d at the start; None: (mean|g|⁴ + damping⁴)^(-1/8) of the first gradient that is
+        not zero.
       damping: standard deviation of the noise on h, which bounds P.
       lipschitz_decay: decay of the running bounds on the steps.
       key: int or PRNG key.
 
     Returns:
-      A `GradientTransformationExtraArgs` with `update(grads, state, params=None, *, probe=None, hvp=None)`.
+      A `GradientTransformationExtraArgs` with `update(grads, state, params=None, *, probe=None,
+      hvp=None)`.
 
     Raises:
-      ValueError: for an unknown choice, a number out of range, leaves that are not real, a missing probe or hvp, and
-        trees or shapes that differ.
+      ValueError: for an unknown choice, a number out of range, leaves that are not real, a missing
+        probe or hvp, and trees or shapes that differ.
 
     Examples:
       >>> import jax.numpy as jnp, optax_curv
@@ -336,8 +365,9 @@ def scale_by_lra_psgd(
       ((9,), (9, 4))
 
     References:
-      Pooladzandi and Li 2024, arXiv:2402.04553, sec. 4. Deviations: running bounds, a scale that waits for a gradient
-      that is not zero, and columns of I + U Vᵀ whose lengths stay within a factor of ten of one.
+      Pooladzandi and Li 2024, arXiv:2402.04553, sec. 4. Deviations: running bounds, a scale that
+      waits for a gradient that is not zero, and columns of I + U Vᵀ whose lengths stay within a
+      factor of ten of one.
     """
     options = SimpleNamespace(**locals())
     check_fit(LRA, options)

@@ -8,14 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv import linalg
-from optax_curv.capture.layers import Layers, layer_leaves, layer_matrix
-from optax_curv.capture.statistics import KroneckerFactors
-from optax_curv.preconditioners import contracts
-from optax_curv.preconditioners.chain_pieces import with_decay
-from optax_curv.preconditioners.distribution import with_sharding_types
-from optax_curv.preconditioners.kronecker_factors import Blocks, mean_diagonal
-from optax_curv.preconditioners.kronecker_factors import precondition as preconditioned
-from optax_curv.preconditioners.layerwise import (
+from optax_curv.curvature import KroneckerFactors
+from optax_curv.layers import Layers, layer_leaves, layer_matrix
+from optax_curv.preconditioners._layerwise.kronecker_factors import Blocks, mean_diagonal
+from optax_curv.preconditioners._layerwise.kronecker_factors import precondition as preconditioned
+from optax_curv.preconditioners._layerwise.layerwise import (
     LayerStacks,
     averaged_stacks,
     leaves_by_path,
@@ -23,7 +20,14 @@ from optax_curv.preconditioners.layerwise import (
     read_curvature,
     zero_stacks,
 )
-from optax_curv.preconditioners.quadratic_model import adapt_damping, refuse_weight_decay, require_objective
+from optax_curv.preconditioners._stacks.owners import with_sharding_types
+from optax_curv.preconditioners._transformation import contracts
+from optax_curv.preconditioners.chain_pieces import with_decay
+from optax_curv.preconditioners.quadratic_model import (
+    adapt_damping,
+    refuse_weight_decay,
+    require_objective,
+)
 
 
 class ScaleByGaussNewtonState(NamedTuple):
@@ -31,7 +35,8 @@ class ScaleByGaussNewtonState(NamedTuple):
 
     Attributes:
       count: steps taken, int32 [].
-      start: where the next solve starts, `warm_start` times the last solution; like the parameters, float32 at least.
+      start: where the next solve starts, `warm_start` times the last solution; like the parameters,
+        float32 at least.
       iterations: iterations of the last step, int32 [].
       returned: number of the iterate that the last step returned, int32 [].
       factors: running averages, a mapping from layer to `KroneckerFactors`; empty without `layers`.
@@ -59,44 +64,53 @@ def scale_by_gauss_newton(
 ) -> optax.GradientTransformationExtraArgs:
     r"""The direction d = (F + λI)⁻¹ g of a curvature that is known only by its products v ↦ F v.
 
-    For models too large for rows or factors: it holds a few vectors of the parameters' size and minimises
+    For models too large for rows or factors: it holds a few vectors of the parameters' size and
+    minimises
 
     .. math::
       \varphi(d) = \tfrac12 \langle d, (F + \lambda I) d \rangle - \langle g, d \rangle
 
-    by conjugate gradients from `warm_start` times the last solution, until an iteration i > k gains less than ε = `tol`
-    of φ, averaged over the last k = max(10, i / 10): (φ_i - φ_{i-k}) / φ_i < k ε. F must be positive semi-definite.
+    by conjugate gradients from `warm_start` times the last solution, until an iteration i > k gains
+    less than ε = `tol` of φ, averaged over the last k = max(10, i / 10): (φ_i - φ_{i-k}) / φ_i < k
+    ε. F must be positive semi-definite.
 
     `update` takes the extra arguments
 
-    * `curvature_product`: a function v ↦ F v of trees like the gradients, leaf by leaf in their dtypes; or
-    * `objective` (an `Objective`) and `batch` (inputs, targets), and `weights` if there are any: F is the Gauss-Newton
-      matrix of the batch plus the regularizer's Hessian, linearised once a step;
-    * `diagonal`: a tree like the gradients, not negative, that approximates the diagonal of F (such as the mean of
-      squared gradients): the solve is preconditioned by (diagonal + λ) to the power `diagonal_power`;
-    * `curvature`: with `layers` only, their statistics (`value_grad_and_curvature`): the solve is preconditioned by
-      K-FAC, whose factors the state averages, and by the mean eigenvalue where no layer covers a leaf;
-    * `value_fn`: params ↦ loss, as Optax's line searches take it, for `backtrack` without an objective.
+    * `curvature_product`: a function v ↦ F v of trees like the gradients, leaf by leaf in their
+      dtypes; or
+    * `objective` (an `Objective`) and `batch` (inputs, targets), and `weights` if there are any: F
+      is the Gauss-Newton matrix of the batch plus the regularizer's Hessian, linearised once a
+      step;
+    * `diagonal`: a tree like the gradients, not negative, that approximates the diagonal of F (such
+      as the mean of squared gradients): the solve is preconditioned by (diagonal + λ) to the power
+      `diagonal_power`;
+    * `curvature`: with `layers` only, their statistics (`value_grad_and_curvature`): the solve is
+      preconditioned by K-FAC, whose factors the state averages, and by the mean eigenvalue where no
+      layer covers a leaf;
+    * `value_fn`: params ↦ loss, as Optax's line searches take it, for `backtrack` without an
+      objective.
 
     Args:
       damping: λ, at least 0; a number or a schedule.
       max_iters: most iterations.
       tol: ε, at least 0; with 0 only `max_iters` ends the solve.
       warm_start: what of the last solution the next solve starts from, in [0, 1].
-      backtrack: return the best of the iterates i = 1, 2, 3, 4, 6, 8, 11, … (each 1.3 times the one before) and the
-        last one, by the loss L(θ - d_i). It costs one more vector, and these forward passes.
+      backtrack: return the best of the iterates i = 1, 2, 3, 4, 6, 8, 11, … (each 1.3 times the one
+        before) and the last one, by the loss L(θ - d_i). It costs one more vector, and these
+        forward passes.
       diagonal_power: of the diagonal preconditioner; 1 is Jacobi's, 3/4 Martens'.
       layers: from `find_layers`; None: no K-FAC factors.
       decay: weight of the old factors in their running averages, in [0, 1]; a number or a schedule.
 
     Returns:
-      A transformation with state `ScaleByGaussNewtonState`. Arithmetic is float32 at least. With a NaN or infinity in
-      gradients (or their squares), statistics or the result the update is zero and the state keeps its last value but
-      for `total_notfinite`.
+      A transformation with state `ScaleByGaussNewtonState`. Arithmetic is float32 at least. With a
+      NaN or infinity in gradients (or their squares), statistics or the result the update is zero
+      and the state keeps its last value but for `total_notfinite`.
 
     Raises:
-      ValueError: numbers out of range; in `init` a leaf that is not real; in `update` a curvature that is missing or
-        given twice, trees that do not fit, or nothing to evaluate for `backtrack`.
+      ValueError: numbers out of range; in `init` a leaf that is not real; in `update` a curvature
+        that is missing or given twice, trees that do not fit, or nothing to evaluate for
+        `backtrack`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_curv
@@ -110,45 +124,69 @@ def scale_by_gauss_newton(
       [3. 4.]
 
     References:
-      Martens, Deep Learning via Hessian-Free Optimization, ICML 2010: §4.4 for the stopping rule, §4.5 for the warm
-      start, §4.6 for backtracking (there back from the last iterate to the first that is worse; here all are compared),
-      §4.7 for the diagonal. Martens and Sutskever 2012, doi:10.1007/978-3-642-35289-8_27, for the warm start's decay.
+      Martens, Deep Learning via Hessian-Free Optimization, ICML 2010: §4.4 for the stopping rule,
+      §4.5 for the warm start, §4.6 for backtracking (there back from the last iterate to the first
+      that is worse; here all are compared), §4.7 for the diagonal. Martens and Sutskever 2012,
+      doi:10.1007/978-3-642-35289-8_27, for the warm start's decay.
     """
     method = "scale_by_gauss_newton"
     contracts.require_numbers(method, damping=damping, max_iters=max_iters, tol=tol, at_least=0)
     contracts.require_numbers(method, warm_start=warm_start, decay=decay, at_least=0, at_most=1)
     if layers is not None and not isinstance(layers, Layers):
-        raise ValueError(f"{method}: expected layers from optax_curv.find_layers, got a {type(layers).__name__}.")
+        raise ValueError(
+            f"{method}: expected layers from optax_curv.find_layers, got a {type(layers).__name__}."
+        )
 
     def init(params):
         contracts.require_float_leaves(method, params)
-        factors = LayerStacks((), ()) if layers is None else zero_stacks(match_layers(method, layers, params, True))
+        factors = (
+            LayerStacks((), ())
+            if layers is None
+            else zero_stacks(match_layers(method, layers, params, True))
+        )
         # numbers of their own, as a buffer that stands twice in a state cannot be donated
-        numbers = {name: jnp.int32(0) for name in ("count", "iterations", "returned", "total_notfinite")}
-        return ScaleByGaussNewtonState(start=contracts.wide_zeros(params), factors=factors, **numbers)
+        numbers = {
+            name: jnp.int32(0) for name in ("count", "iterations", "returned", "total_notfinite")
+        }
+        return ScaleByGaussNewtonState(
+            start=contracts.wide_zeros(params), factors=factors, **numbers
+        )
 
     def update(updates, state, params=None, *, diagonal=None, curvature=None, **extra_args):
         if params is not None:
             contracts.require_same_leaves(method, "updates", updates, "params", params)
         product = _product(method, params, extra_args)
-        lam = contracts.value_at(damping, state.count, jnp.result_type(jnp.float32, *jax.tree.leaves(state.start)))
+        lam = contracts.value_at(
+            damping, state.count, jnp.result_type(jnp.float32, *jax.tree.leaves(state.start))
+        )
         factors, fit, preconditioner = state.factors, True, None
         if layers is not None:
             if diagonal is not None:
                 raise ValueError(f"{method}: got diagonal= beside layers; give one or the other.")
-            factors, fit, preconditioner = _layer_preconditioner(method, layers, updates, state, curvature, decay, lam)
+            factors, fit, preconditioner = _layer_preconditioner(
+                method, layers, updates, state, curvature, decay, lam
+            )
         elif diagonal is not None:
             contracts.require_same_leaves(method, "diagonal", diagonal, "updates", updates)
-            scale = jax.tree.map(lambda d, p: (d.astype(p.dtype) + lam) ** -diagonal_power, diagonal, state.start)
+            scale = jax.tree.map(
+                lambda d, p: (d.astype(p.dtype) + lam) ** -diagonal_power, diagonal, state.start
+            )
             preconditioner = _times(scale)
 
-        # What is unsound ends the solve at its start, so that no second copy of that need be kept to go back to.
+        # What is unsound ends the solve at its start, so that no second copy of that need be kept
+        # to go back to.
         sound = contracts.is_squarable(updates) & contracts.is_finite(diagonal) & fit
-        gradient = jax.tree.map(lambda u, p: jnp.where(sound, u.astype(p.dtype), jnp.nan), updates, state.start)
+        gradient = jax.tree.map(
+            lambda u, p: jnp.where(sound, u.astype(p.dtype), jnp.nan), updates, state.start
+        )
 
         def damped(v):
-            narrow = jax.tree.map(lambda x, like: x.astype(like.dtype), v, updates if params is None else params)
-            return jax.tree.map(lambda fv, x: fv.astype(x.dtype) + lam.astype(x.dtype) * x, product(narrow), v)
+            narrow = jax.tree.map(
+                lambda x, like: x.astype(like.dtype), v, updates if params is None else params
+            )
+            return jax.tree.map(
+                lambda fv, x: fv.astype(x.dtype) + lam.astype(x.dtype) * x, product(narrow), v
+            )
 
         direction, info = linalg.conjugate_gradient(
             damped,
@@ -162,7 +200,11 @@ def scale_by_gauss_newton(
         )
         new_updates = jax.tree.map(lambda d, u: d.astype(u.dtype), direction, updates)
         # A solve that breaks off after some iterations has a solution all the same.
-        good = sound & contracts.is_finite(new_updates) & (jnp.isfinite(info.residual_norm) | (info.iterations > 1))
+        good = (
+            sound
+            & contracts.is_finite(new_updates)
+            & (jnp.isfinite(info.residual_norm) | (info.iterations > 1))
+        )
         kept = jnp.where(good, warm_start, 1)
         start = jax.tree.map(lambda d: jnp.asarray(kept, d.dtype) * d, direction)
         old = state._replace(start=None)
@@ -189,7 +231,9 @@ def _product(method, params, given) -> Callable[[Any], Any]:
         )
     if product is not None:
         if not callable(product):
-            raise ValueError(f"{method}: expected a function as curvature_product, got {product!r}.")
+            raise ValueError(
+                f"{method}: expected a function as curvature_product, got {product!r}."
+            )
         return product
     contracts.require_params(method, params)
     require_objective(method, objective, given.get("batch"))
@@ -224,7 +268,13 @@ def _layer_preconditioner(method, layers, updates, state, curvature, decay, damp
     """The averaged factors, whether what entered is sound, and K-FAC's inverse of them as a function of a tree."""
     present = match_layers(method, layers, updates, True)
     factors, sound = averaged_stacks(
-        method, present, state.factors, state.count, read_curvature(method, layers, curvature), decay, True
+        method,
+        present,
+        state.factors,
+        state.count,
+        read_curvature(method, layers, curvature),
+        decay,
+        True,
     )
     inverses, _ = Blocks(present, factors, damping, "pi").invert("cholesky")
     covered = {path for x in present.values() for path in x.layer.paths}
@@ -232,13 +282,18 @@ def _layer_preconditioner(method, layers, updates, state, curvature, decay, damp
 
     def precondition(r):
         leaves = leaves_by_path(r)
-        matrices = {name: layer_matrix(x.layer, leaves).astype(x.dtype) for name, x in present.items()}
+        matrices = {
+            name: layer_matrix(x.layer, leaves).astype(x.dtype) for name, x in present.items()
+        }
         directions = preconditioned(inverses, LayerStacks.of(factors.layout, matrices))
         solved = {path: leaf for path, leaf in leaves.items() if path in covered}
         for name, x in present.items():
             solved |= layer_leaves(x.layer, directions[name], leaves)
         return jax.tree.map_with_path(
-            lambda path, leaf: solved.get(jax.tree_util.keystr(path), leaf / mean.astype(leaf.dtype)), r
+            lambda path, leaf: solved.get(
+                jax.tree_util.keystr(path), leaf / mean.astype(leaf.dtype)
+            ),
+            r,
         )
 
     return factors, sound, precondition
@@ -272,8 +327,9 @@ def gauss_newton(
     With a learning rate: a chain of `scale_by_gauss_newton`, `optax.add_decayed_weights` and
     `optax.scale_by_learning_rate`.
 
-    With `learning_rate=None`: `adapt_damping` around `scale_by_gauss_newton` and a step of length one, the damping
-    changed at every step by the factor 2/3 or 3/2. `update` then needs `objective=`, `batch=` and `value=` (the loss).
+    With `learning_rate=None`: `adapt_damping` around `scale_by_gauss_newton` and a step of length
+    one, the damping changed at every step by the factor 2/3 or 3/2. `update` then needs
+    `objective=`, `batch=` and `value=` (the loss).
 
     Args:
       learning_rate: a number or a schedule; None: adaptive damping.
@@ -291,8 +347,8 @@ def gauss_newton(
       A transformation whose `update` takes the extra arguments of `scale_by_gauss_newton`.
 
     Raises:
-      ValueError: as `scale_by_gauss_newton`; and for a weight decay with adaptive damping, whose model would not know
-        of it.
+      ValueError: as `scale_by_gauss_newton`; and for a weight decay with adaptive damping, whose
+        model would not know of it.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_curv
@@ -316,7 +372,9 @@ def gauss_newton(
         return contracts.handed_on(scale_by_gauss_newton, given | {"damping": damping})
 
     if learning_rate is not None:
-        return with_decay(direction(1e-3 if damping is None else damping), learning_rate, weight_decay)
+        return with_decay(
+            direction(1e-3 if damping is None else damping), learning_rate, weight_decay
+        )
     refuse_weight_decay("gauss_newton", weight_decay)
 
     def damped(lam):

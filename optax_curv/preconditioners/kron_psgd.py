@@ -8,12 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.linalg import kron_matvec
-from optax_curv.preconditioners import contracts, kron_geometries, kron_steps
-from optax_curv.preconditioners.chain_pieces import clip_leaves
-from optax_curv.preconditioners.contracts import static
-from optax_curv.preconditioners.distribution import as_kept, equally_varying, with_sharding_types
-from optax_curv.preconditioners.kron_layout import LIKE_FACTORS
-from optax_curv.preconditioners.kron_options import (
+from optax_curv.preconditioners._psgd import geometries as kron_geometries
+from optax_curv.preconditioners._psgd import step as kron_steps
+from optax_curv.preconditioners._psgd.kron_layout import LIKE_FACTORS
+from optax_curv.preconditioners._psgd.options import (
     METHOD,
     Options,
     check_extras,
@@ -22,6 +20,10 @@ from optax_curv.preconditioners.kron_options import (
     layout_of_params,
     layout_of_state,
 )
+from optax_curv.preconditioners._stacks.owners import as_kept, equally_varying, with_sharding_types
+from optax_curv.preconditioners._transformation import contracts
+from optax_curv.preconditioners._transformation.contracts import static
+from optax_curv.preconditioners.chain_pieces import clip_leaves
 
 
 class ScaleByKronPsgdState(NamedTuple):
@@ -30,12 +32,16 @@ class ScaleByKronPsgdState(NamedTuple):
     Attributes:
       count: steps taken, int32 [].
       key: raw key data, uint32 [...].
-      factors: like the parameters, each leaf replaced by the tuple of its axis factors, [*stack, d, d] or [*stack, d];
-        a leaf cut by `block_size` by the tuple of its blocks' tuples. All zero: not set yet.
-      lipschitz: like the parameters, each leaf replaced by its blocks' running bounds L, [*stack, axes].
+      factors: like the parameters, each leaf replaced by the tuple of its axis factors, [*stack, d,
+        d] or [*stack, d]; a leaf cut by `block_size` by the tuple of its blocks' tuples. All zero:
+        not set yet.
+      lipschitz: like the parameters, each leaf replaced by its blocks' running bounds L, [*stack,
+        axes].
       momentum: like the parameters, float32 at least; None where b1 is the Python number 0.
-      preconditioners: like factors, P of each axis; None where P would be used once only, or is the factor itself.
-      fingerprint: of the factors to which `preconditioners` belong, uint32 [factored tensors]; None with them.
+      preconditioners: like factors, P of each axis; None where P would be used once only, or is the
+        factor itself.
+      fingerprint: of the factors to which `preconditioners` belong, uint32 [factored tensors]; None
+        with them.
       total_notfinite: steps skipped for a NaN or infinity, int32 [].
     """
 
@@ -71,65 +77,76 @@ def scale_by_kron_psgd(
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions each leaf by P = ⊗ QᵢᴴQᵢ, a factor for each axis, learned to whiten gradients or invert curvature.
 
-    For "whitening", P is fitted so that P g has the covariance of white noise, P → (E[g gᴴ])^(-1/2); for "newton", with
-    Hessian-vector products h = Hv of random probes v, P → |H|⁻¹ (in each case the closest Kronecker product). Write N
-    for the size of a leaf, dᵢ for an axis, Uᵢ(X) = X₍ᵢ₎X₍ᵢ₎ᴴ for the mode-i second moment, μ for `precond_lr`:
+    For "whitening", P is fitted so that P g has the covariance of white noise, P → (E[g
+    gᴴ])^(-1/2); for "newton", with Hessian-vector products h = Hv of random probes v, P → |H|⁻¹ (in
+    each case the closest Kronecker product). Write N for the size of a leaf, dᵢ for an axis, Uᵢ(X)
+    = X₍ᵢ₎X₍ᵢ₎ᴴ for the mode-i second moment, μ for `precond_lr`:
 
     =========== ================================ ==================================================================
     geometry    T1, T2                           step, with D = T1 - T2
     =========== ================================ ==================================================================
-    eq          Uᵢ(⊗Q g), Uᵢ(⊗Q⁻ᴴ v)             Q ← Q - μ/L triu(D) Q
-    qep         Qᵢ Uᵢ(P g) Qᵢᴴ, (N/dᵢ) Qᵢ Qᵢᴴ    Q ← Q - μ/L D Q, balanced at every step
-    qeq         Uᵢ(P g), (N/dᵢ) I                Q ← Q - μ/L Q D
-    q0.5eq1.5   as qeq                           a Procrustes rotation that keeps Q near symmetric, then Q ← Q - μ/L D Q
-    quad        as qeq                           E = μ/2L D, p = Q - E Q, p ← p - p E, Q ← (p + pᴴ)/2
-    quad4p      as qeq, Q holds P itself         as quad with μ/L
+    eq          Uᵢ(⊗Q g), Uᵢ(⊗Q⁻ᴴ v)             Q ← Q - μ/L triu(D) Q qep         Qᵢ Uᵢ(P g) Qᵢᴴ,
+    (N/dᵢ) Qᵢ Qᵢᴴ    Q ← Q - μ/L D Q, balanced at every step qeq         Uᵢ(P g), (N/dᵢ) I
+    Q ← Q - μ/L Q D q0.5eq1.5   as qeq                           a Procrustes rotation that keeps Q
+    near symmetric, then Q ← Q - μ/L D Q quad        as qeq                           E = μ/2L D, p
+    = Q - E Q, p ← p - p E, Q ← (p + pᴴ)/2 quad4p      as qeq, Q holds P itself         as quad with
+    μ/L
     =========== ================================ ==================================================================
 
-    For "newton" h takes the place of g and Uᵢ(v) that of (N/dᵢ) I. ℓ = ‖T1 + T2‖₂ and L ← max(βL + (1-β)ℓ, ℓ). Before
-    the step g receives the noise (damping + eps(dtype)|g|) ⊙ N(0, I), which bounds P by 1/damping; the new P is applied
-    to g itself, or to its momentum.
+    For "newton" h takes the place of g and Uᵢ(v) that of (N/dᵢ) I. ℓ = ‖T1 + T2‖₂ and L ← max(βL +
+    (1-β)ℓ, ℓ). Before the step g receives the noise (damping + eps(dtype)|g|) ⊙ N(0, I), which
+    bounds P by 1/damping; the new P is applied to g itself, or to its momentum.
 
-    "right_triangular" is the rule of the original implementation, for parity: the probe is g itself,
-    S = sym((A - B)(A + B)ᵀ), Q ← Q - μ Q triu(S)/(‖S‖_F + eps), and matrices become Q_LᵀQ_L g Q_R Q_Rᵀ; other ranks
-    pass unchanged. It *never preconditions*: from Q = I, A = B = g and S = 0 for ever. Its step also multiplies on the
-    wrong side (the Lie gradient of its own A is triu(S) Q), and Q_R Q_Rᵀ contradicts Q_RᵀQ_R. It takes no damping,
-    no Lipschitz bound, and all its factors are dense.
+    "right_triangular" is the rule of the original implementation, for parity: the probe is g
+    itself, S = sym((A - B)(A + B)ᵀ), Q ← Q - μ Q triu(S)/(‖S‖_F + eps), and matrices become Q_LᵀQ_L
+    g Q_R Q_Rᵀ; other ranks pass unchanged. It *never preconditions*: from Q = I, A = B = g and S =
+    0 for ever. Its step also multiplies on the wrong side (the Lie gradient of its own A is triu(S)
+    Q), and Q_R Q_Rᵀ contradicts Q_RᵀQ_R. It takes no damping, no Lipschitz bound, and all its
+    factors are dense.
 
     Args:
-      precond_lr: μ > 0, a number or a schedule of the step count. A schedule that falls lets P converge.
+      precond_lr: μ > 0, a number or a schedule of the step count. A schedule that falls lets P
+        converge.
       geometry: see above.
-      criterion: "whitening", or "newton", which needs `probe` and `hvp` (`hessian_probe`) at every update.
-      b1: decay of the bias-corrected momentum that is preconditioned; 0 for none. A traced b1 always keeps a buffer.
+      criterion: "whitening", or "newton", which needs `probe` and `hvp` (`hessian_probe`) at every
+        update.
+      b1: decay of the bias-corrected momentum that is preconditioned; 0 for none. A traced b1
+        always keeps a buffer.
       whiten: "gradient" or "momentum": which of them P whitens.
-      update_probability: probability of moving Q at a step, a number or a schedule (`flat_then_decay`). Other than the
-        Python number 1, P is kept in the state and the other steps cost one product an axis; a vmap over whole steps
-        turns this choice into computing both.
-      init_scale: Q starts as this multiple of the identity; None: (mean|g|⁴ + damping⁴)^(-1/8) of the first gradient
-        of a leaf that is not zero. Until then the leaf's factors are zero, and so is its update.
+      update_probability: probability of moving Q at a step, a number or a schedule
+        (`flat_then_decay`). Other than the Python number 1, P is kept in the state and the other
+        steps cost one product an axis; a vmap over whole steps turns this choice into computing
+        both.
+      init_scale: Q starts as this multiple of the identity; None: (mean|g|⁴ + damping⁴)^(-1/8) of
+        the first gradient of a leaf that is not zero. Until then the leaf's factors are zero, and
+        so is its update.
       damping: at least 0.
       lipschitz_decay: β, in [0, 1].
       max_dense_dim: longer axes have diagonal factors.
-      max_skew: so have axes whose square exceeds `max_skew` times the size of the leaf, and axes of size 1.
-      precond_dtype: in which factors of leaves up to float32 are kept. "bfloat16" halves the memory; the arithmetic
-        stays float32. Leaves of float64 keep float64.
-      stacked: how many leading axes of a leaf count layers, each with factors of its own: an int or bool for all
-        leaves, a tree of them that is a prefix of the parameters', or a function of the parameters that returns one.
-      block_size: longer axes are cut into the fewest blocks of nearly equal length, each with factors of its own.
-      factor_sharding: None, or a `jax.sharding.NamedSharding` whose first entry names mesh axes, such as
-        ``NamedSharding(mesh, PartitionSpec(("data", "model")))``. Leaves and blocks of equal shape then move and apply
-        their factors on their devices in turn, and factors are kept divided along the first axis that the number of
-        devices divides.
+      max_skew: so have axes whose square exceeds `max_skew` times the size of the leaf, and axes of
+        size 1.
+      precond_dtype: in which factors of leaves up to float32 are kept. "bfloat16" halves the
+        memory; the arithmetic stays float32. Leaves of float64 keep float64.
+      stacked: how many leading axes of a leaf count layers, each with factors of its own: an int or
+        bool for all leaves, a tree of them that is a prefix of the parameters', or a function of
+        the parameters that returns one.
+      block_size: longer axes are cut into the fewest blocks of nearly equal length, each with
+        factors of its own.
+      factor_sharding: None, or a `jax.sharding.NamedSharding` whose first entry names mesh axes,
+        such as ``NamedSharding(mesh, PartitionSpec(("data", "model")))``. Leaves and blocks of
+        equal shape then move and apply their factors on their devices in turn, and factors are kept
+        divided along the first axis that the number of devices divides.
       eps: floor of the normaliser of "right_triangular" only.
       key: int or PRNG key.
 
     Returns:
-      A `GradientTransformationExtraArgs` with `update(grads, state, params=None, *, probe=None, hvp=None)`. With a NaN
-      or infinity the update is zero and the state keeps its last value but for `total_notfinite`.
+      A `GradientTransformationExtraArgs` with `update(grads, state, params=None, *, probe=None,
+      hvp=None)`. With a NaN or infinity the update is zero and the state keeps its last value but
+      for `total_notfinite`.
 
     Raises:
-      ValueError: for an unknown choice, a number out of range, a leaf that is not of floating point; in `update` for
-        a missing probe or hvp and for trees or shapes that differ.
+      ValueError: for an unknown choice, a number out of range, a leaf that is not of floating
+        point; in `update` for a missing probe or hvp and for trees or shapes that differ.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_curv
@@ -144,8 +161,8 @@ def scale_by_kron_psgd(
       {'b': (3,), 'w': (4, 3)}
 
     References:
-      Li, *Stochastic Hessian fittings with Lie groups*, 2024, arXiv:2402.11858.
-      Pooladzandi and Li, *Curvature-informed SGD via general purpose Lie-group preconditioners*, 2024,
+      Li, *Stochastic Hessian fittings with Lie groups*, 2024, arXiv:2402.11858. Pooladzandi and Li,
+      *Curvature-informed SGD via general purpose Lie-group preconditioners*, 2024,
       arXiv:2402.04553. Deviation: the scale waits for a gradient that is not zero.
     """
     options = Options(**locals())
@@ -181,17 +198,19 @@ def kron_psgd(
 ) -> optax.GradientTransformationExtraArgs:
     """Kronecker PSGD with momentum, clipped updates, decoupled weight decay and a learning rate.
 
-    The chain of `scale_by_kron_psgd`, which documents the other arguments, the clips of `clip_by_max_abs` and
-    `optax.clip_by_block_rms`, `optax.add_decayed_weights` and `optax.scale_by_learning_rate`. A whitened gradient has a
-    root mean square near one; the clips act where P has not yet followed a gradient that grew.
+    The chain of `scale_by_kron_psgd`, which documents the other arguments, the clips of
+    `clip_by_max_abs` and `optax.clip_by_block_rms`, `optax.add_decayed_weights` and
+    `optax.scale_by_learning_rate`. A whitened gradient has a root mean square near one; the clips
+    act where P has not yet followed a gradient that grew.
 
     Args:
       learning_rate: a number or a schedule.
       b1: decay of the momentum.
-      weight_decay: decoupled from the preconditioner, as in AdamW. Other than the Python number 0, update needs params.
+      weight_decay: decoupled from the preconditioner, as in AdamW. Other than the Python number 0,
+        update needs params.
       weight_decay_mask: as in `optax.add_decayed_weights`.
-      max_rms: largest root mean square of a leaf's update before decay and learning rate (2, as in psgd_torch); or
-        None.
+      max_rms: largest root mean square of a leaf's update before decay and learning rate (2, as in
+        psgd_torch); or None.
       max_abs: largest magnitude of an entry (10, as in psgd_torch); or None.
       precond_lr: see `scale_by_kron_psgd`, as for all that follow.
       geometry: see there.
@@ -241,7 +260,8 @@ def kron_psgd(
 def flat_then_decay(flat_steps=500, decay=1e-3, floor=0.03) -> optax.Schedule:
     """A schedule for `update_probability`: 1 at first, then exp(-decay · (steps since)), never below a floor.
 
-    Q is learned fast while the loss falls fast, and costs little afterwards; the defaults are psgd_torch's.
+    Q is learned fast while the loss falls fast, and costs little afterwards; the defaults are
+    psgd_torch's.
 
     Args:
       flat_steps: how many steps have the value 1.
@@ -265,7 +285,9 @@ def flat_then_decay(flat_steps=500, decay=1e-3, floor=0.03) -> optax.Schedule:
 
 
 def _init(options, params) -> Any:
-    contracts.require_float_leaves(METHOD, params, complex_leaves=options.geometry != "right_triangular")
+    contracts.require_float_leaves(
+        METHOD, params, complex_leaves=options.geometry != "right_triangular"
+    )
     layout = layout_of_params(options, params)
     scale = options.init_scale
     if scale is None:
@@ -273,7 +295,9 @@ def _init(options, params) -> Any:
 
     def factors_of(piece):
         number = jnp.asarray(scale, piece.real_dtype)
-        return kron_geometries.scaled_identities(options.geometry, piece.factors, number, len(piece.stack))
+        return kron_geometries.scaled_identities(
+            options.geometry, piece.factors, number, len(piece.stack)
+        )
 
     state = ScaleByKronPsgdState(
         count=jnp.zeros([], jnp.int32),
@@ -281,7 +305,9 @@ def _init(options, params) -> Any:
         factors=layout.build(factors_of),
         lipschitz=layout.build(lambda p: jnp.zeros((*p.stack, len(p.shape)), p.real_dtype)),
         momentum=None if is_python_number(options.b1, 0) else contracts.wide_zeros(params),
-        preconditioners=jax.tree.map(jnp.zeros_like, layout.build(factors_of)) if options.caches else None,
+        preconditioners=jax.tree.map(jnp.zeros_like, layout.build(factors_of))
+        if options.caches
+        else None,
         fingerprint=jnp.zeros(layout.count, jnp.uint32) if options.caches else None,
         total_notfinite=jnp.zeros([], jnp.int32),
     )
@@ -298,7 +324,9 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
     del extra_args
     grads = updates
     check_extras(options, grads, state, params, probe, hvp)
-    state = state._replace(**{name: contracts.tuples_at_leaves(getattr(state, name), grads) for name in LIKE_FACTORS})
+    state = state._replace(
+        **{name: contracts.tuples_at_leaves(getattr(state, name), grads) for name in LIKE_FACTORS}
+    )
     layout = layout_of_state(options, grads, state)
     state = state._replace(factors=layout.as_kept(state.factors))
     sound = contracts.is_squarable(grads, probe, hvp)
@@ -321,7 +349,9 @@ def _update(options, updates, state, params=None, *, probe=None, hvp=None, **ext
     else:
         updates, kept, good = step(state, *given)
     old = state._replace(**dict.fromkeys(kept))
-    new = old._replace(count=jnp.asarray(optax.safe_increment(state.count)), key=jax.random.key_data(key))
+    new = old._replace(
+        count=jnp.asarray(optax.safe_increment(state.count)), key=jax.random.key_data(key)
+    )
     updates, new = contracts.skip_unless(good, updates, new, old)
     return updates, _as_kept(options, new._replace(**kept))
 
@@ -342,7 +372,9 @@ def _step(options, layout, now, key, grads, state, signal, direction, probe):
     givens = zip(signals, probes, kron_steps.random_bits(options, tensors, key), strict=True)
     steps = [
         kron_steps.step_of_group(options, now, kept, group, kron_steps.Given(*given))
-        for kept, group, given in zip(layout.kept_dtypes, layout.groups(state, tensors), givens, strict=True)
+        for kept, group, given in zip(
+            layout.kept_dtypes, layout.groups(state, tensors), givens, strict=True
+        )
     ]
     good = functools.reduce(jnp.logical_and, [fine for _, fine in steps], now.sound)
     updates = layout.leaves([group.tensor for group, _ in steps], rest, grads)
@@ -351,11 +383,19 @@ def _step(options, layout, now, key, grads, state, signal, direction, probe):
 
 def _apply(layout, now, grads, state, _signal, direction, _probe):
     """The same where Q does not move and the P that is kept is Q's."""
-    kept = state.factors if state.preconditioners is None else state.preconditioners  # "quad4p" has P for its factors
+    kept = (
+        state.factors if state.preconditioners is None else state.preconditioners
+    )  # "quad4p" has P for its factors
     if kron_steps.by_piece():
-        products, leaves = map(kron_matvec, layout.by_piece(kept), layout.blocks(direction)), layout.leaves_of_blocks
+        products, leaves = (
+            map(kron_matvec, layout.by_piece(kept), layout.blocks(direction)),
+            layout.leaves_of_blocks,
+        )
     else:
-        products, leaves = map(jax.vmap(kron_matvec), layout.join(kept), layout.tensors(direction)), layout.leaves
+        products, leaves = (
+            map(jax.vmap(kron_matvec), layout.join(kept), layout.tensors(direction)),
+            layout.leaves,
+        )
     products = [x / jnp.asarray(now.correction, jnp.finfo(x.dtype).dtype) for x in products]
     rest = [leaf / now.correction for leaf in layout.without_pieces(direction)]
     good = now.sound & contracts.is_finite(products)

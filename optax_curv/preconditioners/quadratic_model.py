@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_curv.preconditioners import contracts
-from optax_curv.preconditioners.distribution import with_sharding_types
+from optax_curv.preconditioners._stacks.owners import with_sharding_types
+from optax_curv.preconditioners._transformation import contracts
 
-# Martens and Grosse 2015, §6.5: the reduction ratios below which damping grows and above which it falls.
+# Martens and Grosse 2015, §6.5: the reduction ratios below which damping grows and above which it
+# falls.
 POOR_RATIO, GOOD_RATIO = 0.25, 0.75
 
 
@@ -36,7 +37,8 @@ class AdaptDampingState(NamedTuple):
     Attributes:
       count: steps taken, int32 [].
       damping: the damping of the next step, float32 [].
-      reduction_ratio: actual over predicted change of the objective when damping was last judged, float32 []; 1 before.
+      reduction_ratio: actual over predicted change of the objective when damping was last judged,
+        float32 []; 1 before.
       inner: state of the damped transformation.
       total_notfinite: steps skipped, int32 [].
     """
@@ -58,7 +60,9 @@ def require_objective(method, objective, batch):
         )
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         given = None if batch is None else f"a {type(batch).__name__}"
-        raise ValueError(f"{method}: expected the extra argument batch=(inputs, targets), got {given}.")
+        raise ValueError(
+            f"{method}: expected the extra argument batch=(inputs, targets), got {given}."
+        )
 
 
 def refuse_weight_decay(method, weight_decay):
@@ -80,31 +84,36 @@ def _minimizer(slopes, curvature):
     along = quotient(mixed, first, 0)
     # What the second direction adds to the first; where that is only rounding, it is left out.
     rest = second - along * mixed
-    momentum = quotient(slopes[1] - along * slopes[0], rest, 100 * jnp.finfo(rest.dtype).eps * second)
+    momentum = quotient(
+        slopes[1] - along * slopes[0], rest, 100 * jnp.finfo(rest.dtype).eps * second
+    )
     return jnp.stack([quotient(slopes[0], first, 0) - along * momentum, momentum])
 
 
 def scale_by_quadratic_model(damping=1e-3) -> optax.GradientTransformationExtraArgs:
     """Step size and momentum that minimise the damped quadratic model of the objective on the batch.
 
-    With p the incoming direction and v the previous update, the update is α p + μ v for the (α, μ) that minimise
+    With p the incoming direction and v the previous update, the update is α p + μ v for the (α, μ)
+    that minimise
 
       L(θ − α p − μ v) ≈ L − ⟨∇L, α p + μ v⟩ + ½ ⟨α p + μ v, (C + λ I)(α p + μ v)⟩,
 
-    with C the Gauss-Newton matrix of the batch (plus the regularizer's Hessian) and λ the damping, at the cost of a
-    forward pass and two Jacobian products. It replaces learning rate and momentum: follow it with
-    ``optax.scale_by_learning_rate(1.0)``. A first step, or a v parallel to p, has μ = 0.
+    with C the Gauss-Newton matrix of the batch (plus the regularizer's Hessian) and λ the damping,
+    at the cost of a forward pass and two Jacobian products. It replaces learning rate and momentum:
+    follow it with ``optax.scale_by_learning_rate(1.0)``. A first step, or a v parallel to p, has μ
+    = 0.
 
     Args:
       damping: λ ≥ 0, a number or a schedule.
 
     Returns:
-      A transformation whose ``update(updates, state, params, *, objective, batch)`` takes an `optax_curv.Objective`,
-      ``batch=(inputs, targets)``, and a mask or weights as ``weights=``. If updates, slopes or curvature are not finite
-      the update is zero and the state kept.
+      A transformation whose ``update(updates, state, params, *, objective, batch)`` takes an
+      `optax_curv.Objective`, ``batch=(inputs, targets)``, and a mask or weights as ``weights=``. If
+      updates, slopes or curvature are not finite the update is zero and the state kept.
 
     Raises:
-      ValueError: for a negative damping, missing parameters, and an `objective` or `batch` that is missing or none.
+      ValueError: for a negative damping, missing parameters, and an `objective` or `batch` that is
+        missing or none.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_curv
@@ -117,8 +126,8 @@ def scale_by_quadratic_model(damping=1e-3) -> optax.GradientTransformationExtraA
       3.0
 
     References:
-      Martens and Grosse 2015, arXiv:1503.05671, §6.4 and §7. There slopes take the gradient; here the Jacobian products
-      at hand, so that nothing but the direction has to be passed on.
+      Martens and Grosse 2015, arXiv:1503.05671, §6.4 and §7. There slopes take the gradient; here
+      the Jacobian products at hand, so that nothing but the direction has to be passed on.
     """
     method = "scale_by_quadratic_model"
     contracts.require_numbers(method, damping=damping, at_least=0)
@@ -129,19 +138,33 @@ def scale_by_quadratic_model(damping=1e-3) -> optax.GradientTransformationExtraA
             jnp.int32(0), optax.tree.zeros_like(params), jnp.zeros(2, jnp.float32), jnp.int32(0)
         )
 
-    def update(updates, state, params=None, *, objective: Any = None, batch: Any = None, weights=None, **extra_args):
+    def update(
+        updates,
+        state,
+        params=None,
+        *,
+        objective: Any = None,
+        batch: Any = None,
+        weights=None,
+        **extra_args,
+    ):
         del extra_args
         contracts.require_params(method, params)
         contracts.require_same_leaves(method, "updates", updates, "params", params)
         require_objective(method, objective, batch)
         directions = [
-            jax.tree.map(lambda u, p: u.astype(p.dtype), direction, params) for direction in (updates, state.previous)
+            jax.tree.map(lambda u, p: u.astype(p.dtype), direction, params)
+            for direction in (updates, state.previous)
         ]
         slopes, curvature = objective.quadratic_model(params, *batch, directions, weights=weights)
         lam = contracts.value_at(damping, state.count, curvature.dtype)
-        lengths = jnp.stack([jnp.stack([optax.tree.vdot(a, b) for b in directions]) for a in directions])
+        lengths = jnp.stack(
+            [jnp.stack([optax.tree.vdot(a, b) for b in directions]) for a in directions]
+        )
         step, momentum = _minimizer(slopes, curvature + lam * lengths)
-        new_updates = jax.tree.map(lambda u, v: (step * u + momentum * v).astype(u.dtype), updates, state.previous)
+        new_updates = jax.tree.map(
+            lambda u, v: (step * u + momentum * v).astype(u.dtype), updates, state.previous
+        )
         new_state = state._replace(
             count=state.count + 1,
             previous=jax.tree.map(lambda u, v: u.astype(v.dtype), new_updates, state.previous),
@@ -159,7 +182,8 @@ def _reduction_ratio(objective, batch, weights, params, step, value, damping):
     slopes, curvature = objective.quadratic_model(params, *batch, [delta], weights=weights)
     predicted = slopes[0] + 0.5 * (curvature[0, 0] + damping * optax.tree.norm(delta, squared=True))
     change = objective(optax.apply_updates(params, step), *batch, weights=weights) - value
-    # A step that the model itself expects to climb is as poor as one into a loss that is not finite.
+    # A step that the model itself expects to climb is as poor as one into a loss that is not
+    # finite.
     sound = (predicted < 0) & jnp.isfinite(change)
     ratio = jnp.where(sound, change / jnp.where(sound, predicted, 1), 0)
     return ratio.astype(jnp.float32), predicted != 0
@@ -181,26 +205,30 @@ def adapt_damping(
       ρ = (L(θ + δ) − L(θ)) / (⟨∇L, δ⟩ + ½ ⟨δ, (C + λ I) δ⟩),
       λ ← λ · factorᵏ where ρ > 3/4,  λ ← λ / factorᵏ where ρ < 1/4,
 
-    on the step's own batch, C being the Gauss-Newton matrix (plus the regularizer's Hessian). A loss that is not
-    finite, or a positive denominator, counts as ρ = 0. These steps (under `jax.vmap` all) cost two forward passes and
-    one Jacobian product more.
+    on the step's own batch, C being the Gauss-Newton matrix (plus the regularizer's Hessian). A
+    loss that is not finite, or a positive denominator, counts as ρ = 0. These steps (under
+    `jax.vmap` all) cost two forward passes and one Jacobian product more.
 
     Args:
-      damped: a function of the damping, an array, that returns a transformation, as `optax.inject_hyperparams` takes
-        one, whose updates are the ones to be added to the parameters.
-      damping: λ of the first step, a number, array or tracer > 0. 1.0 is safely large for a loss of order one.
+      damped: a function of the damping, an array, that returns a transformation, as
+        `optax.inject_hyperparams` takes one, whose updates are the ones to be added to the
+        parameters.
+      damping: λ of the first step, a number, array or tracer > 0. 1.0 is safely large for a loss of
+        order one.
       adapt_every: k, steps between changes; 5 in the paper.
       factor: the change of a single step, in (0, 1); 19/20 in the paper.
       min_damping: smallest λ; below 1e-6 float32 factors of order one no longer notice it.
       max_damping: largest λ; above 1e4 updates are as small as float32 rounding.
 
     Returns:
-      A transformation whose ``update(updates, state, params, *, objective, batch, value)`` takes an `Objective`,
-      ``batch=(inputs, targets)`` (and ``weights=`` if there are any) and ``value``, the loss already computed on it,
-      and hands them on. If updates or value are not finite, the update is zero and the state kept.
+      A transformation whose ``update(updates, state, params, *, objective, batch, value)`` takes an
+      `Objective`, ``batch=(inputs, targets)`` (and ``weights=`` if there are any) and ``value``,
+      the loss already computed on it, and hands them on. If updates or value are not finite, the
+      update is zero and the state kept.
 
     Raises:
-      ValueError: for numbers out of range, missing parameters, and an `objective`, `batch` or `value` that is missing.
+      ValueError: for numbers out of range, missing parameters, and an `objective`, `batch` or
+        `value` that is missing.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_curv
@@ -227,10 +255,20 @@ def adapt_damping(
 
     def init(params):
         lam = jnp.array(damping, jnp.float32)
-        return AdaptDampingState(jnp.int32(0), lam, jnp.ones((), jnp.float32), damped(lam).init(params), jnp.int32(0))
+        return AdaptDampingState(
+            jnp.int32(0), lam, jnp.ones((), jnp.float32), damped(lam).init(params), jnp.int32(0)
+        )
 
     def update(
-        updates, state, params=None, *, objective: Any = None, batch: Any = None, value=None, weights=None, **extra_args
+        updates,
+        state,
+        params=None,
+        *,
+        objective: Any = None,
+        batch: Any = None,
+        value=None,
+        weights=None,
+        **extra_args,
     ):
         contracts.require_params(method, params)
         require_objective(method, objective, batch)
@@ -239,12 +277,20 @@ def adapt_damping(
                 f"{method}: the extra argument value= is missing; pass the loss already computed on the batch, the "
                 "first result of optax_curv.value_grad_and_curvature or jax.value_and_grad."
             )
-        given = {"objective": objective, "batch": batch, "value": value, "weights": weights, **extra_args}
+        given = {
+            "objective": objective,
+            "batch": batch,
+            "value": value,
+            "weights": weights,
+            **extra_args,
+        }
         inner = optax.with_extra_args_support(damped(state.damping))
         step, inner_state = inner.update(updates, state.inner, params, **given)
 
         def judged():
-            ratio, moved = _reduction_ratio(objective, batch, weights, params, step, value, state.damping)
+            ratio, moved = _reduction_ratio(
+                objective, batch, weights, params, step, value, state.damping
+            )
             change = jnp.power(factor, adapt_every)
             new_damping = jnp.select(
                 [~moved, ratio > GOOD_RATIO, ratio < POOR_RATIO],
@@ -254,8 +300,12 @@ def adapt_damping(
             return jnp.clip(new_damping, min_damping, max_damping).astype(jnp.float32), ratio
 
         due = state.count % adapt_every == adapt_every - 1
-        new_damping, ratio = jax.lax.cond(due, judged, lambda: (state.damping, state.reduction_ratio))
-        new_state = AdaptDampingState(state.count + 1, new_damping, ratio, inner_state, state.total_notfinite)
+        new_damping, ratio = jax.lax.cond(
+            due, judged, lambda: (state.damping, state.reduction_ratio)
+        )
+        new_state = AdaptDampingState(
+            state.count + 1, new_damping, ratio, inner_state, state.total_notfinite
+        )
         return contracts.skip_unless(contracts.is_finite(updates, value), step, new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, with_sharding_types(update))

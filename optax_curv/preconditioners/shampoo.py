@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_curv.linalg import kron_matvec
+from optax_curv.linalg import kron_matvec, symmetric_pairs
 from optax_curv.linalg.roots import factor_roots
-from optax_curv.preconditioners import axis_factors, contracts, kron_layout, symmetric_pairs
+from optax_curv.preconditioners._axes import axis_factors
+from optax_curv.preconditioners._psgd import kron_layout
+from optax_curv.preconditioners._stacks.owners import with_sharding_types
+from optax_curv.preconditioners._transformation import contracts
 from optax_curv.preconditioners.chain_pieces import normalize_by_rms
-from optax_curv.preconditioners.distribution import with_sharding_types
 
 METHOD = "scale_by_shampoo"
 
@@ -28,10 +30,11 @@ class ScaleByShampooState(NamedTuple):
       count: steps taken, int32 [].
       refreshed: the step of the last scheduled refresh of the roots, int32 [].
       momentum: like the parameters, float32 at least.
-      factors: like the parameters, each leaf replaced by the tuple of its axes' arrays (or of its blocks' tuples):
-        diagonal factors [*stack, d], or [*stack, d, d + 1], the lower triangle of a factor and beside it the upper one
-        of its root; both are Hermitian.
-      bases: with `root="qr"` like factors: orthonormal columns, or ones where the factor is diagonal; else ().
+      factors: like the parameters, each leaf replaced by the tuple of its axes' arrays (or of its
+        blocks' tuples): diagonal factors [*stack, d], or [*stack, d, d + 1], the lower triangle of
+        a factor and beside it the upper one of its root; both are Hermitian.
+      bases: with `root="qr"` like factors: orthonormal columns, or ones where the factor is
+        diagonal; else ().
       energies: tr(F R) of all dense factors, and what it was when R was taken, [2, n].
       total_notfinite: steps skipped, int32 [].
     """
@@ -68,10 +71,10 @@ def scale_by_shampoo(
 
         Fᵢ ← decay · Fᵢ + (1 - decay) · G₍ᵢ₎G₍ᵢ₎ᴴ,    Rᵢ = (Fᵢ + δ λ_max(Fᵢ) I)⁻ᵉ,    u = ⊗Rᵢ · m,
 
-    for a matrix u = L⁻ᵉ m R⁻ᵉ with L the average of G Gᵀ and R that of Gᵀ G. The (Nesterov) momentum m and the averages
-    are free of the bias of their start. With e = 1/2, L ⊗ R is up to its scale the best Kronecker product for the
-    gradients' covariance; the 1/4 of the first Shampoo learns slower. As u has an arbitrary scale, let
-    `normalize_by_rms` follow.
+    for a matrix u = L⁻ᵉ m R⁻ᵉ with L the average of G Gᵀ and R that of Gᵀ G. The (Nesterov)
+    momentum m and the averages are free of the bias of their start. With e = 1/2, L ⊗ R is up to
+    its scale the best Kronecker product for the gradients' covariance; the 1/4 of the first Shampoo
+    learns slower. As u has an arbitrary scale, let `normalize_by_rms` follow.
 
     Args:
       decay: of the factors, in [0, 1]; 1 averages all steps alike. A number or a schedule.
@@ -80,30 +83,35 @@ def scale_by_shampoo(
       exponent: e > 0.
       damping: δ ≥ 0, relative to each factor's largest eigenvalue.
       update_every: steps between averaging gradients into the factors.
-      root_every: most steps between two computations of the roots, a number or a schedule; early on 1 + count / 4.
-      root: "eigh" or "newton" (matrix products only, for whole 1/e), see `linalg.inverse_root`; or "qr", which turns a
-        basis of each factor by one orthogonal iteration a refresh, Q ← QR(F Q), R = Q (diag(Qᴴ F Q) + δ λ_max)⁻ᵉ Qᴴ.
-      refresh_growth: above 1; the roots R are computed out of schedule when tr(F R) of a factor has grown by more than
-        this since R was taken (`float("inf")`: with a leaf's first gradients only). It easily doubles in between; to
-        follow that costs more than it brings.
+      root_every: most steps between two computations of the roots, a number or a schedule; early on
+        1 + count / 4.
+      root: "eigh" or "newton" (matrix products only, for whole 1/e), see `linalg.inverse_root`; or
+        "qr", which turns a basis of each factor by one orthogonal iteration a refresh, Q ← QR(F Q),
+        R = Q (diag(Qᴴ F Q) + δ λ_max)⁻ᵉ Qᴴ.
+      refresh_growth: above 1; the roots R are computed out of schedule when tr(F R) of a factor has
+        grown by more than this since R was taken (`float("inf")`: with a leaf's first gradients
+        only). It easily doubles in between; to follow that costs more than it brings.
       kl: whether each factor is estimated from the gradient multiplied by the other factors' roots,
-        Fᵢ = E[G₍ᵢ₎ (⊗ⱼ≠ᵢ Fⱼ)⁻¹ G₍ᵢ₎ᴴ] dᵢ/N, which brings N(0, ⊗F) nearest to the gradients in the Kullback-Leibler
-        divergence. It needs exponent 1/2.
+        Fᵢ = E[G₍ᵢ₎ (⊗ⱼ≠ᵢ Fⱼ)⁻¹ G₍ᵢ₎ᴴ] dᵢ/N, which brings N(0, ⊗F) nearest to the gradients in the
+        Kullback-Leibler divergence. It needs exponent 1/2.
       max_dim: longer axes have diagonal factors, as have axes of length 1.
-      block_size: longer axes are cut into the fewest blocks of nearly equal length, each with factors of its own.
-      stacked: how many leading axes of a leaf count layers, each with factors of its own: an int or bool for all
-        leaves, a prefix of the parameters' tree with them, or a function of the parameters that returns one.
-      factor_dtype: of dense factors and roots of leaves up to float32; "bfloat16" halves the memory, not the precision
-        of the arithmetic.
+      block_size: longer axes are cut into the fewest blocks of nearly equal length, each with
+        factors of its own.
+      stacked: how many leading axes of a leaf count layers, each with factors of its own: an int or
+        bool for all leaves, a prefix of the parameters' tree with them, or a function of the
+        parameters that returns one.
+      factor_dtype: of dense factors and roots of leaves up to float32; "bfloat16" halves the
+        memory, not the precision of the arithmetic.
 
     Returns:
-      A `GradientTransformationExtraArgs` with `update(grads, state, params=None, *, sound=None)`. With a NaN or an
-      infinity (or where `sound`, a bool [], is False) the update is zero and the state keeps its last value but for
-      `total_notfinite`. Under `jax.vmap` over hyper-parameters a longer `root_every` saves nothing.
+      A `GradientTransformationExtraArgs` with `update(grads, state, params=None, *, sound=None)`.
+      With a NaN or an infinity (or where `sound`, a bool [], is False) the update is zero and the
+      state keeps its last value but for `total_notfinite`. Under `jax.vmap` over hyper-parameters a
+      longer `root_every` saves nothing.
 
     Raises:
-      ValueError: for an unknown choice, a number out of range, a leaf that is not of floating point; in `update` for
-        trees or shapes that differ from those of `init`.
+      ValueError: for an unknown choice, a number out of range, a leaf that is not of floating
+        point; in `update` for trees or shapes that differ from those of `init`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_curv
@@ -117,8 +125,9 @@ def scale_by_shampoo(
       [-0.004 -0.004 -0.004]
 
     References:
-      Gupta, Koren and Singer 2018, arXiv:1802.09568. Morwani et al. 2024, arXiv:2406.17748: exponent 1/2. Lin et al.
-      2025, arXiv:2509.03378: `kl`. Deviations: averages in place of sums, damping relative to the largest eigenvalue.
+      Gupta, Koren and Singer 2018, arXiv:1802.09568. Morwani et al. 2024, arXiv:2406.17748:
+      exponent 1/2. Lin et al. 2025, arXiv:2509.03378: `kl`. Deviations: averages in place of sums,
+      damping relative to the largest eigenvalue.
     """
     options = SimpleNamespace(**locals())
     contracts.require_choice(METHOD, "root", root, ("eigh", "newton", "qr"))
@@ -129,7 +138,9 @@ def scale_by_shampoo(
     contracts.require_numbers(METHOD, update_every=update_every, root_every=root_every, at_least=1)
     contracts.require_numbers(METHOD, max_dim=max_dim, block_size=block_size, at_least=1)
     if kl and not contracts.is_python_number(exponent, 0.5):
-        raise ValueError(f"{METHOD}: kl=True whitens by the roots and needs exponent=0.5, got {exponent}.")
+        raise ValueError(
+            f"{METHOD}: kl=True whitens by the roots and needs exponent=0.5, got {exponent}."
+        )
     if root == "newton" and not (isinstance(exponent, int | float) and (1 / exponent).is_integer()):
         raise ValueError(
             f'{METHOD}: root="newton" needs an exponent whose inverse is whole, got {exponent=}; use root="eigh".'
@@ -162,7 +173,9 @@ def _update(options, updates, state, params=None, *, sound=None, **extra_args):
     tracks = options.root == "qr"
     likes = ("factors", "bases") if tracks else ("factors",)
     layout_by = functools.partial(layout_of, METHOD, options)
-    state, layout, good, total_notfinite = axis_factors.opened(METHOD, layout_by, likes, updates, state, params, sound)
+    state, layout, good, total_notfinite = axis_factors.opened(
+        METHOD, layout_by, likes, updates, state, params, sound
+    )
     momentum, direction = axis_factors.momentum_and_direction(
         options.b1, options.nesterov, state.count, state.momentum, updates, good
     )
@@ -170,22 +183,41 @@ def _update(options, updates, state, params=None, *, sound=None, **extra_args):
     # Leaf by leaf: what is done alike to leaves of one shape is compiled once.
     pieces, tensors, kept = layout.pieces, layout.blocks(updates), layout.by_piece(state.factors)
     roots = [
-        tuple(x if diagonal else symmetric_pairs.second(x) for x, diagonal in zip(of_piece, p.diagonal, strict=True))
+        tuple(
+            x if diagonal else symmetric_pairs.second(x)
+            for x, diagonal in zip(of_piece, p.diagonal, strict=True)
+        )
         for p, of_piece in zip(pieces, kept, strict=True)
     ]
-    squares = [axis_factors.square_norms(x, len(p.stack)) for p, x in zip(pieces, tensors, strict=True)]
+    squares = [
+        axis_factors.square_norms(x, len(p.stack)) for p, x in zip(pieces, tensors, strict=True)
+    ]
     moments = list(map(functools.partial(_moments, options), pieces, tensors, kept, roots))
     decay = contracts.value_at(options.decay, state.count, jnp.result_type(float))
     averages = good & (state.count % options.update_every == 0)
-    weight = jnp.where(averages, axis_factors.running_weight(decay, state.count // options.update_every), 0)
+    weight = jnp.where(
+        averages, axis_factors.running_weight(decay, state.count // options.update_every), 0
+    )
     period = contracts.value_at(options.root_every, state.count).astype(jnp.int32)
     due = good & axis_factors.is_due(state.count, state.refreshed, period)
     take_roots = functools.partial(
         factor_roots, exponent=options.exponent, damping=options.damping, method=options.root
     )
-    bases = layout.by_piece(state.bases) if tracks else [(None,) * len(piece.shape) for piece in pieces]
+    bases = (
+        layout.by_piece(state.bases) if tracks else [(None,) * len(piece.shape) for piece in pieces]
+    )
     roots, bases, energies = axis_factors.refresh(
-        pieces, kept, moments, weight, roots, bases, state.energies, squares, due, options.refresh_growth, take_roots
+        pieces,
+        kept,
+        moments,
+        weight,
+        roots,
+        bases,
+        state.energies,
+        squares,
+        due,
+        options.refresh_growth,
+        take_roots,
     )
     kept = list(map(functools.partial(_renewed, weight), pieces, kept, moments, roots))
     new = ScaleByShampooState(
@@ -200,7 +232,9 @@ def _update(options, updates, state, params=None, *, sound=None, **extra_args):
     roots = map(functools.partial(_with_diagonal_roots, options), pieces, kept, roots)
     directions = map(kron_matvec, roots, layout.blocks(direction))
     directions = layout.leaves_of_blocks(directions, layout.without_pieces(direction), updates)
-    return jax.tree.map(lambda u: jnp.where(good & jnp.isfinite(u), u, jnp.zeros_like(u)), directions), new
+    return jax.tree.map(
+        lambda u: jnp.where(good & jnp.isfinite(u), u, jnp.zeros_like(u)), directions
+    ), new
 
 
 def _renewed(weight, piece, kept, moments, roots):
@@ -215,10 +249,18 @@ def _moments(options, piece, x, kept, roots):
     """A piece's second moments of this step."""
     stack = len(piece.stack)
     if not options.kl:
-        return tuple(axis_factors.axis_moment(x, axis, d, stack) for axis, d in enumerate(piece.diagonal))
+        return tuple(
+            axis_factors.axis_moment(x, axis, d, stack) for axis, d in enumerate(piece.diagonal)
+        )
     roots = _with_diagonal_roots(options, piece, kept, roots)
-    roots = [axis_factors.root_or_identity(r, d, stack) for r, d in zip(roots, piece.diagonal, strict=True)]
-    return tuple(axis_factors.whitened_moment(x, roots, axis, d, stack) for axis, d in enumerate(piece.diagonal))
+    roots = [
+        axis_factors.root_or_identity(r, d, stack)
+        for r, d in zip(roots, piece.diagonal, strict=True)
+    ]
+    return tuple(
+        axis_factors.whitened_moment(x, roots, axis, d, stack)
+        for axis, d in enumerate(piece.diagonal)
+    )
 
 
 def _with_diagonal_roots(options, piece, kept, roots):
@@ -256,8 +298,9 @@ def shampoo(
 ) -> optax.GradientTransformationExtraArgs:
     """Shampoo for matrices, Adam for the rest, decoupled weight decay and a learning rate.
 
-    Matrices receive `scale_by_shampoo`, which documents the other arguments, and `normalize_by_rms(rms)`; what is not
-    a matrix, or `adam_for` selects, `optax.scale_by_adam`, whose updates, too, have a root mean square of 0.2 to 1.
+    Matrices receive `scale_by_shampoo`, which documents the other arguments, and
+    `normalize_by_rms(rms)`; what is not a matrix, or `adam_for` selects, `optax.scale_by_adam`,
+    whose updates, too, have a root mean square of 0.2 to 1.
 
     Args:
       learning_rate: a number or a schedule.
@@ -265,10 +308,12 @@ def shampoo(
       nesterov: see `scale_by_shampoo`.
       weight_decay: decoupled, as in AdamW. Other than the Python number 0, update needs params.
       weight_decay_mask: as in `optax.add_decayed_weights`.
-      rms: root mean square of each matrix's update before decay and learning rate, a number; None leaves it as it is.
-      adam_for: which matrices Adam takes, embeddings and the output layer above all: a function of a leaf's path and
-        the leaf, or a prefix of the parameters' tree, with values True or "adam"; False for the rule, matrices by the
-        method and all else by Adam; or "shampoo", whatever the rank.
+      rms: root mean square of each matrix's update before decay and learning rate, a number; None
+        leaves it as it is.
+      adam_for: which matrices Adam takes, embeddings and the output layer above all: a function of
+        a leaf's path and the leaf, or a prefix of the parameters' tree, with values True or "adam";
+        False for the rule, matrices by the method and all else by Adam; or "shampoo", whatever the
+        rank.
       adam_b1: Adam's b1.
       adam_b2: Adam's b2.
       adam_eps: Adam's eps.
@@ -289,7 +334,8 @@ def shampoo(
       A `GradientTransformationExtraArgs`. With a NaN or infinity in any gradient no leaf moves.
 
     Raises:
-      ValueError: as `scale_by_shampoo`; for labels of another kind, and for labels that miss a leaf.
+      ValueError: as `scale_by_shampoo`; for labels of another kind, and for labels that miss a
+        leaf.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_curv
@@ -301,7 +347,8 @@ def shampoo(
       [-0.004 -0.004 -0.004] [-0.02 -0.02 -0.02]
 
     References:
-      See `scale_by_shampoo`; Agarwal et al. 2020, arXiv:2002.11803: one method's direction, another one's size.
+      See `scale_by_shampoo`; Agarwal et al. 2020, arXiv:2002.11803: one method's direction, another
+      one's size.
     """
     return with_adam(scale_by_shampoo, locals())
 
@@ -329,20 +376,28 @@ def with_adam(scale_by, given) -> optax.GradientTransformationExtraArgs:
 
     def init(params):
         contracts.require_float_leaves(method, params, complex_leaves=True)
-        return MatricesAndAdamState(matrices.init(params), adam.init(params), jnp.zeros([], jnp.int32))
+        return MatricesAndAdamState(
+            matrices.init(params), adam.init(params), jnp.zeros([], jnp.int32)
+        )
 
     def update(updates, state, params=None, **extra_args):
         good, total_notfinite = axis_factors.soundness(updates, None, state.total_notfinite)
-        new, of_matrices = matrices.update(updates, state.matrices, params, sound=good, **extra_args)
+        new, of_matrices = matrices.update(
+            updates, state.matrices, params, sound=good, **extra_args
+        )
         new, of_others = adam.update(new, state.others, params)
         new = jax.tree.map(lambda u, g: jnp.where(good, u, 0).astype(g.dtype), new, updates)
-        of_others = jax.tree.map(lambda new, old: jnp.where(good, new, old), of_others, state.others)
+        of_others = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), of_others, state.others
+        )
         return new, MatricesAndAdamState(of_matrices, of_others, total_notfinite)
 
     decay, mask = given["weight_decay"], given["weight_decay_mask"]
     return optax.chain(
         optax.GradientTransformationExtraArgs(init, update),
-        optax.identity() if contracts.is_python_number(decay, 0) else optax.add_decayed_weights(decay, mask),
+        optax.identity()
+        if contracts.is_python_number(decay, 0)
+        else optax.add_decayed_weights(decay, mask),
         optax.scale_by_learning_rate(given["learning_rate"]),
     )
 
@@ -350,7 +405,9 @@ def with_adam(scale_by, given) -> optax.GradientTransformationExtraArgs:
 def layout_of(method: str, options, tree):
     """The pieces of a tree of leaves, by the method's options."""
     sizes = {"max_dim": options.max_dim, "block_size": options.block_size}
-    return axis_factors.layout_of(method, tree, **sizes, stacked=options.stacked, dtype=options.factor_dtype)
+    return axis_factors.layout_of(
+        method, tree, **sizes, stacked=options.stacked, dtype=options.factor_dtype
+    )
 
 
 def _is_ours(method: str, adam_for, stacked, tree):

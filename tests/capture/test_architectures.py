@@ -1,8 +1,8 @@
 """Every architecture: full coverage, exact gradients, and factors equal to those of single examples.
 
-The oracle is `jax.grad` of one example at a time: the rows of a layer must sum to its gradient, and with the rows of
-each example apart the factors follow from their definitions, without any of the batched arithmetic.
-"""
+The oracle is `jax.grad` of one example at a time: the rows of a layer must sum to its gradient, and
+with the rows of each example apart the factors follow from their definitions, without any of the
+batched arithmetic."""
 
 import architectures
 import jax
@@ -12,11 +12,13 @@ import pytest
 import unusual_architectures  # noqa: F401 - which registers its own
 
 from optax_curv import find_layers, value_grad_and_curvature
-from optax_curv.capture.layers import layer_matrix
-from optax_curv.capture.statistics import factors_of_rows
+from optax_curv.curvature import factors_of_rows
+from optax_curv.layers import layer_matrix
 
 EXACT = 1e-10  # relative to the largest entry, float64: the same sums in another order
-ROUNDING = 1e-14  # absolute: sums of numbers of order one that cancel (a key's bias has no gradient)
+ROUNDING = (
+    1e-14  # absolute: sums of numbers of order one that cancel (a key's bias has no gradient)
+)
 FLOAT32 = 1e-5  # absolute, where a softmax of the model computes in float32, on numbers up to ten
 QUICK_COMPILATION = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 ELEMENTWISE = ("scale", "shift")
@@ -25,7 +27,9 @@ ELEMENTWISE = ("scale", "shift")
 def assert_equal_up_to_rounding(given, expected, what, rounding=ROUNDING):
     given, expected = np.asarray(given), np.asarray(expected)
     assert given.shape == expected.shape, what
-    np.testing.assert_allclose(given, expected, rtol=0, atol=EXACT * np.abs(expected).max() + rounding, err_msg=what)
+    np.testing.assert_allclose(
+        given, expected, rtol=0, atol=EXACT * np.abs(expected).max() + rounding, err_msg=what
+    )
 
 
 def everything(loss, params, args):
@@ -69,7 +73,9 @@ def test_architecture(x64, name):
     layers = find_layers(loss, params, *args)
     assert sorted(layers.uncovered) == architectures.UNCOVERED.get(name, [])
 
-    measured = jax.jit(lambda p, a: everything(loss, p, a), compiler_options=QUICK_COMPILATION)(params, args)
+    measured = jax.jit(lambda p, a: everything(loss, p, a), compiler_options=QUICK_COMPILATION)(
+        params, args
+    )
     rounding = FLOAT32 if name in architectures.FLOAT32_INSIDE else ROUNDING
     single_grads, raw_of_single = by_path(measured["single_grads"]), measured["single"][1]
     for path, grad in by_path(measured["expand"][1]).items():
@@ -81,7 +87,9 @@ def test_architecture(x64, name):
         )
         a, g = rows(layer, raw_of_single[layer.name]), raw_of_single[layer.name].output_grads
         summed = np.einsum("n...ri,n...rj->n...ij", a, g)
-        assert_equal_up_to_rounding(summed, matrix, f"rows of {layer.name} sum to each example's gradient", rounding)
+        assert_equal_up_to_rounding(
+            summed, matrix, f"rows of {layer.name} sum to each example's gradient", rounding
+        )
         assert_factors(layer, measured, a, g, matrix, rounding)
 
 
@@ -102,13 +110,23 @@ def assert_factors(layer, measured, a, g, matrix, rounding):
             )
         return
     assert_equal_up_to_rounding(
-        reduce.input_factor, outer(np.mean(a, axis=-2), full_input), f"reduce A {layer.name}", rounding
+        reduce.input_factor,
+        outer(np.mean(a, axis=-2), full_input),
+        f"reduce A {layer.name}",
+        rounding,
     )
     assert_equal_up_to_rounding(
-        reduce.output_factor, outer(np.sum(g, axis=-2), full_output), f"reduce G {layer.name}", rounding
+        reduce.output_factor,
+        outer(np.sum(g, axis=-2), full_output),
+        f"reduce G {layer.name}",
+        rounding,
     )
     uses = a.shape[-2]
     a, g = np.moveaxis(a, -2, 1), np.moveaxis(g, -2, 1)
     a, g = a.reshape(-1, *a.shape[2:]), g.reshape(-1, *g.shape[2:])
-    assert_equal_up_to_rounding(expand.input_factor, outer(a, full_input), f"expand A {layer.name}", rounding)
-    assert_equal_up_to_rounding(expand.output_factor, uses * outer(g, full_output), f"expand G {layer.name}", rounding)
+    assert_equal_up_to_rounding(
+        expand.input_factor, outer(a, full_input), f"expand A {layer.name}", rounding
+    )
+    assert_equal_up_to_rounding(
+        expand.output_factor, uses * outer(g, full_output), f"expand G {layer.name}", rounding
+    )

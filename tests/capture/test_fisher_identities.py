@@ -9,11 +9,12 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from optax_curv import Objective, find_layers, testing, value_grad_and_curvature
-from optax_curv.capture.statistics import factors_of_rows
-from optax_curv.preconditioners.kronecker_factors import factor_damping
+from optax_curv.curvature import factors_of_rows
+from optax_curv.preconditioners._layerwise.kronecker_factors import factor_damping
 
 EXACT = 1e-9
-# Five standard errors of a mean of squared gradients, relative to the largest, times the square root of the draws.
+# Five standard errors of a mean of squared gradients, relative to the largest, times the square
+# root of the draws.
 MONTE_CARLO = 5 * np.sqrt(3)
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -44,7 +45,10 @@ def mixing_net(params, inputs):
 def parameters(*widths):
     rng = np.random.default_rng(0)
     return [
-        {"kernel": jnp.asarray(rng.normal(size=(a, b)) / np.sqrt(a)), "bias": jnp.asarray(0.1 * rng.normal(size=b))}
+        {
+            "kernel": jnp.asarray(rng.normal(size=(a, b)) / np.sqrt(a)),
+            "bias": jnp.asarray(0.1 * rng.normal(size=b)),
+        }
         for a, b in itertools.pairwise(widths)
     ]
 
@@ -77,14 +81,17 @@ def kron(statistic):
     return np.kron(statistic.input_factor, statistic.output_factor)
 
 
-# ---- exact -------------------------------------------------------------------------------------------------------
+# ---- exact
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("leading", [(6,), (3, 2), (2, 3, 2)])
 def test_linear_softmax_layer_has_its_closed_form(leading):
     w = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)))
     x, classes = batch("categorical", *leading)
-    found = curvature(Objective(lambda p, x: x @ p["w"], "categorical"), {"w": w}, (x, classes), fisher="exact")["w"]
+    found = curvature(
+        Objective(lambda p, x: x @ p["w"], "categorical"), {"w": w}, (x, classes), fisher="exact"
+    )["w"]
     rows = np.asarray(x).reshape(-1, 3)
     p = np.asarray(jax.nn.softmax(rows @ w))
     close(found.input_factor, rows.T @ rows / len(rows))
@@ -121,39 +128,55 @@ def test_scales_and_shifts_have_their_exact_block():
     close(found["shift"].output_factor, dense[3:, 3:])
 
 
-# ---- shared weights ----------------------------------------------------------------------------------------------
+# ---- shared weights
+# ----------------------------------------------------------------------------------------------
 
 
 def scanned(params, inputs):
     """The same linear layer at every time step of [N, T, features], in a scan."""
-    return jnp.moveaxis(jax.lax.scan(lambda c, x: (c, x @ params["w"]), (), jnp.moveaxis(inputs, 1, 0))[1], 0, 1)
+    return jnp.moveaxis(
+        jax.lax.scan(lambda c, x: (c, x @ params["w"]), (), jnp.moveaxis(inputs, 1, 0))[1], 0, 1
+    )
 
 
 def summed(params, inputs):
     """A linear recurrent net that only accumulates: its last state is the output."""
     start = jnp.zeros((len(inputs), params["w"].shape[1]), inputs.dtype)
-    return jax.lax.scan(lambda h, x: (h + x @ params["w"], None), start, jnp.moveaxis(inputs, 1, 0))[0]
+    return jax.lax.scan(
+        lambda h, x: (h + x @ params["w"], None), start, jnp.moveaxis(inputs, 1, 0)
+    )[0]
 
 
 def test_expand_equals_its_definition_and_is_exact_for_a_linear_net_with_a_loss_at_every_step():
-    params, data = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)))}, batch("normal", 5, 2)
+    params, data = (
+        {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)))},
+        batch("normal", 5, 2),
+    )
     objective = Objective(scanned, "normal")
     dense = testing.dense_gauss_newton(objective, params, *data)
     close(kron(curvature(objective, params, data, fisher="exact")["w"]), dense)
 
     found = curvature(objective, params, data)["w"]
     a, steps = np.asarray(data[0]), 2
-    g = (np.asarray(a @ params["w"]) - np.asarray(data[1])) / steps  # of one example's own loss, a mean over its steps
+    g = (
+        np.asarray(a @ params["w"]) - np.asarray(data[1])
+    ) / steps  # of one example's own loss, a mean over its steps
     inputs, grads = np.einsum("nti,ntj->ij", a, a) / 5, np.einsum("nti,ntj->ij", g, g) / 5
     close(kron(found), np.kron(inputs, grads) / steps)
 
 
 def test_reduce_equals_its_definition_and_is_exact_for_a_linear_net_that_sums_its_steps():
-    params, x = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)))}, batch("normal", 5, 2)[0]
+    params, x = (
+        {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)))},
+        batch("normal", 5, 2)[0],
+    )
     targets = batch("normal", 5)[1]
     objective = Objective(summed, "normal")
     dense = testing.dense_gauss_newton(objective, params, x, targets)
-    close(kron(curvature(objective, params, (x, targets), fisher="exact", sharing="reduce")["w"]), dense)
+    close(
+        kron(curvature(objective, params, (x, targets), fisher="exact", sharing="reduce")["w"]),
+        dense,
+    )
 
     data = batch("normal", 5, 2)
     found = curvature(Objective(scanned, "normal"), params, data, sharing="reduce")["w"]
@@ -168,14 +191,17 @@ def test_exact_keeps_the_positions_of_an_example_apart_where_the_network_mixes_t
     objective = Objective(mixing_net, "categorical")
     found = curvature(objective, params, data, fisher="exact")["0"].output_factor
     hidden = linear_net(params[:1], data[0])
-    outputs, pull_back = jax.vjp(lambda h: linear_net(params[1:], jnp.cumsum(jnp.tanh(h), 1)), hidden)
+    outputs, pull_back = jax.vjp(
+        lambda h: linear_net(params[1:], jnp.cumsum(jnp.tanh(h), 1)), hidden
+    )
     columns = objective.likelihood.hessian_sqrt(outputs)
     rows = jnp.eye(6).reshape(6, 2, 3, 1)  # one row of one example at a time
     (pulled,) = jax.jit(jax.vmap(pull_back))((rows[:, None] * columns).reshape(-1, *outputs.shape))
     close(found, jnp.einsum("cnti,cntj->ij", pulled, pulled) / 6)
 
 
-# ---- scale -------------------------------------------------------------------------------------------------------
+# ---- scale
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fisher", ["empirical", "exact"])
@@ -206,19 +232,30 @@ def test_sampled_converges_to_exact_at_the_monte_carlo_rate(net):
     objective = Objective(net, "categorical")
     exact = curvature(objective, params, data, fisher="exact")
     for samples in (100, 10_000):
-        drawn = curvature(objective, params, data, fisher="sampled", samples=samples, key=jax.random.key(0))
+        drawn = curvature(
+            objective, params, data, fisher="sampled", samples=samples, key=jax.random.key(0)
+        )
         for name, statistic in drawn.items():
             close(statistic.input_factor, exact[name].input_factor)
-            close(statistic.output_factor, exact[name].output_factor, MONTE_CARLO / np.sqrt(samples))
+            close(
+                statistic.output_factor, exact[name].output_factor, MONTE_CARLO / np.sqrt(samples)
+            )
 
 
 def test_rows_beside_the_factors_of_a_scale_make_the_factors():
     def net(params, x):
         return jnp.tanh(x @ params["w"]) * params["scale"] @ params["v"]
 
-    params = {"w": jnp.ones((3, 2)) / 3, "scale": jnp.arange(1.0, 3.0), "v": jnp.arange(8.0).reshape(2, 4) / 8}
+    params = {
+        "w": jnp.ones((3, 2)) / 3,
+        "scale": jnp.arange(1.0, 3.0),
+        "v": jnp.arange(8.0).reshape(2, 4) / 8,
+    }
     objective, data = Objective(net, "categorical"), batch("categorical", 3)
-    for options in ({"fisher": "exact"}, {"fisher": "sampled", "samples": 3, "key": jax.random.key(0)}):
+    for options in (
+        {"fisher": "exact"},
+        {"fisher": "sampled", "samples": 3, "key": jax.random.key(0)},
+    ):
         factors = curvature(objective, params, data, **options)
         layers = find_layers(objective, params, *data)
         for name, rows in curvature(objective, params, data, statistic="rows", **options).items():
@@ -230,11 +267,16 @@ def test_rows_beside_the_factors_of_a_scale_make_the_factors():
 def test_raw_samples_make_the_factors():
     params, data = parameters(3, 2, 4), batch("categorical", 3)
     objective = Objective(tanh_net, "categorical")
-    for options in ({"fisher": "exact"}, {"fisher": "sampled", "samples": 3, "key": jax.random.key(0)}):
+    for options in (
+        {"fisher": "exact"},
+        {"fisher": "sampled", "samples": 3, "key": jax.random.key(0)},
+    ):
         factors = curvature(objective, params, data, **options)
         layers = find_layers(objective, params, *data)
         for name, rows in curvature(objective, params, data, statistic="rows", **options).items():
-            for made, factor in zip(factors_of_rows(rows, layers[name]), factors[name][:2], strict=True):
+            for made, factor in zip(
+                factors_of_rows(rows, layers[name]), factors[name][:2], strict=True
+            ):
                 close(made, factor)
         for name, raw in curvature(objective, params, data, statistic="raw", **options).items():
             rows = len(raw.inputs)
@@ -247,7 +289,9 @@ def test_ekfac_moments_are_the_fisher_diagonal_in_the_basis_and_diagonal_that_in
     params, data = parameters(3, 5, 4), batch("categorical", 6)
     objective = Objective(tanh_net, "categorical")
     factors = curvature(objective, params, data, fisher=kind)
-    basis = {name: (jnp.linalg.eigh(f[0])[1], jnp.linalg.eigh(f[1])[1]) for name, f in factors.items()}
+    basis = {
+        name: (jnp.linalg.eigh(f[0])[1], jnp.linalg.eigh(f[1])[1]) for name, f in factors.items()
+    }
     found = curvature(objective, params, data, fisher=kind, statistic="eigenbasis", basis=basis)
     diagonal = curvature(objective, params, data, fisher=kind, statistic="diagonal")
     dense = testing.dense_fisher(objective, params, *data, kind=kind)
@@ -266,15 +310,20 @@ def test_a_mask_leaves_examples_out_of_the_output_factor():
         close(masked[name].output_factor, kept[name].output_factor)
 
 
-# ---- value, gradients, size, refusals ----------------------------------------------------------------------------
+# ---- value, gradients, size, refusals
+# ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fisher", ["empirical", "sampled", "exact"])
 def test_gradients_are_those_of_the_objective_bit_for_bit(fisher, eagerly):
     params, data = parameters(3, 5, 4), batch("categorical", 6)
-    objective = Objective(tanh_net, "categorical", regularizer=lambda p: 0.1 * jnp.sum(ravel_pytree(p)[0] ** 2))
+    objective = Objective(
+        tanh_net, "categorical", regularizer=lambda p: 0.1 * jnp.sum(ravel_pytree(p)[0] ** 2)
+    )
     key = jax.random.key(0)
-    value, grads, regularized = value_grad_and_curvature(objective, fisher=fisher)(params, *data, key=key)
+    value, grads, regularized = value_grad_and_curvature(objective, fisher=fisher)(
+        params, *data, key=key
+    )
     with eagerly:
         expected_value, expected_grads = jax.value_and_grad(objective)(params, *data)
     close(value, expected_value)
@@ -297,7 +346,9 @@ def test_bad_requests_are_refused():
     params, data = parameters(3, 5, 4), batch("categorical", 6)
     objective = Objective(tanh_net, "categorical")
     for fisher in ("sampled", "exact"):
-        with pytest.raises(ValueError, match=rf"fisher='{fisher}' needs .* pass optax_curv.Objective"):
+        with pytest.raises(
+            ValueError, match=rf"fisher='{fisher}' needs .* pass optax_curv.Objective"
+        ):
             value_grad_and_curvature(lambda *args: objective(*args), fisher=fisher)
     with pytest.raises(ValueError, match=r"call f\(params, inputs, targets, key=key\)"):
         value_grad_and_curvature(objective, fisher="sampled")(params, *data)

@@ -33,7 +33,9 @@ def test_an_nnx_module_is_differentiated_and_updated_as_by_nnx():
     value, grads, curvature = nnx.jit(lambda m, x: value_grad_and_curvature(loss)(m, x))(ours, X)
     expected_value, expected = nnx.jit(nnx.value_and_grad(loss))(theirs, X)
     assert jax.tree.structure(grads) == jax.tree.structure(expected)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), grads, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), grads, expected
+    )
     np.testing.assert_allclose(value, expected_value, rtol=1e-6)
     after, expected_after = (nnx.state(m, nnx.BatchStat) for m in (ours, theirs))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), after, expected_after)
@@ -45,7 +47,9 @@ def test_an_nnx_optimizer_takes_the_gradients_and_the_curvature():
     model = Net(nnx.Rngs(0))
     layers = find_layers(loss, model, X)
     assert not layers.uncovered
-    optimizer = nnx.Optimizer(model, optax.chain(scale_by_kfac(layers), optax.scale(-0.1)), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(
+        model, optax.chain(scale_by_kfac(layers), optax.scale(-0.1)), wrt=nnx.Param
+    )
 
     @nnx.jit
     def step(model, optimizer, x):
@@ -59,10 +63,16 @@ def test_an_nnx_optimizer_takes_the_gradients_and_the_curvature():
 
 
 def test_an_nnx_state_keeps_its_structure():
-    graph, state, rest = nnx.split(nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0))), nnx.Param, ...)
+    graph, state, rest = nnx.split(
+        nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0))), nnx.Param, ...
+    )
     del rest
-    _, grads, curvature = value_grad_and_curvature(lambda s, x: loss(nnx.merge(graph, s), x))(state, X)
-    assert jax.tree.structure(grads) == jax.tree.structure(state) and list(curvature) == ["layers/0"]
+    _, grads, curvature = value_grad_and_curvature(lambda s, x: loss(nnx.merge(graph, s), x))(
+        state, X
+    )
+    assert jax.tree.structure(grads) == jax.tree.structure(state) and list(curvature) == [
+        "layers/0"
+    ]
 
 
 def test_linen_collections_change_through_aux():
@@ -74,7 +84,9 @@ def test_linen_collections_change_through_aux():
     variables = Module().init(jax.random.key(0), X)
 
     def linen_loss(params, x, stats):
-        outputs, changed = Module().apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
+        outputs, changed = Module().apply(
+            {"params": params, "batch_stats": stats}, x, mutable=["batch_stats"]
+        )
         return jnp.mean(outputs**2), changed["batch_stats"]
 
     def both(params, x, stats):
@@ -83,16 +95,22 @@ def test_linen_collections_change_through_aux():
 
     assert not find_layers(linen_loss, variables["params"], X, variables["batch_stats"]).uncovered
     ours, expected = jax.jit(both)(variables["params"], X, variables["batch_stats"])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours[:2], expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours[:2], expected
+    )
 
 
 def test_examples_are_counted_in_the_batch_and_not_in_batch_statistics_or_keys():
-    module = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=False), jnp.tanh, nn.Dense(2)])
+    module = nn.Sequential(
+        [nn.Dense(4), nn.BatchNorm(use_running_average=False), jnp.tanh, nn.Dense(2)]
+    )
     variables = module.init(jax.random.key(0), X)
 
     def loss(params, stats, key, batch):
         x = batch["x"] + 0 * jax.random.normal(key, batch["x"].shape)
-        return jnp.mean(module.apply({"params": params, **stats}, x, mutable=["batch_stats"])[0] ** 2)
+        return jnp.mean(
+            module.apply({"params": params, **stats}, x, mutable=["batch_stats"])[0] ** 2
+        )
 
     stats = {"batch_stats": variables["batch_stats"]}
     layers = find_layers(loss, variables["params"], stats, jax.random.PRNGKey(0), {"x": X})

@@ -16,12 +16,18 @@ def network(dtype=jnp.float64):
         "first": {"kernel": jax.random.normal(keys[0], (3, 4), dtype), "bias": jnp.ones(4, dtype)},
         "last": {"kernel": jax.random.normal(keys[1], (4, 2), dtype), "bias": jnp.zeros(2, dtype)},
     }
-    return params, jax.random.normal(keys[2], (5, 3), dtype), jax.random.normal(keys[3], (5, 2), dtype)
+    return (
+        params,
+        jax.random.normal(keys[2], (5, 3), dtype),
+        jax.random.normal(keys[3], (5, 2), dtype),
+    )
 
 
 def loss(params, x, y):
     hidden = jnp.tanh(x @ params["first"]["kernel"] + params["first"]["bias"])
-    return jnp.mean(jnp.sum((hidden @ params["last"]["kernel"] + params["last"]["bias"] - y) ** 2, axis=-1))
+    return jnp.mean(
+        jnp.sum((hidden @ params["last"]["kernel"] + params["last"]["bias"] - y) ** 2, axis=-1)
+    )
 
 
 def per_example_grads(params, x, y):
@@ -56,16 +62,23 @@ def test_factors_are_those_of_single_examples(x64):
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_the_diagonal_is_that_of_the_per_example_fisher(x64, sharing):
     params, x, y = network()
-    diagonal = value_grad_and_curvature(loss, statistic="diagonal", sharing=sharing)(params, x, y)[2]
+    diagonal = value_grad_and_curvature(loss, statistic="diagonal", sharing=sharing)(params, x, y)[
+        2
+    ]
     grads = per_example_grads(params, x, y)
     for name in params:
-        np.testing.assert_allclose(diagonal[name], np.mean(matrices(grads, name) ** 2, axis=0), rtol=EXACT)
+        np.testing.assert_allclose(
+            diagonal[name], np.mean(matrices(grads, name) ** 2, axis=0), rtol=EXACT
+        )
 
 
 def test_eigenbasis_moments_are_those_of_rotated_gradients(x64):
     params, x, y = network()
     factors = value_grad_and_curvature(loss)(params, x, y)[2]
-    basis = {n: (jnp.linalg.eigh(f.input_factor)[1], jnp.linalg.eigh(f.output_factor)[1]) for n, f in factors.items()}
+    basis = {
+        n: (jnp.linalg.eigh(f.input_factor)[1], jnp.linalg.eigh(f.output_factor)[1])
+        for n, f in factors.items()
+    }
     moments = value_grad_and_curvature(loss, statistic="eigenbasis")(params, x, y, basis=basis)[2]
     grads = per_example_grads(params, x, y)
     for name, (left, right) in basis.items():
@@ -95,7 +108,9 @@ def test_auxiliary_results_and_keywords_pass():
     def with_aux(params, x, *, y, name):
         return loss(params, x, y), {"name": name, "x": x}
 
-    (value, aux), grads, curvature = value_grad_and_curvature(with_aux, has_aux=True)(params, x, y=y, name="word")
+    (value, aux), grads, curvature = value_grad_and_curvature(with_aux, has_aux=True)(
+        params, x, y=y, name="word"
+    )
     assert aux["name"] == "word" and (aux["x"] == x).all() and value == loss(params, x, y)
     assert list(curvature) == list(grads) == ["first", "last"]
 

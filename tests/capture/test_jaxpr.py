@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from jax.extend.core import jaxpr_as_fun
 
-from optax_curv.capture import jaxpr as internals
+from optax_curv.capture._graph import jaxpr as internals
 
 W, X = jnp.arange(6.0).reshape(2, 3), jnp.ones((4, 2))
 
@@ -72,8 +72,15 @@ def test_parameters_of_layer_primitives():
         image,
     )
     assert convolution.params["dimension_numbers"].rhs_spec == (3, 2, 0, 1)
-    assert convolution.params["feature_group_count"] == 2 and convolution.params["batch_group_count"] == 1
-    gather = next(e for e in equations(lambda w, i: w[i], W, jnp.array([1, 0])) if e.primitive.name == "gather")
+    assert (
+        convolution.params["feature_group_count"] == 2
+        and convolution.params["batch_group_count"] == 1
+    )
+    gather = next(
+        e
+        for e in equations(lambda w, i: w[i], W, jnp.array([1, 0]))
+        if e.primitive.name == "gather"
+    )
     assert gather.params["slice_sizes"] == (1, 3)
     assert gather.params["dimension_numbers"].start_index_map == (0,)
     assert gather.params["dimension_numbers"].collapsed_slice_dims == (0,)
@@ -86,12 +93,22 @@ def test_parameters_of_layout_primitives():
 
     names = [eqn.primitive.name for eqn in equations(moved, W)]
     assert set(names) <= internals.KEEP_ENTRIES, names
-    assert {"transpose", "slice", "convert_element_type", "reshape", "squeeze", "broadcast_in_dim", "rev"} <= set(names)
+    assert {
+        "transpose",
+        "slice",
+        "convert_element_type",
+        "reshape",
+        "squeeze",
+        "broadcast_in_dim",
+        "rev",
+    } <= set(names)
 
 
 def test_thin_calls_are_inlined_and_others_are_not():
     def names(function, *args):
-        return [eqn.primitive.name for eqn in internals.inlined(jax.make_jaxpr(function)(*args)).eqns]
+        return [
+            eqn.primitive.name for eqn in internals.inlined(jax.make_jaxpr(function)(*args)).eqns
+        ]
 
     assert "gather" in names(lambda w: jnp.take(w, jnp.arange(2), axis=0), W)
     assert "dot_general" in names(lambda w, x: jnp.einsum("ij,jk->ik", x, w), W, X)
@@ -104,5 +121,7 @@ def test_one_call_inlined_twice_keeps_its_variables_apart():
 
     args = W, jnp.array([0, 1]), jnp.array([1, 1])
     thin = internals.inlined(jax.make_jaxpr(function)(*args))
-    assert len({v for eqn in thin.eqns for v in eqn.outvars}) == sum(len(eqn.outvars) for eqn in thin.eqns)
+    assert len({v for eqn in thin.eqns for v in eqn.outvars}) == sum(
+        len(eqn.outvars) for eqn in thin.eqns
+    )
     np.testing.assert_array_equal(jaxpr_as_fun(thin)(*args)[0], function(*args))

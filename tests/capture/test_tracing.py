@@ -30,13 +30,17 @@ def test_abstract_arrays_suffice_and_layers_are_hashable():
 
 def test_a_parameter_the_loss_ignores_is_named():
     layers = find_layers(lambda p, x: jnp.mean(x @ p["used"]), {"used": W, "idle": W}, X)
-    assert layers.uncovered == {"['idle']": "the loss does not depend on it; leave it out of the parameters"}
+    assert layers.uncovered == {
+        "['idle']": "the loss does not depend on it; leave it out of the parameters"
+    }
     assert "does not depend" in reason(lambda p, x: jnp.mean(x @ lax.stop_gradient(p)))
 
 
 def test_reasons_name_what_stands_in_the_way():
     mask = jnp.tri(3)
-    assert "multiplied element-wise before it enters `dot_general`" in reason(lambda p, x: jnp.mean(x @ (p * mask)))
+    assert "multiplied element-wise before it enters `dot_general`" in reason(
+        lambda p, x: jnp.mean(x @ (p * mask))
+    )
     assert "`tanh`" in reason(lambda p, x: jnp.mean(x @ jnp.tanh(p)))
     assert "write (x @ a) @ b" in reason(lambda p, x: jnp.mean(x @ (p @ p)))
     assert "added to another" in reason(lambda p, x: jnp.mean(x @ (p + p.T)))
@@ -45,7 +49,9 @@ def test_reasons_name_what_stands_in_the_way():
     complex_leaf = jax.ShapeDtypeStruct((3, 3), jnp.complex64)
     assert "is or becomes complex" in reason(lambda p, x: jnp.mean(jnp.abs(x @ p)), complex_leaf)
     pairs = jnp.ones((5, 3, 3))
-    assert "different axes" in reason(lambda p, x: jnp.mean(x @ p) + jnp.mean(jnp.einsum("nij,ij->n", pairs, p)))
+    assert "different axes" in reason(
+        lambda p, x: jnp.mean(x @ p) + jnp.mean(jnp.einsum("nij,ij->n", pairs, p))
+    )
     assert "unequal slices" in reason(lambda p, x: jnp.mean(x @ p[:, :2]))
     assert "jax.lax.scan(f, init, xs)" in reason(
         lambda p, x: jnp.mean(lax.fori_loop(1, 3, lambda i, h: h * (x @ p[i])[:, None], x))
@@ -92,7 +98,9 @@ def test_layers_that_cannot_tell_the_examples_apart_are_named():
     layers = find_layers(loss, params, x)
     assert [layer.name for layer in layers] == ["w"]
     assert layers.uncovered == {"['s']": "the examples cannot be told apart where it is used"}
-    with pytest.raises(ValueError, match="nothing tells the examples apart where the layer 'w' is used"):
+    with pytest.raises(
+        ValueError, match="nothing tells the examples apart where the layer 'w' is used"
+    ):
         value_grad_and_curvature(loss, sharing="reduce")(params, x)
 
 
@@ -104,12 +112,19 @@ def test_a_batch_size_nobody_shows_is_an_error():
 
 def test_batch_size_scales_the_output_factor():
     x, p = jnp.ones((4, 3)), jnp.ones((3, 1))
-    factors = [value_grad_and_curvature(lambda p: jnp.mean(x @ p), batch_size=n)(p)[2]["params"] for n in (1, 4)]
+    factors = [
+        value_grad_and_curvature(lambda p: jnp.mean(x @ p), batch_size=n)(p)[2]["params"]
+        for n in (1, 4)
+    ]
     np.testing.assert_allclose(4 * factors[0].output_factor, factors[1].output_factor)
 
 
 def test_names_are_short_and_unique():
-    params = {"a": {"kernel": W, "bias": jax.ShapeDtypeStruct((3,), jnp.float32)}, "b": [W, W], "norm": {"scale": W}}
+    params = {
+        "a": {"kernel": W, "bias": jax.ShapeDtypeStruct((3,), jnp.float32)},
+        "b": [W, W],
+        "norm": {"scale": W},
+    }
 
     def loss(p, x):
         h = (x @ p["a"]["kernel"] + p["a"]["bias"]) @ p["b"][0] @ p["b"][1]
@@ -135,8 +150,16 @@ def test_side_effects_beside_a_layer_stay(capsys):
 
 def test_a_table_of_a_deep_transformer_needs_no_arrays():
     width, depth = 8, 12
-    shapes = {"q": (width, width), "k": (width, width), "v": (width, width), "up": (width, 16), "down": (16, width)}
-    blocks = [{n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()} for _ in range(depth)]
+    shapes = {
+        "q": (width, width),
+        "k": (width, width),
+        "v": (width, width),
+        "up": (width, 16),
+        "down": (16, width),
+    }
+    blocks = [
+        {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()} for _ in range(depth)
+    ]
 
     def loss(p, x):
         for block in p:

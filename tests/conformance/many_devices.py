@@ -13,10 +13,17 @@ import optax_curv
 
 MESH = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 BOTH = NamedSharding(MESH, P(("data", "model")))
-SPECS = {"w": P("model", "data"), "b": P("data"), "scalar": P(), "tensor": P(None, "data"), "none": None}
+SPECS = {
+    "w": P("model", "data"),
+    "b": P("data"),
+    "scalar": P(),
+    "tensor": P(None, "data"),
+    "none": None,
+}
 LAYERS, WIDTH = 16, 32
-# The first gradient of a matrix has no component along some axes of its square factor's basis, which are arbitrary:
-# there SOAP divides rounding by its own root, but for a large eps, and the bases themselves are not compared.
+# The first gradient of a matrix has no component along some axes of its square factor's basis,
+# which are arbitrary: there SOAP divides rounding by its own root, but for a large eps, and the
+# bases themselves are not compared.
 ARBITRARY_BASES = {"soap": 1.0}
 
 
@@ -26,7 +33,10 @@ def report(check, name, figure):
 
 def step_difference(step, reference):
     """That of two (updates, state): updates are one vector, and compared as one."""
-    vectors = [jnp.concatenate([jnp.ravel(np.asarray(x)) for x in jax.tree.leaves(s[0])]) for s in (step, reference)]
+    vectors = [
+        jnp.concatenate([jnp.ravel(np.asarray(x)) for x in jax.tree.leaves(s[0])])
+        for s in (step, reference)
+    ]
     return max(difference(*vectors), difference(step[1], reference[1]))
 
 
@@ -51,7 +61,9 @@ def compare_with_one_device(name):
 
     def update(grads, state, params, arrays):
         updates, state = tx.update(grads, state, params, **arrays, **case.static)
-        return updates, state._replace(bases=None, moments=None) if name in ARBITRARY_BASES else state
+        return updates, state._replace(
+            bases=None, moments=None
+        ) if name in ARBITRARY_BASES else state
 
     expected = jax.jit(update)(grads, state, params, arrays)
     placed = {k: None if x is None else NamedSharding(MESH, SPECS[k]) for k, x in params.items()}
@@ -61,7 +73,11 @@ def compare_with_one_device(name):
         jax.device_put((state, arrays), everywhere),
     )
     step = jax.jit(update, out_shardings=(placed, NamedSharding(MESH, P())))
-    report("auto", name, step_difference(step(sharded[0], state_there, sharded[1], arrays_there), expected))
+    report(
+        "auto",
+        name,
+        step_difference(step(sharded[0], state_there, sharded[1], arrays_there), expected),
+    )
     mapped = jax.jit(jax.shard_map(update, mesh=MESH, in_specs=P(), out_specs=P()))
     report("shard_map", name, step_difference(mapped(grads, state, params, arrays), expected))
 
@@ -71,7 +87,9 @@ def compare_capture():
     jax.config.update("jax_enable_x64", True)
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = {"w": (5, 6), "b": (5,), "s": (5,), "v": (2, 5)}
-    params = {name: jax.random.normal(key, shapes[name]) for name, key in zip(shapes, keys, strict=True)}
+    params = {
+        name: jax.random.normal(key, shapes[name]) for name, key in zip(shapes, keys, strict=True)
+    }
     x = jax.random.normal(jax.random.key(1), (16, 6))
 
     def net(p, x):
@@ -79,18 +97,24 @@ def compare_capture():
 
     def loss(p, x):
         slope = jax.vmap(jax.jacfwd(net, argnums=1), (None, 0))(p, x)
-        return jnp.mean(jnp.sum(slope**2, (1, 2)) + jnp.sum(jax.vmap(net, (None, 0))(p, x) ** 2, -1))
+        return jnp.mean(
+            jnp.sum(slope**2, (1, 2)) + jnp.sum(jax.vmap(net, (None, 0))(p, x) ** 2, -1)
+        )
 
     take = optax_curv.value_grad_and_curvature(loss, sharing="reduce")
     expected = jax.jit(take)(params, x)
     for way, kind in (("auto", AxisType.Auto), ("explicit", AxisType.Explicit)):
         mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
-        there = jax.device_put((params, x), (NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))))
+        there = jax.device_put(
+            (params, x), (NamedSharding(mesh, P()), NamedSharding(mesh, P("data")))
+        )
         report(way, "capture", difference(jax.jit(take)(*there), expected))
 
     def of_device(params, x):
         value, grads, curvature = take(jax.tree.map(lambda p: p + 0 * jnp.sum(x), params), x)
-        return jax.tree.map(lambda x: jax.lax.pmean(x, ("data", "model")), (value, grads, drop_counts(curvature)))
+        return jax.tree.map(
+            lambda x: jax.lax.pmean(x, ("data", "model")), (value, grads, drop_counts(curvature))
+        )
 
     def drop_counts(curvature):
         return {name: factors[:2] for name, factors in curvature.items()}
@@ -106,23 +130,36 @@ def equal_layers():
     rng = np.random.default_rng(0)
     names = [f"layer{i:02d}" for i in range(LAYERS)]
     grads = {name: jnp.asarray(rng.normal(size=(WIDTH, WIDTH)), jnp.float32) for name in names}
-    layers = optax_curv.Layers([optax_curv.Layer(x, "dense", f"['{x}']", None, WIDTH, WIDTH) for x in names])
+    layers = optax_curv.Layers(
+        [optax_curv.Layer(x, "dense", f"['{x}']", None, WIDTH, WIDTH) for x in names]
+    )
 
     def second_moment():
         rows = rng.normal(size=(2 * WIDTH, WIDTH))
         return jnp.asarray(rows.T @ rows / len(rows), jnp.float32)
 
-    factors = {x: optax_curv.KroneckerFactors(second_moment(), second_moment(), jnp.int32(1)) for x in names}
+    factors = {
+        x: optax_curv.KroneckerFactors(second_moment(), second_moment(), jnp.int32(1))
+        for x in names
+    }
     return grads, layers, factors
 
 
 def measure_division():
     """FLOPs of one device with factor_sharding over those without, and whether results and shardings stay."""
     grads, layers, factors = equal_layers()
-    moments = {x: optax_curv.EigenbasisMoments(*f, jnp.square(grads[x])) for x, f in factors.items()}
+    moments = {
+        x: optax_curv.EigenbasisMoments(*f, jnp.square(grads[x])) for x, f in factors.items()
+    }
     makers = {
-        "kfac": (lambda x: optax_curv.scale_by_kfac(layers, 1e-2, factor_sharding=x), {"curvature": factors}),
-        "ekfac": (lambda x: optax_curv.scale_by_ekfac(layers, 1e-2, factor_sharding=x), {"curvature": moments}),
+        "kfac": (
+            lambda x: optax_curv.scale_by_kfac(layers, 1e-2, factor_sharding=x),
+            {"curvature": factors},
+        ),
+        "ekfac": (
+            lambda x: optax_curv.scale_by_ekfac(layers, 1e-2, factor_sharding=x),
+            {"curvature": moments},
+        ),
         "adam_in_basis": (
             lambda x: optax_curv.scale_by_adam_in_basis(layers, factor_sharding=x),
             {"curvature": factors},
@@ -134,7 +171,9 @@ def measure_division():
         for sharding in (None, BOTH):
             tx = make(sharding)
             state = jax.jit(tx.init)(grads)
-            update = jax.jit(lambda grads, state, arrays, tx=tx: tx.update(grads, state, None, **arrays))
+            update = jax.jit(
+                lambda grads, state, arrays, tx=tx: tx.update(grads, state, None, **arrays)
+            )
             everywhere = NamedSharding(MESH, P()) if sharding else None
             given = jax.device_put((grads, arrays), everywhere)
             compiled = update.lower(given[0], state, given[1]).compile()

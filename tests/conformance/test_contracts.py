@@ -14,7 +14,10 @@ from flax import nnx
 import optax_curv
 
 STEPS = 3
-ROUNDING = {"rtol": 2e-3, "atol": 1e-5}  # a few steps of rounding through factorisations, in float32
+ROUNDING = {
+    "rtol": 2e-3,
+    "atol": 1e-5,
+}  # a few steps of rounding through factorisations, in float32
 WRAPPED = ("w", "b")
 
 ANY_TREE = [name for name, case in cases.CASES.items() if case.any_tree]
@@ -160,14 +163,18 @@ def test_a_model_without_parameters_passes(name):
 
 
 @every
-@pytest.mark.parametrize("wrapper", ["masked", "partition", "multi_steps", "apply_if_finite", "inject_hyperparams"])
+@pytest.mark.parametrize(
+    "wrapper", ["masked", "partition", "multi_steps", "apply_if_finite", "inject_hyperparams"]
+)
 def test_wrappers_of_optax_trace(name, wrapper):
     case = cases.CASES[name]
     inside = {key: key in WRAPPED for key in (*cases.SHAPES, "none")}
     schedule = {case.number: lambda count: case.value / (1 + count)} if case.number else {}
     tx = {
         "masked": lambda: optax.masked(case.transformation(), inside),
-        "partition": lambda: optax.partition({True: case.transformation(), False: optax.sgd(0.1)}, inside),
+        "partition": lambda: optax.partition(
+            {True: case.transformation(), False: optax.sgd(0.1)}, inside
+        ),
         "multi_steps": lambda: optax.MultiSteps(case.transformation(), 2).gradient_transformation(),
         "apply_if_finite": lambda: optax.apply_if_finite(case.transformation(), 3),
         "inject_hyperparams": lambda: optax.inject_hyperparams(case.make)(**schedule),
@@ -175,7 +182,9 @@ def test_wrappers_of_optax_trace(name, wrapper):
     keeps_shapes(updater(name, tx), tx.init, cases.tree(0), cases.tree(1), extras(name))
 
 
-@pytest.mark.parametrize("name", ["branch_kfac", "normalize_by_rms", "kron_psgd", "shampoo", "soap", "lra_psgd"])
+@pytest.mark.parametrize(
+    "name", ["branch_kfac", "normalize_by_rms", "kron_psgd", "shampoo", "soap", "lra_psgd"]
+)
 def test_nnx_optimizer_forwards_the_extra_arguments_step_after_step(name):
     model, tx = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), cases.CASES[name].transformation()
     params = nnx.state(model, nnx.Param)

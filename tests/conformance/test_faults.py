@@ -1,8 +1,7 @@
 """After any fault a method stays finite and recovers: random schedules of faults, on one small noisy regression.
 
-A schedule says which fault strikes at which of the first steps; `GOOD` undisturbed steps follow. It is data of one
-compiled training run, so that hundreds of them cost one compilation.
-"""
+A schedule says which fault strikes at which of the first steps; `GOOD` undisturbed steps follow. It
+is data of one compiled training run, so that hundreds of them cost one compilation."""
 
 import functools
 
@@ -23,7 +22,14 @@ LATENESS = 1.05  # of the undisturbed loss, which has a floor: the targets' nois
 TINY, HUGE = 1e-40, 1e30  # denormal, and beyond the root of float32's largest number
 
 # Gradients and statistics are struck with the same number, or by name below.
-NUMBERS = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf, "huge": HUGE, "zero": 0.0, "denormal": TINY}
+NUMBERS = {
+    "nan": np.nan,
+    "inf": np.inf,
+    "-inf": -np.inf,
+    "huge": HUGE,
+    "zero": 0.0,
+    "denormal": TINY,
+}
 FAULTS = (
     "none",
     *(f"{number} gradient" for number in NUMBERS),
@@ -75,14 +81,19 @@ def gradients_and_extras(case, params, code):
     grads = grads | {"tensor": jnp.where(is_fault(code, "sleeping leaf"), 0, grads["tensor"])}
     overflowing = jax.tree.map(lambda g: (HUGE * g).astype(jnp.float16).astype(jnp.float32), grads)
     for name, number in NUMBERS.items():
-        grads = jax.tree.map(lambda g, n=name, v=number: jnp.where(is_fault(code, f"{n} gradient"), v, g), grads)
-    grads = jax.tree.map(lambda o, g: jnp.where(is_fault(code, "float16 overflow"), o, g), overflowing, grads)
+        grads = jax.tree.map(
+            lambda g, n=name, v=number: jnp.where(is_fault(code, f"{n} gradient"), v, g), grads
+        )
+    grads = jax.tree.map(
+        lambda o, g: jnp.where(is_fault(code, "float16 overflow"), o, g), overflowing, grads
+    )
     rows = jnp.where(is_fault(code, "rank one"), x[:1], x)
     extras = case.extras_of(params, rows, y, errors)
     for name, number in NUMBERS.items():
         struck = is_fault(code, f"{name} statistic")
         extras = jax.tree.map(
-            lambda e, hit=struck, v=number: jnp.where(hit, v, e) if e.dtype == jnp.float32 else e, extras
+            lambda e, hit=struck, v=number: jnp.where(hit, v, e) if e.dtype == jnp.float32 else e,
+            extras,
         )
     return grads, extras
 
@@ -109,7 +120,11 @@ def moments_of(params, x, y, errors):
 
 def layer_rows_of(params, x, y, errors):
     rows = jnp.concatenate([x, jnp.ones((64, 1))], axis=1)
-    return {"curvature": {"dense": optax_curv.FactorRows(rows, errors / len(x), jnp.array([1 / len(x), len(x)]))}}
+    return {
+        "curvature": {
+            "dense": optax_curv.FactorRows(rows, errors / len(x), jnp.array([1 / len(x), len(x)]))
+        }
+    }
 
 
 def rows_of(params, x, y, errors):
@@ -119,7 +134,9 @@ def rows_of(params, x, y, errors):
 OBJECTIVE = optax_curv.Objective(
     lambda params, x: x @ params["w"] + params["b"],
     "normal",
-    regularizer=lambda params: 0.5 * sum(jnp.sum(jnp.square(params[n] - GOALS[n])) for n in ("scalar", "tensor")),
+    regularizer=lambda params: (
+        0.5 * sum(jnp.sum(jnp.square(params[n] - GOALS[n])) for n in ("scalar", "tensor"))
+    ),
 )
 
 
@@ -136,7 +153,8 @@ def batch_and_diagonal_of(*given):
     return batch_of(*given) | {"diagonal": squares}
 
 
-# Steps that do not shrink with the gradient: their rate has to, once a tenfold one has been made good.
+# Steps that do not shrink with the gradient: their rate has to, once a tenfold one has been made
+# good.
 FADING = optax.exponential_decay(0.15, 1, 0.4, transition_begin=DISTURBED + 14)
 ADAM = {"b1": 0.7, "b2": 0.9}
 MATRICES_AND_ADAM = {"b1": 0.7, "adam_b1": 0.7, "adam_b2": 0.9}
@@ -165,7 +183,8 @@ def kron(**options):
 def layerwise(method, extras_of, **options):
     def make(damping):
         return optax.chain(
-            # Without a bound, a first statistic of rank one makes steps of 1/damping in all other directions.
+            # Without a bound, a first statistic of rank one makes steps of 1/damping in all other
+            # directions.
             method(cases.LAYERS, damping, kl_clip=1.0, fallback=optax.identity(), **options),
             optax.scale_by_learning_rate(0.3),
         )
@@ -175,9 +194,12 @@ def layerwise(method, extras_of, **options):
 
 def branches(method, extras_of, damping, **options):
     def make(damping):
-        # The undamped metric of rows that have nearly vanished, as at a minimum, knows no bound either.
+        # The undamped metric of rows that have nearly vanished, as at a minimum, knows no bound
+        # either.
         return optax.chain(
-            method(damping, **options), optax.clip_by_global_norm(3.0), optax.scale_by_learning_rate(0.7)
+            method(damping, **options),
+            optax.clip_by_global_norm(3.0),
+            optax.scale_by_learning_rate(0.7),
         )
 
     return Method(make, extras_of, damping)
@@ -200,11 +222,17 @@ METHODS = {
     "dense_psgd": Method(lambda damping: optax_curv.dense_psgd(0.2, 0.8)),
     "lra_psgd": Method(lambda damping: optax_curv.lra_psgd(0.2, 0.8, rank=2)),
     "branch_fisher": branches(optax_curv.scale_by_branch_fisher, features, 1.0),
-    "branch_fisher_complement": branches(optax_curv.scale_by_branch_fisher, samples, 1.0, complement=True),
-    "branch_fisher_rows": branches(optax_curv.scale_by_branch_fisher, rows_of, 1.0, solver="auto", centered=False),
+    "branch_fisher_complement": branches(
+        optax_curv.scale_by_branch_fisher, samples, 1.0, complement=True
+    ),
+    "branch_fisher_rows": branches(
+        optax_curv.scale_by_branch_fisher, rows_of, 1.0, solver="auto", centered=False
+    ),
     "branch_kfac": branches(optax_curv.scale_by_branch_kfac, features, 1.0, blocks=2),
     "kfac": layerwise(optax_curv.scale_by_kfac, factors_of),
-    "kfac_eigh": layerwise(optax_curv.scale_by_kfac, factors_of, inverse="eigh", damping_rule="trace"),
+    "kfac_eigh": layerwise(
+        optax_curv.scale_by_kfac, factors_of, inverse="eigh", damping_rule="trace"
+    ),
     "ekfac": layerwise(optax_curv.scale_by_ekfac, moments_of),
     "kfac_rows": layerwise(optax_curv.scale_by_kfac, layer_rows_of, invert_every=4),
     "kfac_seldom": layerwise(optax_curv.scale_by_kfac, factors_of, invert_every=4),
@@ -212,25 +240,32 @@ METHODS = {
     "adam_in_basis": Method(adam_in_basis, factors_of),
     # Less damping spends most of a step's fixed size on whitening the noise around the minimum.
     "shampoo": Method(
-        lambda damping: optax_curv.shampoo(FADING, rms=1.0, damping=damping, **MATRICES_AND_ADAM), damping=0.1
+        lambda damping: optax_curv.shampoo(FADING, rms=1.0, damping=damping, **MATRICES_AND_ADAM),
+        damping=0.1,
     ),
     "soap": Method(lambda damping: optax_curv.soap(FADING, b2=0.9, **MATRICES_AND_ADAM)),
     "soap_of_every_rank": Method(
-        lambda damping: optax.chain(optax_curv.scale_by_soap(**ADAM), optax.scale_by_learning_rate(FADING))
+        lambda damping: optax.chain(
+            optax_curv.scale_by_soap(**ADAM), optax.scale_by_learning_rate(FADING)
+        )
     ),
     "gauss_newton": with_objective(lambda damping: optax_curv.gauss_newton(1.0, damping)),
     "gauss_newton_backtracking": with_objective(
         lambda damping: optax_curv.gauss_newton(1.0, damping, backtrack=True), batch_and_diagonal_of
     ),
     "gauss_newton_layers": with_objective(
-        lambda damping: optax_curv.gauss_newton(1.0, damping, layers=cases.LAYERS), batch_and_factors_of
+        lambda damping: optax_curv.gauss_newton(1.0, damping, layers=cases.LAYERS),
+        batch_and_factors_of,
     ),
     "gauss_newton_adaptive": with_objective(lambda damping: optax_curv.gauss_newton(None, damping)),
     "kfac_adaptive": with_objective(
-        lambda damping: optax_curv.kfac(None, cases.LAYERS, damping, fallback=optax.identity()), batch_and_factors_of
+        lambda damping: optax_curv.kfac(None, cases.LAYERS, damping, fallback=optax.identity()),
+        batch_and_factors_of,
     ),
     "quadratic_model": with_objective(
-        lambda damping: optax.chain(optax_curv.scale_by_quadratic_model(damping), optax.scale_by_learning_rate(1.0))
+        lambda damping: optax.chain(
+            optax_curv.scale_by_quadratic_model(damping), optax.scale_by_learning_rate(1.0)
+        )
     ),
 }
 
@@ -242,14 +277,22 @@ def compiled(name):
 
     def step(carry, code):
         params, state, before = carry
-        state = jax.tree.map(lambda old, new: jnp.where(is_fault(code, "lost step"), old, new), before, state)
+        state = jax.tree.map(
+            lambda old, new: jnp.where(is_fault(code, "lost step"), old, new), before, state
+        )
         grads, extras = gradients_and_extras(method, params, code)
         tx = method.make(jnp.where(is_fault(code, "damping zero"), 0.0, method.damping))
         updates, new_state = tx.update(grads, state, params, **extras)
         finite = jnp.stack(
-            [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves((updates, new_state)) if x.dtype == jnp.float32]
+            [
+                jnp.all(jnp.isfinite(x))
+                for x in jax.tree.leaves((updates, new_state))
+                if x.dtype == jnp.float32
+            ]
         )
-        updates = jax.tree.map(lambda u: jnp.where(is_fault(code, "tenfold rate"), 10 * u, u), updates)
+        updates = jax.tree.map(
+            lambda u: jnp.where(is_fault(code, "tenfold rate"), 10 * u, u), updates
+        )
         same = [(u.shape, u.dtype) for u in jax.tree.leaves(updates)] == [
             (g.shape, g.dtype) for g in jax.tree.leaves(grads)
         ]
@@ -293,7 +336,12 @@ def test_a_method_survives_and_recovers_from_any_schedule_of_faults(name):
     schedules = st.lists(strike, min_size=1, max_size=6, unique_by=distinct).map(dict)
 
     @seed(0)
-    @settings(max_examples=SCHEDULES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=SCHEDULES,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(schedules)
     def survives(faults):
         ratio, finite = outcome(name, faults)

@@ -1,9 +1,9 @@
 """Optax's own suites from the installed package, with this library's optimizers in the place of Optax's.
 
-The suites' lists of optimizers are bound when they are imported, through `absl.testing.parameterized.product`: a copy
-of each is imported while ours stand there. What cannot apply is told in `NOT_APPLICABLE`, and nowhere else.
-One optimizer of each kind runs by default; OPTAX_SUITES=all in the environment runs every one.
-"""
+The suites' lists of optimizers are bound when they are imported, through
+`absl.testing.parameterized.product`: a copy of each is imported while ours stand there. What cannot
+apply is told in `NOT_APPLICABLE`, and nowhere else. One optimizer of each kind runs by default;
+OPTAX_SUITES=all in the environment runs every one."""
 
 import functools
 import importlib.util
@@ -42,15 +42,17 @@ def layer_of(path, leaf):
 def with_curvature(method, statistic):
     """A layer-wise method that makes layers and statistics from the gradients, which are all that the suites hand over.
 
-    Seen as a matrix, each of its rows is the output gradient of one example whose input is that row's unit vector.
-    """
+    Seen as a matrix, each of its rows is the output gradient of one example whose input is that
+    row's unit vector."""
 
     def layers_and_method(tree, learning_rate, damping):
         layers = [layer_of(path, leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
         return layers, method(learning_rate, optax_curv.Layers(layers), damping)
 
     def measure(layer, g):
-        rows = jnp.asarray(g, jnp.promote_types(g.dtype, jnp.float32)).reshape(layer.rows_of_matrix, -1)
+        rows = jnp.asarray(g, jnp.promote_types(g.dtype, jnp.float32)).reshape(
+            layer.rows_of_matrix, -1
+        )
         count = len(rows)
         factors = jnp.eye(count, dtype=rows.dtype) / count, rows.T @ rows / count, jnp.int32(1)
         extra = (jnp.square(rows),) if statistic is optax_curv.EigenbasisMoments else ()
@@ -65,7 +67,9 @@ def with_curvature(method, statistic):
 
         def update(updates, state, params=None, **extra_args):
             layers, tx = layers_and_method(updates, learning_rate, damping)
-            curvature = {x.name: measure(x, g) for x, g in zip(layers, jax.tree.leaves(updates), strict=True)}
+            curvature = {
+                x.name: measure(x, g) for x, g in zip(layers, jax.tree.leaves(updates), strict=True)
+            }
             return tx.update(updates, state, params, curvature=curvature, **extra_args)
 
         return optax.GradientTransformationExtraArgs(init, update)
@@ -75,7 +79,9 @@ def with_curvature(method, statistic):
 
 def adam_in_basis(learning_rate, layers, damping):
     del damping
-    return optax.chain(optax_curv.scale_by_adam_in_basis(layers), optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(
+        optax_curv.scale_by_adam_in_basis(layers), optax.scale_by_learning_rate(learning_rate)
+    )
 
 
 def gauss_newton(learning_rate: optax.ScalarOrSchedule, damping=100.0):
@@ -107,29 +113,43 @@ def kron(geometry):
 RATE = {"learning_rate": 1e-3}
 OPTIMIZERS = {
     "kron_psgd": kron("q0.5eq1.5")._replace(by_default=True),
-    **{f"kron_psgd_{geometry}": kron(geometry) for geometry in ("eq", "qep", "qeq", "quad", "quad4p")},
-    "kron_psgd_right_triangular": Optimizer(optax_curv.kron_psgd, RATE | {"geometry": "right_triangular"}),
+    **{
+        f"kron_psgd_{geometry}": kron(geometry)
+        for geometry in ("eq", "qep", "qeq", "quad", "quad4p")
+    },
+    "kron_psgd_right_triangular": Optimizer(
+        optax_curv.kron_psgd, RATE | {"geometry": "right_triangular"}
+    ),
     "dense_psgd": Optimizer(optax_curv.dense_psgd, {"learning_rate": 1e-2}),
     "lra_psgd": Optimizer(optax_curv.lra_psgd, {"learning_rate": 1e-2}, True),
     "branch_fisher": Optimizer(optax_curv.branch_fisher, RATE, True),
     "branch_kfac": Optimizer(optax_curv.branch_kfac, RATE | {"param_bound": 20.0}),
     "kfac": Optimizer(
-        with_curvature(functools.partial(optax_curv.kfac, momentum=0.0), optax_curv.KroneckerFactors),
+        with_curvature(
+            functools.partial(optax_curv.kfac, momentum=0.0), optax_curv.KroneckerFactors
+        ),
         {"learning_rate": 0.1},
         True,
     ),
     "ekfac": Optimizer(
-        with_curvature(functools.partial(optax_curv.ekfac, momentum=0.0), optax_curv.EigenbasisMoments),
+        with_curvature(
+            functools.partial(optax_curv.ekfac, momentum=0.0), optax_curv.EigenbasisMoments
+        ),
         {"learning_rate": 1e-2, "damping": 1.0},
     ),
-    "adam_in_basis": Optimizer(with_curvature(adam_in_basis, optax_curv.KroneckerFactors), {"learning_rate": 1e-2}),
+    "adam_in_basis": Optimizer(
+        with_curvature(adam_in_basis, optax_curv.KroneckerFactors), {"learning_rate": 1e-2}
+    ),
     "gauss_newton": Optimizer(gauss_newton, {"learning_rate": 0.15}, True),
     "shampoo": Optimizer(optax_curv.shampoo, {"learning_rate": 1e-2}, True),
     "soap": Optimizer(optax_curv.soap, {"learning_rate": 1e-2}),
-    "clip_by_max_abs": Optimizer(with_learning_rate(optax_curv.clip_by_max_abs(10.0), optax.trace(0.9)), RATE),
+    "clip_by_max_abs": Optimizer(
+        with_learning_rate(optax_curv.clip_by_max_abs(10.0), optax.trace(0.9)), RATE
+    ),
     "normalize_by_rms": Optimizer(with_learning_rate(optax_curv.normalize_by_rms(1.0)), RATE, True),
     "normalize_by_reference": Optimizer(
-        with_learning_rate(optax_curv.normalize_by_reference(optax.scale_by_adam())), {"learning_rate": 1e-2}
+        with_learning_rate(optax_curv.normalize_by_reference(optax.scale_by_adam())),
+        {"learning_rate": 1e-2},
     ),
 }
 # Optax's wrappers around one method, in the form of its own list.
@@ -142,12 +162,19 @@ COMPLEX = ("clip_by_max_abs", "normalize_by_rms", "normalize_by_reference", "sha
 
 
 def handles_complex(name):
-    return name in COMPLEX or (name.startswith("kron_psgd") and name != "kron_psgd_right_triangular")
+    return name in COMPLEX or (
+        name.startswith("kron_psgd") and name != "kron_psgd_right_triangular"
+    )
 
 
 # (suite, test, which of its cases, reason)
 NOT_APPLICABLE = (
-    ("optax._src.alias_test", "LBFGSTest", None, "tests the arithmetic of L-BFGS and its line searches"),
+    (
+        "optax._src.alias_test",
+        "LBFGSTest",
+        None,
+        "tests the arithmetic of L-BFGS and its line searches",
+    ),
     (
         "optax._src.alias_test",
         "test_optimization test_state_shape_dtype_shard_stability",
@@ -196,10 +223,16 @@ def entries(keys):
         if x.by_default or os.environ.get("OPTAX_SUITES") == "all"
     ]
     kron = plain[0]
-    wrapped = [kron | {"wrapper_name": name, "wrapper_kwargs": kwargs} for name, kwargs in WRAPPED.items()]
-    # mechanize learns the scale of a step from 1e-6 times it, which float32 parameters of ten have to feel
+    wrapped = [
+        kron | {"wrapper_name": name, "wrapper_kwargs": kwargs} for name, kwargs in WRAPPED.items()
+    ]
+    # mechanize learns the scale of a step from 1e-6 times it, which float32 parameters of ten have
+    # to feel
     wrapped[0] |= {"opt_kwargs": kron["opt_kwargs"] | {"learning_rate": 1.0}}
-    return [{key: entry[key] for key in keys} for entry in (plain + wrapped if "wrapper_name" in keys else plain)]
+    return [
+        {key: entry[key] for key in keys}
+        for entry in (plain + wrapped if "wrapper_name" in keys else plain)
+    ]
 
 
 def reason_against(suite, test, case):
@@ -219,7 +252,10 @@ def imported(name):
     def product(*lists, **grid):
         lists = [entries(x[0].keys()) if "opt_name" in x[0] else x for x in lists]
         grid = [[{key: value} for value in values] for key, values in grid.items()]
-        cases = [dict(itertools.chain(*(part.items() for part in parts))) for parts in itertools.product(*lists, *grid)]
+        cases = [
+            dict(itertools.chain(*(part.items() for part in parts)))
+            for parts in itertools.product(*lists, *grid)
+        ]
 
         def decorated(test):
             kept = [case for case in cases if reason_against(name, test, case) is None]

@@ -14,7 +14,10 @@ import optax_curv
 ALL = cases.CASES | cases.VARIANTS
 PATH = pathlib.Path(__file__).parents[2] / "benchmarks" / "precision.py"
 HIGHEST = jax.lax.Precision.HIGHEST
-USER_NETWORK = ("scale_by_quadratic_model", "gauss_newton")  # they run the user's own network inside
+USER_NETWORK = (
+    "scale_by_quadratic_model",
+    "gauss_newton",
+)  # they run the user's own network inside
 
 
 def products(jaxpr):
@@ -22,7 +25,9 @@ def products(jaxpr):
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             yield equation
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from products(inner)
@@ -38,7 +43,9 @@ def test_every_product_of_a_preconditioner_is_a_full_one(name):
     tx, arrays = ALL[name].transformation(), ALL[name].extras(np.random.default_rng(0))
     params = cases.tree(0)
     with jax.default_matmul_precision("bfloat16"):
-        traced = jax.make_jaxpr(lambda g, s, e: tx.update(g, s, params, **e))(params, tx.init(params), arrays)
+        traced = jax.make_jaxpr(lambda g, s, e: tx.update(g, s, params, **e))(
+            params, tx.init(params), arrays
+        )
     found = list(products(traced.jaxpr))
     assert [str(x) for x in found if not is_full(x)] == []
     if name in ("kron_psgd", "kfac", "ekfac", "branch_fisher", "lra_psgd"):
@@ -79,4 +86,6 @@ def test_full_products_lose_least_and_short_ones_lose_the_whitening_difference()
     spec.loader.exec_module(module)
     for errors in module.table().values():
         assert 100 * errors["float32"] < errors["tf32"] < errors["bfloat16"]
-    assert errors["float32"] < 0.01 and errors["tf32"] > 1, "less than float32 loses all that is left to subtract"
+    assert errors["float32"] < 0.01 and errors["tf32"] > 1, (
+        "less than float32 loses all that is left to subtract"
+    )

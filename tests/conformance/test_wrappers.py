@@ -74,7 +74,9 @@ def test_a_variant_keeps_shapes_and_dtypes(name):
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_updates_keep_the_dtype_of_the_gradients(name, dtype):
     with jax.enable_x64(dtype == "float64"):
-        wide = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, extras(name))
+        wide = jax.tree.map(
+            lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, extras(name)
+        )
         keeps(name, ALL[name].transformation(), dtype, wide if dtype == "float64" else None)
 
 
@@ -90,9 +92,12 @@ def test_complex_leaves_are_handled_or_refused_by_name(name):
 
 WRAPPERS = {
     "multi_transform": lambda tx: optax.multi_transform(
-        {"ours": tx, "theirs": optax.sgd(0.1)}, {k: "ours" if k in ("w", "b") else "theirs" for k in cases.tree(0)}
+        {"ours": tx, "theirs": optax.sgd(0.1)},
+        {k: "ours" if k in ("w", "b") else "theirs" for k in cases.tree(0)},
     ),
-    "conditionally_transform": lambda tx: optax.conditionally_transform(tx, lambda step, **_: step % 2 == 0),
+    "conditionally_transform": lambda tx: optax.conditionally_transform(
+        tx, lambda step, **_: step % 2 == 0
+    ),
     "conditionally_mask": lambda tx: optax.conditionally_mask(tx, lambda step, **_: step % 2 == 0),
     "schedule_free": lambda tx: optax.contrib.schedule_free(
         optax.chain(tx, optax.scale_by_learning_rate(0.1)), learning_rate=0.1
@@ -113,7 +118,9 @@ def test_further_wrappers_of_optax_trace(name, wrapper):
 def with_extras_bound(name):
     """A method that is given its extra arguments, for what forwards none or refuses those of others."""
     tx = ALL[name].transformation()
-    return optax.GradientTransformation(tx.init, lambda g, s, p=None: updater(name, tx)(g, s, p, extras(name)))
+    return optax.GradientTransformation(
+        tx.init, lambda g, s, p=None: updater(name, tx)(g, s, p, extras(name))
+    )
 
 
 @every_method

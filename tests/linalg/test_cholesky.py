@@ -54,7 +54,15 @@ def test_damping_is_raised_only_where_it_must_be_and_tenfold_at_a_time(x64, spec
 
 def test_each_matrix_of_a_batch_is_damped_on_its_own(x64):
     rng = np.random.default_rng(0)
-    a = np.stack([positive_definite(rng, 4), -np.eye(4), np.zeros((4, 4)), np.full((4, 4), np.nan), np.ones((4, 4))])
+    a = np.stack(
+        [
+            positive_definite(rng, 4),
+            -np.eye(4),
+            np.zeros((4, 4)),
+            np.full((4, 4), np.nan),
+            np.ones((4, 4)),
+        ]
+    )
     damping = np.array([0.5, 0.25, 0.0, 0.0, 1e-3])
     factors, used = linalg.cholesky(a, damping)
     for i in range(5):
@@ -69,7 +77,12 @@ def test_each_matrix_of_a_batch_is_damped_on_its_own(x64):
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1.0, 1e30, 1e38])
 @pytest.mark.parametrize("kind", ["positive", "indefinite", "singular", "hollow"])
 def test_factor_is_finite_at_any_scale_of_float32(scale, kind):
-    signs = {"positive": [1, 2, 0.5], "indefinite": [1, -1, 0.5], "singular": [1, 0, 0], "hollow": [0, 0, 0]}[kind]
+    signs = {
+        "positive": [1, 2, 0.5],
+        "indefinite": [1, -1, 0.5],
+        "singular": [1, 0, 0],
+        "hollow": [0, 0, 0],
+    }[kind]
     rotated = spectra.rotation(np.random.default_rng(1), 3)
     a = spectra.symmetric(rotated, signs) if kind != "hollow" else np.ones((3, 3)) - np.eye(3)
     a = (a * scale).astype(np.float32)
@@ -77,7 +90,9 @@ def test_factor_is_finite_at_any_scale_of_float32(scale, kind):
     assert np.all(np.isfinite(factor)) and np.isfinite(used)
     damped = a.astype(np.float64) + float(used) * np.eye(3)
     factor = np.asarray(factor, np.float64)
-    np.testing.assert_allclose(factor @ factor.T, damped, atol=FLOAT32_TOLERANCE * np.abs(damped).max())
+    np.testing.assert_allclose(
+        factor @ factor.T, damped, atol=FLOAT32_TOLERANCE * np.abs(damped).max()
+    )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -107,7 +122,9 @@ def test_hermitian_matrices_are_factored_and_solved(x64):
     a, b = x @ x.conj().T + np.eye(5), rng.standard_normal((5, 2)) + 1j
     factor, used = linalg.cholesky(a)
     assert used.dtype == jnp.float64
-    np.testing.assert_allclose(linalg.cholesky_solve(factor, b), np.linalg.solve(a, b), rtol=SOLVE_TOLERANCE)
+    np.testing.assert_allclose(
+        linalg.cholesky_solve(factor, b), np.linalg.solve(a, b), rtol=SOLVE_TOLERANCE
+    )
 
 
 def test_gradients_agree_with_differences_and_stay_finite_after_a_retry(x64):
@@ -134,7 +151,9 @@ def test_cholesky_solve_is_the_dense_solve(x64, batch, columns):
     a, b = positive_definite(rng, *batch, 4), rng.standard_normal((*batch, 4, *columns))
     expected = np.linalg.solve(a, b if columns else b[..., None])
     found = linalg.cholesky_solve(linalg.cholesky(a)[0], b)
-    np.testing.assert_allclose(found, expected.reshape(b.shape), rtol=SOLVE_TOLERANCE, atol=SOLVE_TOLERANCE)
+    np.testing.assert_allclose(
+        found, expected.reshape(b.shape), rtol=SOLVE_TOLERANCE, atol=SOLVE_TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("lower", [True, False])
@@ -158,13 +177,17 @@ def test_triangular_solve_is_the_dense_solve(x64, lower, transpose, side):
 def test_one_matrix_solves_a_batch_of_right_hand_sides(x64):
     rng = np.random.default_rng(7)
     t, b = np.tril(rng.standard_normal((4, 4))) + 3 * np.eye(4), rng.standard_normal((3, 4, 2))
-    np.testing.assert_allclose(t @ linalg.triangular_solve(t, b, lower=True), b, rtol=SOLVE_TOLERANCE)
+    np.testing.assert_allclose(
+        t @ linalg.triangular_solve(t, b, lower=True), b, rtol=SOLVE_TOLERANCE
+    )
 
 
 @spectra.PROPERTY
 @given(spectrum=spectra.spectra(kinds=("condition", "clustered")))
 def test_triangular_solve_agrees_with_scipy_for_any_condition(x64, spectrum):
-    factor = np.linalg.cholesky(spectra.symmetric(*spectrum)) if len(spectrum[1]) else np.zeros((0, 0))
+    factor = (
+        np.linalg.cholesky(spectra.symmetric(*spectrum)) if len(spectrum[1]) else np.zeros((0, 0))
+    )
     b = np.ones(len(factor))
     found = np.asarray(linalg.triangular_solve(factor, b, lower=True))
     expected = scipy.linalg.solve_triangular(factor, b, lower=True) if len(b) else b
@@ -210,7 +233,9 @@ def test_shapes_that_do_not_fit_are_refused():
         linalg.cholesky(jnp.ones((3, 2, 2)), jnp.ones(2))
     with pytest.raises(ValueError, match=r"b of shape \(4,\) does not fit t of shape \(3, 3\)"):
         linalg.triangular_solve(square, jnp.ones(4), lower=True)
-    with pytest.raises(ValueError, match=r"b of shape \(4, 3, 2\) does not fit t of shape \(2, 3, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"b of shape \(4, 3, 2\) does not fit t of shape \(2, 3, 3\)"
+    ):
         linalg.triangular_solve(jnp.ones((2, 3, 3)), jnp.ones((4, 3, 2)), lower=True)
     with pytest.raises(ValueError, match=r"b of shape \(4,\) does not fit t of shape \(3, 3\)"):
         linalg.cholesky_solve(square, jnp.ones(4))

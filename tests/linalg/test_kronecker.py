@@ -19,12 +19,16 @@ def dense(factors):
 @pytest.mark.parametrize("diagonal", ["none", "first", "last", "all"])
 def test_product_is_that_of_the_dense_kronecker_product(x64, shape, diagonal):
     rng = np.random.default_rng(0)
-    chosen = {"none": (), "first": (0,), "last": (len(shape) - 1,), "all": range(len(shape))}[diagonal]
+    chosen = {"none": (), "first": (0,), "last": (len(shape) - 1,), "all": range(len(shape))}[
+        diagonal
+    ]
     factors = [rng.standard_normal((d,) if i in chosen else (d, d)) for i, d in enumerate(shape)]
     x = rng.standard_normal(shape)
     found = linalg.kron_matvec(factors, x)
     assert found.shape == shape
-    np.testing.assert_allclose(found.ravel(), dense(factors) @ x.ravel(), rtol=TOLERANCE, atol=TOLERANCE)
+    np.testing.assert_allclose(
+        found.ravel(), dense(factors) @ x.ravel(), rtol=TOLERANCE, atol=TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("batch", [(3,), (2, 3), (0,)])
@@ -50,12 +54,17 @@ def test_complex_factors_are_not_conjugated(x64):
 def test_no_factor_is_the_identity_and_types_promote():
     x = jnp.ones((2, 2), jnp.bfloat16)
     np.testing.assert_array_equal(linalg.kron_matvec([], x), x)
-    assert linalg.kron_matvec([jnp.eye(2, dtype=jnp.bfloat16), jnp.ones(2, jnp.bfloat16)], x).dtype == jnp.bfloat16
+    assert (
+        linalg.kron_matvec([jnp.eye(2, dtype=jnp.bfloat16), jnp.ones(2, jnp.bfloat16)], x).dtype
+        == jnp.bfloat16
+    )
     assert linalg.kron_matvec((jnp.eye(2),), x).dtype == jnp.float32
 
 
 def test_factors_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"factor 1 of shape \(2, 3\) .* expected \(3, 3\) or the diagonal \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"factor 1 of shape \(2, 3\) .* expected \(3, 3\) or the diagonal \(3,\)"
+    ):
         linalg.kron_matvec([jnp.eye(2), jnp.ones((2, 3))], jnp.ones((2, 3)))
     with pytest.raises(ValueError, match=r"got 2 factors for x of shape \(2,\)"):
         linalg.kron_matvec([jnp.eye(2), jnp.eye(2)], jnp.ones(2))

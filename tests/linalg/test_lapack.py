@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_curv.linalg import lapack
+from optax_curv.linalg import _lapack as lapack
 
 PROGRAM = """
 import jax, jax.numpy as jnp
 from optax_curv import linalg
-from optax_curv.linalg import lapack
+from optax_curv.linalg import _lapack as lapack
 
 def many(x):
     eye = jnp.eye(x.shape[-1])
@@ -33,7 +33,12 @@ print("done")
 def test_large_batches_at_a_time_do_not_wait_for_each_other():
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     found = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=240, check=True
+        [sys.executable, "-c", PROGRAM],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
     )
     assert found.stdout.strip() == "done"
 
@@ -61,8 +66,12 @@ def test_a_batch_within_a_vmap_within_a_vmap():
         spd = x @ x.mT + jnp.eye(12)
         found = jax.vmap(jax.vmap(lapack.cholesky))(spd)
         np.testing.assert_allclose(found, np.linalg.cholesky(spd), rtol=1e-10, atol=1e-10)
-        one_axis = jax.vmap(lambda t, b: lapack.triangular_solve(t, b, left_side=True, lower=True), (None, 0))
-        np.testing.assert_allclose(jnp.tril(spd[0, 0]) @ one_axis(spd[0, 0], x[0]), x[0], rtol=1e-9, atol=1e-9)
+        one_axis = jax.vmap(
+            lambda t, b: lapack.triangular_solve(t, b, left_side=True, lower=True), (None, 0)
+        )
+        np.testing.assert_allclose(
+            jnp.tril(spd[0, 0]) @ one_axis(spd[0, 0], x[0]), x[0], rtol=1e-9, atol=1e-9
+        )
 
 
 def test_derivatives_are_those_of_jax():
@@ -71,11 +80,15 @@ def test_derivatives_are_those_of_jax():
         spd = x @ x.mT + jnp.eye(40)
 
         def ours(x, b):
-            return jnp.sum(lapack.triangular_solve(lapack.cholesky(x), b, left_side=True, lower=True) ** 2)
+            return jnp.sum(
+                lapack.triangular_solve(lapack.cholesky(x), b, left_side=True, lower=True) ** 2
+            )
 
         def theirs(x, b):
             lower = jax.lax.linalg.cholesky(x, symmetrize_input=False)
-            return jnp.sum(jax.lax.linalg.triangular_solve(lower, b, left_side=True, lower=True) ** 2)
+            return jnp.sum(
+                jax.lax.linalg.triangular_solve(lower, b, left_side=True, lower=True) ** 2
+            )
 
         found, expected = (jax.grad(f, (0, 1))(spd, x) for f in (ours, theirs))
         for a, b in zip(found, expected, strict=True):

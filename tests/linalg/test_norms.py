@@ -18,7 +18,11 @@ def spd(rng, n):
         return x @ x.T / n
     if family == 1:  # the hardest: the largest eigenvector hides evenly among all rows
         return np.eye(n) + rng.uniform(0.2, 2) * np.ones((n, n)) / n
-    values = {2: rng.uniform(0, 1, n), 3: np.geomspace(1, 1e-12, n), 4: 1 + (np.arange(n) == 0) * rng.uniform()}
+    values = {
+        2: rng.uniform(0, 1, n),
+        3: np.geomspace(1, 1e-12, n),
+        4: 1 + (np.arange(n) == 0) * rng.uniform(),
+    }
     return spectra.symmetric(spectra.rotation(rng, n), values[int(family)])
 
 
@@ -26,7 +30,9 @@ def test_bound_is_between_four_fifths_of_the_norm_and_the_norm():
     rng, ratios = np.random.default_rng(0), []
     for n, count in SIZES.items():
         a = np.stack([spd(rng, n) for _ in range(count)])
-        ratios.append(linalg.spectral_norm_bound(a.astype(np.float32)) / np.linalg.eigvalsh(a)[:, -1])
+        ratios.append(
+            linalg.spectral_norm_bound(a.astype(np.float32)) / np.linalg.eigvalsh(a)[:, -1]
+        )
     ratios = np.concatenate(ratios)
     assert len(ratios) == 600
     assert ratios.min() >= LOWEST and ratios.max() <= HIGHEST
@@ -58,7 +64,9 @@ def test_bound_scales_with_the_matrix(scale):
 
 def test_zero_and_empty_matrices_have_the_bound_zero():
     for shape in ((3, 3), (1, 1), (0, 0), (0, 4), (4, 0), (2, 0, 0)):
-        np.testing.assert_array_equal(linalg.spectral_norm_bound(jnp.zeros(shape)), np.zeros(shape[:-2]))
+        np.testing.assert_array_equal(
+            linalg.spectral_norm_bound(jnp.zeros(shape)), np.zeros(shape[:-2])
+        )
     assert linalg.spectral_norm_bound(jnp.ones((0, 3, 3))).shape == (0,)
 
 
@@ -75,5 +83,7 @@ def test_narrow_types_are_bounded_in_float32(dtype):
 
 
 def test_a_vector_is_refused():
-    with pytest.raises(ValueError, match=r"expected matrices \[..., m, n\], got an array of shape \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"expected matrices \[..., m, n\], got an array of shape \(3,\)"
+    ):
         linalg.spectral_norm_bound(jnp.ones(3))

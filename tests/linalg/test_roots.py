@@ -25,7 +25,9 @@ def test_root_is_that_of_the_spectrum(x64, spectrum, p, relative_damping):
     rotated, values = spectrum
     damped = values + relative_damping * values.max(initial=0)
     expected = spectra.symmetric(rotated, damped ** (-1 / p))
-    found = linalg.inverse_root(spectra.symmetric(*spectrum), p, damping=relative_damping * values.max(initial=0))
+    found = linalg.inverse_root(
+        spectra.symmetric(*spectrum), p, damping=relative_damping * values.max(initial=0)
+    )
     condition = damped.max(initial=0) / damped.min(initial=np.inf)
     limit = ROOT_TOLERANCE * len(values) * condition * np.abs(expected).max(initial=0)
     assert np.abs(found - expected).max(initial=0) <= limit
@@ -39,7 +41,12 @@ def test_root_of_a_singular_matrix_is_its_pseudo_inverse_or_damped(x64, spectrum
     a, largest = spectra.symmetric(*spectrum), values.max(initial=0)
     powers = np.where(values > 0, np.where(values > 0, values, 1) ** (-1 / p), 0)
     limit = 100 * EPS * len(a) * powers.max(initial=0)
-    assert np.abs(linalg.inverse_root(a, p, damping=0.0) - spectra.symmetric(rotated, powers)).max(initial=0) <= limit
+    assert (
+        np.abs(linalg.inverse_root(a, p, damping=0.0) - spectra.symmetric(rotated, powers)).max(
+            initial=0
+        )
+        <= limit
+    )
     damping = 1e-3 * largest + 1e-5 * (largest == 0)
     expected = spectra.symmetric(rotated, (values + damping) ** (-1 / p))
     found = linalg.inverse_root(a, p, damping=damping)
@@ -49,7 +56,9 @@ def test_root_of_a_singular_matrix_is_its_pseudo_inverse_or_damped(x64, spectrum
 def test_negative_eigenvalues_count_as_zero_before_the_damping(x64):
     root = linalg.inverse_root(jnp.diag(jnp.array([4.0, -1e-3])), 2, damping=0.25)
     np.testing.assert_allclose(root, np.diag([4.25**-0.5, 2.0]), rtol=1e-14)
-    np.testing.assert_array_equal(linalg.inverse_root(-jnp.eye(2), 2, damping=0.0), np.zeros((2, 2)))
+    np.testing.assert_array_equal(
+        linalg.inverse_root(-jnp.eye(2), 2, damping=0.0), np.zeros((2, 2))
+    )
 
 
 def test_each_matrix_of_a_batch_has_its_own_damping_order_and_fault(x64):
@@ -96,7 +105,9 @@ def test_empty_and_batched_shapes(shape):
 
 @pytest.mark.parametrize("a", [np.diag([1.0, 2.0, 5.0]), np.eye(3), np.diag([1.0, 1.0, 4.0])])
 def test_gradients_agree_with_differences_also_where_eigenvalues_coincide(x64, a):
-    check_grads(lambda a, p, damping: linalg.inverse_root(a, p, damping=damping), (a, 2.5, 0.1), order=1)
+    check_grads(
+        lambda a, p, damping: linalg.inverse_root(a, p, damping=damping), (a, 2.5, 0.1), order=1
+    )
 
 
 def test_bad_input_is_refused():
@@ -141,7 +152,9 @@ def test_orthogonal_iteration_agrees_with_eigh(x64, n, p, condition):
 def test_relative_damping_is_in_units_of_the_largest_eigenvalue(x64, method):
     a = np.stack([np.diag([4.0, 1.0, 0.0]), np.zeros((3, 3))])
     found = linalg.inverse_root(a, 2, damping=0.25, relative=True, method=method)
-    np.testing.assert_allclose(found[0], np.diag([5.0, 2.0, 1.0]) ** np.where(np.eye(3), -0.5, 1), rtol=1e-3)
+    np.testing.assert_allclose(
+        found[0], np.diag([5.0, 2.0, 1.0]) ** np.where(np.eye(3), -0.5, 1), rtol=1e-3
+    )
     np.testing.assert_array_equal(found[1], np.zeros((3, 3)))
 
 
@@ -153,7 +166,9 @@ def test_methods_that_cannot_be_are_refused():
 
 
 def test_newton_of_a_matrix_with_a_negative_eigenvalue_stays_finite():
-    a = spectra.symmetric(spectra.rotation(np.random.default_rng(0), 6), np.array([1, 0.5, 0.1, 1e-2, 1e-3, -1e-2]))
+    a = spectra.symmetric(
+        spectra.rotation(np.random.default_rng(0), 6), np.array([1, 0.5, 0.1, 1e-2, 1e-3, -1e-2])
+    )
     found = linalg.inverse_root(np.float32(a), 2, damping=1e-5, relative=True, method="newton")
     assert np.isfinite(found).all() and np.linalg.norm(found, 2) < 1e3
 

@@ -29,7 +29,10 @@ def problem(dtype="float64"):
     shapes = {"w": (2, 8), "b": (8,), "v": (8, 1)}
     params = {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()}
     inputs = jnp.asarray(rng.normal(size=(10, 2)), dtype)
-    return params, (inputs, network(jax.tree.map(lambda p: p + 0.3 * jnp.cos(3 * p), params), inputs))
+    return params, (
+        inputs,
+        network(jax.tree.map(lambda p: p + 0.3 * jnp.cos(3 * p), params), inputs),
+    )
 
 
 def residual(params, batch):
@@ -80,7 +83,10 @@ def test_a_line_search_after_it_never_climbs_and_converges(search, x64):
 
 def test_adaptive_damping_before_it_follows_the_model(x64):
     params, batch = problem()
-    objective, given = Objective(lambda p, _: residual(p, batch), "normal"), (batch[0], jnp.zeros_like(batch[1]))
+    objective, given = (
+        Objective(lambda p, _: residual(p, batch), "normal"),
+        (batch[0], jnp.zeros_like(batch[1])),
+    )
 
     def damped(lam):
         fisher = optax_curv.scale_by_branch_fisher(lam, solver="auto", centered=False)
@@ -113,11 +119,17 @@ def test_the_jacobian_of_a_networks_state_as_projection_is_the_pullback_of_its_c
         """The hidden state at every input, [K, D]."""
         return jnp.tanh(inputs @ params["w"] + params["b"])
 
-    jacobian = jax.jacobian(lambda p: jnp.mean(states(p), 0))(params)  # the mean state's, a tree [D, *shape]
+    jacobian = jax.jacobian(lambda p: jnp.mean(states(p), 0))(
+        params
+    )  # the mean state's, a tree [D, *shape]
     projection = jax.tree.map(lambda j: jnp.moveaxis(j, 0, -1), jacobian)
     grads = jax.tree.map(jnp.sin, params)
     tx = optax_curv.scale_by_branch_fisher(damping, complement=True)
-    step = jax.jit(lambda g: tx.update(g, tx.init(params), params, branches=states(params), projection=projection)[0])
+    step = jax.jit(
+        lambda g: tx.update(
+            g, tx.init(params), params, branches=states(params), projection=projection
+        )[0]
+    )
     direction, _ = ravel_pytree(step(grads))
 
     flat_jacobian = jax.vmap(lambda row: ravel_pytree(row)[0])(jacobian)
@@ -125,7 +137,9 @@ def test_the_jacobian_of_a_networks_state_as_projection_is_the_pullback_of_its_c
     flat, _ = ravel_pytree(grads)
     expected = damping * np.linalg.solve(metric + damping * np.eye(len(flat)), flat)
     np.testing.assert_allclose(direction, expected, rtol=EXACT, atol=EXACT)
-    np.testing.assert_allclose(step(grads)["v"], grads["v"], rtol=EXACT)  # the state does not depend on it
+    np.testing.assert_allclose(
+        step(grads)["v"], grads["v"], rtol=EXACT
+    )  # the state does not depend on it
 
 
 def test_mixed_precision_trees_keep_their_dtypes_and_move_alike():
@@ -144,7 +158,10 @@ def test_mixed_precision_trees_keep_their_dtypes_and_move_alike():
     expected, _ = step(wide, tx.init(wide))
     assert jax.tree.map(jnp.result_type, direction) == jax.tree.map(jnp.result_type, narrow)
     assert jax.tree.map(jnp.result_type, state) == jax.tree.map(jnp.result_type, tx.init(narrow))
-    found, expected = (ravel_pytree(jax.tree.map(lambda x: x.astype(jnp.float32), d))[0] for d in (direction, expected))
+    found, expected = (
+        ravel_pytree(jax.tree.map(lambda x: x.astype(jnp.float32), d))[0]
+        for d in (direction, expected)
+    )
     assert jnp.linalg.norm(found - expected) < BFLOAT16 * jnp.linalg.norm(expected)
 
 
@@ -185,7 +202,11 @@ for solver in ("woodbury", "cholesky", "cg"):
 def test_rows_sharded_over_eight_devices_equal_one_device():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-c", ON_EIGHT_DEVICES], env=os.environ | flags, capture_output=True, text=True, check=True
+        [sys.executable, "-c", ON_EIGHT_DEVICES],
+        env=os.environ | flags,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     errors = dict(line.split() for line in done.stdout.splitlines())
     assert set(errors) == {"woodbury", "cholesky", "cg"}

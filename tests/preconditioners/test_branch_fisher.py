@@ -17,16 +17,23 @@ def test_every_solver_equals_the_dense_solve(solver, count, dimension, x64):
     rng = np.random.default_rng(count)
     branches, gradient = rng.normal(size=(count, dimension)), rng.normal(size=dimension)
     tx = optax_curv.scale_by_branch_fisher(0.01, solver=solver, max_iters=200, tol=1e-12)
-    step = jax.jit(lambda g: tx.update(g, tx.init(g), branches=branches, projection=np.eye(dimension))[0])
+    step = jax.jit(
+        lambda g: tx.update(g, tx.init(g), branches=branches, projection=np.eye(dimension))[0]
+    )
     dense = np.linalg.solve(np.cov(branches.T) + 0.01 * np.eye(dimension), gradient)
-    np.testing.assert_allclose(step(jnp.asarray(gradient)), dense, rtol=0, atol=FLOAT64 * np.abs(dense).max())
+    np.testing.assert_allclose(
+        step(jnp.asarray(gradient)), dense, rtol=0, atol=FLOAT64 * np.abs(dense).max()
+    )
 
 
 def test_max_iters_may_be_injected():
     tx = optax.inject_hyperparams(optax_curv.scale_by_branch_fisher)(0.1, max_iters=0)
     params = {"w": jnp.ones(3)}
     state, step = tx.init(params), jax.jit(tx.update)
-    extra = {"branches": jnp.asarray(np.random.default_rng(0).normal(size=(5, 3))), "projection": jnp.eye(3)}
+    extra = {
+        "branches": jnp.asarray(np.random.default_rng(0).normal(size=(5, 3))),
+        "projection": jnp.eye(3),
+    }
     updates, state = step(params, state, params, **extra)
     np.testing.assert_array_equal(updates["w"], 0)
     state.hyperparams["max_iters"] = jnp.int32(8)

@@ -30,8 +30,14 @@ def test_uneven_blocks_equal_dense_solves_one_by_one(blocks, sizes, complement, 
 
 def test_traced_blocks_are_refused_and_the_default_may_be_injected():
     params = {"w": jnp.ones(3)}
-    with pytest.raises(ValueError, match=r'expected a Python int for blocks.*static_args=\("blocks",\)'):
-        jax.jit(optax.inject_hyperparams(optax_curv.scale_by_branch_kfac)(0.1, blocks=2).init)(params)
+    with pytest.raises(
+        ValueError, match=r'expected a Python int for blocks.*static_args=\("blocks",\)'
+    ):
+        jax.jit(optax.inject_hyperparams(optax_curv.scale_by_branch_kfac)(0.1, blocks=2).init)(
+            params
+        )
     tx = optax.inject_hyperparams(optax_curv.scale_by_branch_kfac)(0.1)
-    updates, _ = jax.jit(tx.update)(params, tx.init(params), params, branches=jnp.ones((2, 3)), projection=jnp.eye(3))
+    updates, _ = jax.jit(tx.update)(
+        params, tx.init(params), params, branches=jnp.ones((2, 3)), projection=jnp.eye(3)
+    )
     np.testing.assert_allclose(updates["w"], 10, rtol=1e-6)

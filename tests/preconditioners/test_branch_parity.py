@@ -42,7 +42,9 @@ def flat(tree):
 
 
 def largest_difference(value, reference):
-    return np.abs(value - reference).max(initial=0) / max(np.abs(reference).max(initial=0), np.finfo(float).tiny)
+    return np.abs(value - reference).max(initial=0) / max(
+        np.abs(reference).max(initial=0), np.finfo(float).tiny
+    )
 
 
 def follow(file, name, dtype, limit):
@@ -51,7 +53,10 @@ def follow(file, name, dtype, limit):
     names = [str(leaf) for leaf in case["leaf_names"]]
     params = {leaf: jnp.asarray(case[f"init_{leaf}"], dtype) for leaf in names}
     bound = number(case["clip"], None)
-    tx, box = transformation(file, case, None), optax_curv.keep_params_in_box(1.0 if bound is None else bound)
+    tx, box = (
+        transformation(file, case, None),
+        optax_curv.keep_params_in_box(1.0 if bound is None else bound),
+    )
     state, update = tx.init(params), jax.jit(tx.update)
     for t in range(len(case["steps"])):
         grads = {leaf: jnp.asarray(case[f"grads_{leaf}"][t], dtype) for leaf in names}
@@ -67,7 +72,9 @@ def follow(file, name, dtype, limit):
         params = optax.apply_updates(params, updates)
         assert params[names[0]].dtype == dtype
         assert largest_difference(flat(params), case["theta"][t]) <= limit
-        assert largest_difference(state[0].precond_norm, case["precond_norm"][t]) <= max(limit, STATE_NORM)
+        assert largest_difference(state[0].precond_norm, case["precond_norm"][t]) <= max(
+            limit, STATE_NORM
+        )
         assert state[0].count == case["steps"][t]
 
 

@@ -26,7 +26,9 @@ PIECES = {
 def tree(dtype="float32", seed=0):
     rng = np.random.default_rng(seed)
     shapes = {"matrix": (3, 4), "scalar": (), "tensor": (1, 2, 1, 3, 2), "empty": (0, 2)}
-    return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()} | {"none": None}
+    return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()} | {
+        "none": None
+    }
 
 
 @pytest.fixture(params=PIECES)
@@ -41,10 +43,14 @@ def test_updates_keep_tree_shape_and_dtype_with_and_without_jit(piece, dtype):
     state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), state)
     plain, _ = piece.update(updates, state, params)
     jitted, jitted_state = jax.jit(piece.update)(updates, state, params)
-    assert jax.tree.map(lambda u: (u.shape, u.dtype), plain) == jax.tree.map(lambda u: (u.shape, u.dtype), updates)
+    assert jax.tree.map(lambda u: (u.shape, u.dtype), plain) == jax.tree.map(
+        lambda u: (u.shape, u.dtype), updates
+    )
     assert jax.eval_shape(lambda: jitted_state) == jax.eval_shape(lambda: state)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(jitted), strict=True):
-        np.testing.assert_allclose(a.astype("float32"), b.astype("float32"), rtol=ROUNDING[dtype], atol=1e-6)
+        np.testing.assert_allclose(
+            a.astype("float32"), b.astype("float32"), rtol=ROUNDING[dtype], atol=1e-6
+        )
 
 
 def test_masked_and_none_leaves_are_left_alone(piece):
@@ -52,7 +58,9 @@ def test_masked_and_none_leaves_are_left_alone(piece):
     masked = optax.masked(piece, {name: name == "matrix" for name in updates})
     new, _ = masked.update(updates, masked.init(params), params)
     alone, _ = piece.update(
-        {"matrix": updates["matrix"]}, piece.init({"matrix": params["matrix"]}), {"matrix": params["matrix"]}
+        {"matrix": updates["matrix"]},
+        piece.init({"matrix": params["matrix"]}),
+        {"matrix": params["matrix"]},
     )
     np.testing.assert_array_equal(new["tensor"], updates["tensor"])
     np.testing.assert_array_equal(new["matrix"], alone["matrix"])
@@ -115,7 +123,9 @@ class TestClipByMaxAbs:
 
     @pytest.mark.parametrize("max_abs", [0, -1.0, float("nan")])
     def test_refuses_a_bound_that_is_not_above_zero(self, max_abs):
-        with pytest.raises(ValueError, match=r"clip_by_max_abs: expected max_abs > 0, got max_abs="):
+        with pytest.raises(
+            ValueError, match=r"clip_by_max_abs: expected max_abs > 0, got max_abs="
+        ):
             optax_curv.clip_by_max_abs(max_abs)
 
 
@@ -125,10 +135,14 @@ class TestNormalize:
         normalize = optax_curv.normalize_by_rms(0.2)
         u = scale * jnp.array([[3.0, -1.0], [2.0, 0.5]])
         new, _ = normalize.update(u, normalize.init(u))
-        np.testing.assert_allclose(new, u * (0.2 / scale) / np.sqrt(np.mean(np.square(u / scale))), rtol=1e-5)
+        np.testing.assert_allclose(
+            new, u * (0.2 / scale) / np.sqrt(np.mean(np.square(u / scale))), rtol=1e-5
+        )
 
     def test_refuses_a_negative_target(self):
-        with pytest.raises(ValueError, match=r"normalize_by_rms: expected target >= 0, got target=-0.1"):
+        with pytest.raises(
+            ValueError, match=r"normalize_by_rms: expected target >= 0, got target=-0.1"
+        ):
             optax_curv.normalize_by_rms(-0.1)
 
     def test_reference_gives_the_norm_and_updates_the_direction(self):
@@ -139,13 +153,16 @@ class TestNormalize:
             new, state = graft.update(updates, graft.init(updates), updates, **extra)
             reference, adam_state = adam.update(seen, adam.init(updates), updates)
             for u, r, v in zip(*map(jax.tree.leaves, (updates, reference, new)), strict=True):
-                np.testing.assert_allclose(v * jnp.linalg.norm(u), u * jnp.linalg.norm(r), rtol=1e-5)
+                np.testing.assert_allclose(
+                    v * jnp.linalg.norm(u), u * jnp.linalg.norm(r), rtol=1e-5
+                )
             assert jax.tree.all(jax.tree.map(jnp.array_equal, state, adam_state))
 
     def test_reference_receives_the_extra_arguments(self):
         seen = {}
         tx = optax.GradientTransformationExtraArgs(
-            lambda params: optax.EmptyState(), lambda u, s, p=None, **extra: (seen.update(extra), (u, s))[1]
+            lambda params: optax.EmptyState(),
+            lambda u, s, p=None, **extra: (seen.update(extra), (u, s))[1],
         )
         graft = optax_curv.normalize_by_reference(tx)
         graft.update(jnp.ones(2), graft.init(jnp.ones(2)), curvature=3)
@@ -155,7 +172,11 @@ class TestNormalize:
 def with_and_without(piece, name, **extra):
     """(gradients, updates of a method alone, updates with the piece behind it) of two steps."""
     case, params = cases.CASES[name], cases.tree(0)
-    rng, alone, chained = np.random.default_rng(1), case.transformation(), optax.chain(case.transformation(), piece)
+    rng, alone, chained = (
+        np.random.default_rng(1),
+        case.transformation(),
+        optax.chain(case.transformation(), piece),
+    )
     # Small trees take longer to compile than to run.
     quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     update, chained_update = quick_jit(alone.update), quick_jit(chained.update)
@@ -174,9 +195,13 @@ class TestBehindMethods:
         for _, u, v in with_and_without(optax_curv.normalize_by_rms(0.2), name):
             for x, y in zip(jax.tree.leaves(u), jax.tree.leaves(v), strict=True):
                 assert jnp.any(x)
-                np.testing.assert_allclose(y, x * 0.2 / np.sqrt(np.mean(np.square(x))), rtol=1e-4, atol=1e-6)
+                np.testing.assert_allclose(
+                    y, x * 0.2 / np.sqrt(np.mean(np.square(x))), rtol=1e-4, atol=1e-6
+                )
 
-    def test_every_leaf_has_the_methods_direction_and_the_norm_of_the_reference_for_the_gradients(self, name):
+    def test_every_leaf_has_the_methods_direction_and_the_norm_of_the_reference_for_the_gradients(
+        self, name
+    ):
         graft = optax_curv.normalize_by_reference(optax.scale(0.1))
         for grads, u, v in with_and_without(graft, name, grad=lambda grads: grads):
             for g, x, y in zip(*map(jax.tree.leaves, (grads, u, v)), strict=True):
@@ -185,14 +210,18 @@ class TestBehindMethods:
 
 
 class TestKeepParamsInBox:
-    @pytest.mark.parametrize(("param_dtype", "update_dtype"), list(itertools.product(DTYPES, DTYPES)))
+    @pytest.mark.parametrize(
+        ("param_dtype", "update_dtype"), list(itertools.product(DTYPES, DTYPES))
+    )
     @pytest.mark.parametrize("bound", [0.1, 3.0])
     def test_applied_params_lie_in_the_box_and_on_its_wall_where_they_would_leave_it(
         self, param_dtype, update_dtype, bound
     ):
         rng = np.random.default_rng(0)
         params = jnp.asarray(bound * rng.normal(size=1000), param_dtype)
-        updates = jnp.asarray(bound * rng.normal(size=1000) * 10.0 ** rng.integers(-3, 2, 1000), update_dtype)
+        updates = jnp.asarray(
+            bound * rng.normal(size=1000) * 10.0 ** rng.integers(-3, 2, 1000), update_dtype
+        )
         box = optax_curv.keep_params_in_box(bound)
 
         @jax.jit
@@ -208,7 +237,9 @@ class TestKeepParamsInBox:
         rounding = max(float(jnp.finfo(dtype).eps) for dtype in (param_dtype, update_dtype))
         leaves, stays = np.abs(free) > bound, np.abs(free) < bound * (1 - rounding)
         assert 0.2 < leaves.mean() < 0.9
-        np.testing.assert_allclose(eager[leaves], bound * np.sign(free[leaves]), rtol=LARGEST_STEP * rounding)
+        np.testing.assert_allclose(
+            eager[leaves], bound * np.sign(free[leaves]), rtol=LARGEST_STEP * rounding
+        )
         np.testing.assert_array_equal(np.asarray(new)[stays], np.asarray(updates)[stays])
 
     def test_params_outside_are_brought_back_also_by_a_zero_update(self):
@@ -230,10 +261,16 @@ class TestKeepParamsInBox:
 
 class TestEstimateGradients:
     def test_replaces_updates_by_the_estimate_in_their_dtype(self):
-        tx = optax.chain(optax_curv.estimate_gradients(lambda params, *, slope, **_: slope * params), optax.sgd(0.5))
+        tx = optax.chain(
+            optax_curv.estimate_gradients(lambda params, *, slope, **_: slope * params),
+            optax.sgd(0.5),
+        )
         params = jnp.array([1.0, 2.0])
         update = jax.jit(lambda g, s: tx.update(g, s, params, slope=jnp.float32(3), other=1))
-        for incoming, dtype in ((jnp.full(2, jnp.nan, jnp.bfloat16), jnp.bfloat16), (None, jnp.float32)):
+        for incoming, dtype in (
+            (jnp.full(2, jnp.nan, jnp.bfloat16), jnp.bfloat16),
+            (None, jnp.float32),
+        ):
             new, _ = update(incoming, tx.init(params))
             assert new.dtype == dtype
             np.testing.assert_array_equal(new, [-1.5, -3])
@@ -242,7 +279,10 @@ class TestEstimateGradients:
         ("estimate", "message"),
         [
             (lambda params: params["w"], "the tree of the estimate differs from that of params"),
-            (lambda params: {"w": jnp.ones(3)}, r"differ in shape at \['w'\]: got \(3,\), expected \(2,\)"),
+            (
+                lambda params: {"w": jnp.ones(3)},
+                r"differ in shape at \['w'\]: got \(3,\), expected \(2,\)",
+            ),
         ],
     )
     def test_refuses_an_estimate_unlike_the_params(self, estimate, message):
@@ -252,4 +292,6 @@ class TestEstimateGradients:
 
     def test_missing_params_are_refused_in_the_words_of_optax(self):
         with pytest.raises(ValueError, match=re.escape(optax._src.base.NO_PARAMS_MSG)):
-            optax_curv.estimate_gradients(lambda params: params).update(jnp.ones(2), optax.EmptyState())
+            optax_curv.estimate_gradients(lambda params: params).update(
+                jnp.ones(2), optax.EmptyState()
+            )

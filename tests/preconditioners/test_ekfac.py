@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_curv import EigenbasisMoments, KroneckerFactors, Layer, Layers, eigenbasis, ekfac, scale_by_ekfac
+from optax_curv import (
+    EigenbasisMoments,
+    KroneckerFactors,
+    Layer,
+    Layers,
+    eigenbasis,
+    ekfac,
+    scale_by_ekfac,
+)
 
 EXACT = 1e-9  # relative, in float64
 DAMPING = 0.1
@@ -47,7 +55,11 @@ def statistics(seed):
 
 
 def matrices(tree):
-    return {"dense": jnp.concatenate([tree["w"], tree["b"][None]]), "tokens": tree["e"], "stacked": tree["s"]}
+    return {
+        "dense": jnp.concatenate([tree["w"], tree["b"][None]]),
+        "tokens": tree["e"],
+        "stacked": tree["s"],
+    }
 
 
 def dense(factor):
@@ -56,12 +68,16 @@ def dense(factor):
 
 def assert_solves(block, direction, grad):
     expected = np.linalg.solve(np.asarray(block) + DAMPING * np.eye(len(block)), np.ravel(grad))
-    np.testing.assert_allclose(np.ravel(direction), expected, rtol=0, atol=EXACT * np.max(np.abs(expected)))
+    np.testing.assert_allclose(
+        np.ravel(direction), expected, rtol=0, atol=EXACT * np.max(np.abs(expected))
+    )
 
 
 def in_basis(basis, moments, i=()):
     """The block whose eigenvectors are the basis's products and whose eigenvalues are the moments."""
-    u_a, u_g = (jnp.eye(d) if u is None else u[i] for u, d in zip(basis, moments.shape[-2:], strict=True))
+    u_a, u_g = (
+        jnp.eye(d) if u is None else u[i] for u, d in zip(basis, moments.shape[-2:], strict=True)
+    )
     u = jnp.kron(u_a, u_g)
     return u @ jnp.diag(moments[i].ravel()) @ u.T
 
@@ -84,14 +100,20 @@ def test_the_first_step_is_kfac_with_joint_damping(x64):
 
 
 def test_later_steps_use_the_measured_moments_in_the_kept_basis(x64):
-    tx = scale_by_ekfac(LAYERS, lambda count: DAMPING + 0 * count, decay=0.25, invert_every=jnp.array(10))
+    tx = scale_by_ekfac(
+        LAYERS, lambda count: DAMPING + 0 * count, decay=0.25, invert_every=jnp.array(10)
+    )
     step, grads, second = stepper(tx), draw(0), statistics(2)
     _, state = step(grads, tx.init(grads), statistics(1))
     updates, after = step(grads, state, second)
     for name, direction in matrices(updates).items():
         moments = 0.25 * state.moments[name] + 0.75 * second[name].moments
         for i in slices(name):
-            assert_solves(in_basis(eigenbasis(state)[name], moments, i), direction[i], matrices(grads)[name][i])
+            assert_solves(
+                in_basis(eigenbasis(state)[name], moments, i),
+                direction[i],
+                matrices(grads)[name][i],
+            )
     assert after.count == 2
     jax.tree.map(np.testing.assert_array_equal, after.basis, state.basis)
 
@@ -103,19 +125,25 @@ def test_a_change_of_basis_keeps_the_moments_that_it_can(x64):
     _, same = step(grads, state, statistics(2))  # decay 1: the factors, and so the basis, stay
     for name, moments in state.moments.items():
         np.testing.assert_allclose(same.moments[name], moments, rtol=1e-7)
-    turned = state._replace(basis=tx.init(grads).basis)  # as if the moments had been measured without a basis
+    turned = state._replace(
+        basis=tx.init(grads).basis
+    )  # as if the moments had been measured without a basis
     _, after = step(grads, turned, statistics(2))
     for name, moments in state.moments.items():
         for i in slices(name):
             whole = in_basis(turned.basis[name], moments, i)
             u = jnp.kron(*(jnp.eye(5) if u is None else u[i] for u in after.basis[name]))
-            np.testing.assert_allclose(after.moments[name][i].ravel(), jnp.diag(u.T @ whole @ u), rtol=1e-7)
+            np.testing.assert_allclose(
+                after.moments[name][i].ravel(), jnp.diag(u.T @ whole @ u), rtol=1e-7
+            )
 
 
 def test_the_basis_is_found_in_a_chain_and_is_the_identity_at_first():
     state = ekfac(0.1, LAYERS).init(draw(0))
     basis = eigenbasis(state)
-    np.testing.assert_array_equal(basis["stacked"].input_basis, jnp.broadcast_to(jnp.eye(4), (2, 4, 4)))
+    np.testing.assert_array_equal(
+        basis["stacked"].input_basis, jnp.broadcast_to(jnp.eye(4), (2, 4, 4))
+    )
     assert basis["tokens"].input_basis is None
     np.testing.assert_array_equal(basis["dense"].input_basis, jnp.eye(4))
     with pytest.raises(ValueError, match=r"expected one state of scale_by_ekfac .* found 2"):
@@ -124,7 +152,9 @@ def test_the_basis_is_found_in_a_chain_and_is_the_identity_at_first():
 
 def test_a_bad_moment_leaves_the_state_alone(x64):
     tx, grads, curvature = scale_by_ekfac(LAYERS), draw(0), statistics(1)
-    curvature["dense"] = curvature["dense"]._replace(moments=curvature["dense"].moments.at[0, 0].set(jnp.nan))
+    curvature["dense"] = curvature["dense"]._replace(
+        moments=curvature["dense"].moments.at[0, 0].set(jnp.nan)
+    )
     state = tx.init(grads)
     updates, after = stepper(tx)(grads, state, curvature)
     assert not any(jnp.any(u) for u in jax.tree.leaves(updates))
@@ -135,10 +165,14 @@ def test_what_does_not_fit_is_refused():
     tx, grads, curvature = scale_by_ekfac(LAYERS), draw(0), statistics(1)
     state = tx.init(grads)
     plain = KroneckerFactors(*curvature["dense"][:3])
-    with pytest.raises(ValueError, match=r"'dense' is a KroneckerFactors without moments.*statistic=\"eigenbasis\""):
+    with pytest.raises(
+        ValueError, match=r"'dense' is a KroneckerFactors without moments.*statistic=\"eigenbasis\""
+    ):
         tx.update(grads, state, curvature=curvature | {"dense": plain})
     narrow = curvature["dense"]._replace(moments=jnp.ones((3, 2)))
-    with pytest.raises(ValueError, match=r"moments of layer 'dense' have shape \(3, 2\), expected \(4, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"moments of layer 'dense' have shape \(3, 2\), expected \(4, 2\)"
+    ):
         tx.update(grads, state, curvature=curvature | {"dense": narrow})
     with pytest.raises(ValueError, match="'dense' is masked in part"):
         tx.init(grads | {"b": None})

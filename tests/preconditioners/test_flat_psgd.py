@@ -28,7 +28,9 @@ def fit(tx, hessian, steps, criterion="newton"):
         return tx.update(hvp, state, **extra)[1], None
 
     keys = jax.random.split(jax.random.key(1), steps)
-    return quick_jit(lambda state: jax.lax.scan(step, state, keys)[0])(tx.init(jnp.zeros(len(hessian))))
+    return quick_jit(lambda state: jax.lax.scan(step, state, keys)[0])(
+        tx.init(jnp.zeros(len(hessian)))
+    )
 
 
 def symmetric(spectrum, seed=0):
@@ -113,7 +115,9 @@ def test_flat_methods_keep_the_contracts(make):
     assert all(jnp.all(u == 0) for u in jax.tree.leaves(updates))
     updates, state = update(grads, state)
     assert all(jnp.all(jnp.isfinite(u)) and jnp.all(u != 0) for u in jax.tree.leaves(updates))
-    assert jax.tree.map(lambda u: (u.shape, u.dtype), updates) == jax.tree.map(lambda g: (g.shape, g.dtype), grads)
+    assert jax.tree.map(lambda u: (u.shape, u.dtype), updates) == jax.tree.map(
+        lambda g: (g.shape, g.dtype), grads
+    )
     updates, after = update({**grads, "w": jnp.full((2, 3), jnp.nan)}, state)
     assert all(jnp.all(u == 0) for u in jax.tree.leaves(updates))
     assert after.total_notfinite == 1
@@ -123,7 +127,9 @@ def test_flat_methods_keep_the_contracts(make):
         make(criterion="newton").update(grads, state)
     with pytest.raises(ValueError, match=r"precond_lr > 0"):
         make(precond_lr=0.0)
-    with pytest.raises(ValueError, match=r"init the state with parameters of the gradients' shapes"):
+    with pytest.raises(
+        ValueError, match=r"init the state with parameters of the gradients' shapes"
+    ):
         make().update({"w": jnp.ones((2, 4))}, make().init(grads))
     with pytest.raises(ValueError, match=r"has dtype complex64"):
         tx.init(jnp.ones(2, jnp.complex64))

@@ -28,7 +28,9 @@ def problem(dtype="float64"):
     rng = np.random.default_rng(0)
     shapes = {"w": (2, 3), "b": (3,), "v": (3, 4)}
     params = {name: rng.normal(size=shape) for name, shape in shapes.items()}
-    params, inputs = jax.tree.map(lambda x: jnp.asarray(x, dtype), (params, rng.normal(size=(12, 2))))
+    params, inputs = jax.tree.map(
+        lambda x: jnp.asarray(x, dtype), (params, rng.normal(size=(12, 2)))
+    )
     return params, (inputs, jnp.asarray(rng.integers(0, 4, 12)))
 
 
@@ -44,7 +46,9 @@ def stepper(tx, objective):
     @jax.jit
     def step(params, state, batch, **extra):
         value, grads = jax.value_and_grad(objective)(params, *batch)
-        return tx.update(grads, state, params, objective=objective, batch=batch, value=value, **extra)
+        return tx.update(
+            grads, state, params, objective=objective, batch=batch, value=value, **extra
+        )
 
     return step
 
@@ -74,7 +78,10 @@ def test_the_solution_is_the_dense_one_and_the_next_starts_there(x64):
 
 def test_a_given_product_and_weighted_examples_solve_their_own_systems(x64):
     params, (inputs, classes) = problem()
-    objective, tx = Objective(predict, "categorical"), optax_curv.scale_by_gauss_newton(DAMPING, **CONVERGED)
+    objective, tx = (
+        Objective(predict, "categorical"),
+        optax_curv.scale_by_gauss_newton(DAMPING, **CONVERGED),
+    )
     grads = jax.grad(objective)(params, inputs, classes)
 
     @jax.jit
@@ -86,7 +93,11 @@ def test_a_given_product_and_weighted_examples_solve_their_own_systems(x64):
 
     kept = dense_direction(objective, params, (inputs[:7], classes[:7]))
     mask, grads = jnp.arange(12) < 7, jax.grad(objective)(params, inputs[:7], classes[:7])
-    update = jax.jit(lambda g, s: tx.update(g, s, params, objective=objective, batch=(inputs, classes), weights=mask))
+    update = jax.jit(
+        lambda g, s: tx.update(
+            g, s, params, objective=objective, batch=(inputs, classes), weights=mask
+        )
+    )
     assert_close(update(grads, tx.init(params))[0], kept)
 
 
@@ -100,7 +111,10 @@ def test_preconditioners_change_the_way_and_not_the_end(x64):
     given = {
         "diagonal": (None, {"diagonal": jax.tree.map(jnp.square, params)}),
         "layers": (layers, {"curvature": curvature}),
-        "some layers": (uncovered, {"curvature": {layer.name: curvature[layer.name] for layer in uncovered}}),
+        "some layers": (
+            uncovered,
+            {"curvature": {layer.name: curvature[layer.name] for layer in uncovered}},
+        ),
     }
     for chosen, extra in given.values():
         tx = optax_curv.scale_by_gauss_newton(DAMPING, layers=chosen, **CONVERGED)
@@ -114,7 +128,10 @@ def test_a_preconditioner_that_is_the_inverse_ends_the_solve_in_one_iteration(x6
     diagonal = {"w": scales[:, None]}
     tx = optax_curv.scale_by_gauss_newton(DAMPING, max_iters=1, diagonal_power=1.0)
     direction, _ = tx.update(
-        grads, tx.init(w), diagonal=diagonal, curvature_product=lambda v: {"w": scales[:, None] * v["w"]}
+        grads,
+        tx.init(w),
+        diagonal=diagonal,
+        curvature_product=lambda v: {"w": scales[:, None] * v["w"]},
     )
     assert_close(direction, 1 / (np.asarray(scales) + DAMPING))
 
@@ -131,7 +148,9 @@ def test_a_preconditioner_that_is_the_inverse_ends_the_solve_in_one_iteration(x6
 
 def test_backtracking_returns_the_best_of_its_iterates(x64):
     params, batch = problem()
-    params = jax.tree.map(lambda p: 4 * p, params)  # saturated: the undamped model promises too much
+    params = jax.tree.map(
+        lambda p: 4 * p, params
+    )  # saturated: the undamped model promises too much
     objective = Objective(predict, "categorical")
     full = optax_curv.scale_by_gauss_newton(1e-6, tol=0.0, max_iters=11, backtrack=True)
     direction, state = stepper(full, objective)(params, full.init(params), batch)
@@ -144,7 +163,9 @@ def test_backtracking_returns_the_best_of_its_iterates(x64):
 
     losses = dict(zip(limits.tolist(), jax.jit(jax.vmap(loss_after))(limits).tolist(), strict=True))
     assert int(state.returned) == min(losses, key=losses.get) < int(state.iterations) == 11
-    np.testing.assert_allclose(objective(optax.tree.sub(params, direction), *batch), min(losses.values()), rtol=EXACT)
+    np.testing.assert_allclose(
+        objective(optax.tree.sub(params, direction), *batch), min(losses.values()), rtol=EXACT
+    )
 
     @jax.jit
     def by_product(grads, state):
@@ -188,13 +209,18 @@ def test_damping_adapts_and_the_adaptive_alias_converges(x64):
 
 def test_mixed_precision_keeps_dtypes_and_solves_nearly(x64):
     params, batch = problem("float32")
-    objective, tx = Objective(predict, "categorical"), optax_curv.scale_by_gauss_newton(DAMPING, **CONVERGED)
+    objective, tx = (
+        Objective(predict, "categorical"),
+        optax_curv.scale_by_gauss_newton(DAMPING, **CONVERGED),
+    )
     mixed = params | {"v": params["v"].astype(jnp.bfloat16)}
     state = tx.init(mixed)
     direction, after = stepper(tx, objective)(mixed, state, batch)
     assert jax.tree.map(jnp.result_type, direction) == jax.tree.map(jnp.result_type, mixed)
     assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
-    expected = dense_direction(objective, jax.tree.map(lambda p: p.astype(jnp.float32), mixed), batch)
+    expected = dense_direction(
+        objective, jax.tree.map(lambda p: p.astype(jnp.float32), mixed), batch
+    )
     assert_close(jax.tree.map(lambda x: x.astype(jnp.float32), direction), expected, 0.03)
 
 
@@ -202,13 +228,19 @@ def test_a_product_that_is_not_finite_is_skipped_and_counted():
     params, _ = problem("float32")
     tx = optax_curv.scale_by_gauss_newton()
     state = tx.init(params)._replace(start=params)
-    bad = jax.jit(lambda g: tx.update(g, state, curvature_product=lambda v: jax.tree.map(lambda x: x * jnp.nan, v)))
+    bad = jax.jit(
+        lambda g: tx.update(
+            g, state, curvature_product=lambda v: jax.tree.map(lambda x: x * jnp.nan, v)
+        )
+    )
     updates, after = bad(params)
     assert not np.any(ravel_pytree(updates)[0])
     jax.tree.map(np.testing.assert_array_equal, after, state._replace(total_notfinite=jnp.int32(1)))
 
 
-@pytest.mark.parametrize(("what", "peak"), [("gradient", np.nan), ("gradient", 1e30), ("diagonal", np.inf)])
+@pytest.mark.parametrize(
+    ("what", "peak"), [("gradient", np.nan), ("gradient", 1e30), ("diagonal", np.inf)]
+)
 def test_a_gradient_or_diagonal_that_is_unsound_is_skipped_and_counted(what, peak):
     params, _ = problem("float32")
     tx = optax_curv.scale_by_gauss_newton()
@@ -229,13 +261,29 @@ def identity(v):
     ("options", "extra", "message"),
     [
         ({}, {}, "one of two extra arguments, got neither"),
-        ({}, {"curvature_product": identity, "objective": Objective(predict, "normal")}, "got both"),
+        (
+            {},
+            {"curvature_product": identity, "objective": Objective(predict, "normal")},
+            "got both",
+        ),
         ({}, {"curvature_product": 3.0}, r"a function as curvature_product, got 3\.0"),
         ({}, {"objective": jnp.sum}, "to be an optax_curv.Objective"),
         ({}, {"objective": Objective(predict, "normal")}, r"batch=\(inputs, targets\), got None"),
-        ({}, {"curvature_product": identity, "diagonal": {"w": 1}}, "tree of diagonal differs from that of updates"),
-        ({"backtrack": True}, {"curvature_product": identity}, "backtrack=True needs a loss to evaluate"),
-        ({"layers": optax_curv.Layers([])}, {"curvature_product": identity}, "curvature= is missing"),
+        (
+            {},
+            {"curvature_product": identity, "diagonal": {"w": 1}},
+            "tree of diagonal differs from that of updates",
+        ),
+        (
+            {"backtrack": True},
+            {"curvature_product": identity},
+            "backtrack=True needs a loss to evaluate",
+        ),
+        (
+            {"layers": optax_curv.Layers([])},
+            {"curvature_product": identity},
+            "curvature= is missing",
+        ),
         (
             {"layers": optax_curv.Layers([])},
             {"curvature_product": identity, "curvature": {}, "diagonal": problem("float32")[0]},
@@ -263,7 +311,10 @@ def test_bad_arguments_are_refused(options, extra, message):
             lambda: optax_curv.scale_by_gauss_newton().init({"n": jnp.ones(2, "complex64")}),
             r"\['n'\] has dtype complex",
         ),
-        (lambda: optax_curv.gauss_newton(None, weight_decay=0.1), "no weight decay with learning_rate=None"),
+        (
+            lambda: optax_curv.gauss_newton(None, weight_decay=0.1),
+            "no weight decay with learning_rate=None",
+        ),
     ],
 )
 def test_bad_numbers_are_refused(make, message):

@@ -19,7 +19,7 @@ from optax_curv import (
     scale_by_kfac,
     value_grad_and_curvature,
 )
-from optax_curv.capture.layers import layer_matrix
+from optax_curv.layers import layer_matrix
 from optax_curv.preconditioners.kfac import STALE_RATIO
 
 EXACT = 1e-9  # relative, in float64
@@ -49,7 +49,9 @@ def draw(seed, dtype=jnp.float32, layers=ZOO):
     """A tree like the parameters."""
     rng = np.random.default_rng(seed)
     shapes = SHAPES if layers is ZOO else {"hidden": SHAPES["hidden"]}
-    return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s), dtype), shapes, is_leaf=lambda s: type(s) is tuple)
+    return jax.tree.map(
+        lambda s: jnp.asarray(rng.normal(size=s), dtype), shapes, is_leaf=lambda s: type(s) is tuple
+    )
 
 
 def statistics(seed, dtype=jnp.float32, layers=ZOO):
@@ -59,7 +61,11 @@ def statistics(seed, dtype=jnp.float32, layers=ZOO):
     def factor(shape, stack):
         if len(shape) == len(stack) + 1:
             return jnp.asarray(rng.uniform(0.1, 2, size=shape), dtype)
-        x = rng.normal(size=(*shape, 2))[..., 0] if shape[-1] == 1 else rng.normal(size=(*shape[:-1], shape[-1] + 2))
+        x = (
+            rng.normal(size=(*shape, 2))[..., 0]
+            if shape[-1] == 1
+            else rng.normal(size=(*shape[:-1], shape[-1] + 2))
+        )
         return jnp.asarray(x @ x.swapaxes(-1, -2), dtype)
 
     found = {}
@@ -92,7 +98,9 @@ def dense_direction(layer, factors, matrix, damping, rule):
         if layer.kind in ("scale", "shift"):
             add_a, add_g = 0, damping if rule == "pi" else add_g
         product = np.kron(a + add_a * np.eye(len(a)), g + add_g * np.eye(len(g)))
-        expected[i] = np.linalg.solve(product, np.asarray(matrix[i]).ravel()).reshape(matrix[i].shape)
+        expected[i] = np.linalg.solve(product, np.asarray(matrix[i]).ravel()).reshape(
+            matrix[i].shape
+        )
     return expected
 
 
@@ -101,7 +109,11 @@ def assert_directions(updates, grads, factors, damping, rule="pi", limit=EXACT, 
     for layer in layers:
         expected = dense_direction(layer, factors[layer.name], given[layer.name], damping, rule)
         np.testing.assert_allclose(
-            got[layer.name], expected, rtol=0, atol=limit * np.max(np.abs(expected)), err_msg=layer.name
+            got[layer.name],
+            expected,
+            rtol=0,
+            atol=limit * np.max(np.abs(expected)),
+            err_msg=layer.name,
         )
 
 
@@ -109,7 +121,9 @@ def stepper(tx):
     return jax.jit(lambda grads, state, curvature: tx.update(grads, state, curvature=curvature))
 
 
-@pytest.mark.parametrize(("rule", "inverse"), [("pi", "cholesky"), ("pi", "eigh"), ("pi", "cg"), ("trace", "cholesky")])
+@pytest.mark.parametrize(
+    ("rule", "inverse"), [("pi", "cholesky"), ("pi", "eigh"), ("pi", "cg"), ("trace", "cholesky")]
+)
 def test_every_inverse_equals_a_dense_solve(x64, rule, inverse):
     grads, curvature = draw(0, jnp.float64), statistics(1, jnp.float64)
     tx = scale_by_kfac(ZOO, 0.1, damping_rule=rule, inverse=inverse)
@@ -128,11 +142,17 @@ def test_one_example_makes_the_kronecker_product_the_exact_fisher(x64):
     (g,) = pull(jnp.ones_like(value))
     grad = jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w) ** 2))(w)
     statistic = KroneckerFactors(jnp.outer(x, x), jnp.outer(g, g), jnp.int32(1))
-    np.testing.assert_allclose(jnp.kron(*statistic[:2]), jnp.outer(grad.ravel(), grad.ravel()), rtol=EXACT)
+    np.testing.assert_allclose(
+        jnp.kron(*statistic[:2]), jnp.outer(grad.ravel(), grad.ravel()), rtol=EXACT
+    )
     tx = scale_by_kfac(layers, damping)
     updates, _ = tx.update({"w": grad}, tx.init({"w": w}), curvature={"w": statistic})
     assert_directions(
-        updates["w"], grad, {"w": statistic}, damping, layers=Layers([Layer("w", "dense", "", None, 3, 2)])
+        updates["w"],
+        grad,
+        {"w": statistic},
+        damping,
+        layers=Layers([Layer("w", "dense", "", None, 3, 2)]),
     )
 
 
@@ -147,7 +167,10 @@ def test_the_first_statistic_replaces_and_later_ones_average(x64):
     weight = 0.4 / (1 - 0.6**2)  # of the second of two
     average = {
         name: KroneckerFactors(
-            *((1 - weight) * a + weight * b for a, b in zip(first[name][:2], second[name][:2], strict=False)),
+            *(
+                (1 - weight) * a + weight * b
+                for a, b in zip(first[name][:2], second[name][:2], strict=False)
+            ),
             jnp.int32(2),
         )
         for name in first
@@ -161,7 +184,9 @@ def test_the_first_statistic_replaces_and_later_ones_average(x64):
 def test_periods_hold_back_statistics_and_inverses(x64):
     grads, step_statistics = draw(0, jnp.float64, ONE), [statistics(1, jnp.float64, ONE)] * 4
     # nearly the same statistics: no direction is far off, so nothing is inverted out of turn
-    step_statistics = [jax.tree.map(lambda x, i=i: x * (1 + 0.01 * i), s) for i, s in enumerate(step_statistics)]
+    step_statistics = [
+        jax.tree.map(lambda x, i=i: x * (1 + 0.01 * i), s) for i, s in enumerate(step_statistics)
+    ]
     tx = scale_by_kfac(ONE, 0.1, update_every=jnp.array(2), invert_every=jnp.array(3))
     step, state, seen = stepper(tx), tx.init(grads), []
     for curvature in step_statistics:
@@ -170,7 +195,8 @@ def test_periods_hold_back_statistics_and_inverses(x64):
     averaged = [int(s.factors["hidden"].count) for s in seen]
     assert averaged == [1, 1, 2, 2]
     inverted = [
-        not np.array_equal(a.inverses["hidden"][0], b.inverses["hidden"][0]) for a, b in itertools.pairwise(seen)
+        not np.array_equal(a.inverses["hidden"][0], b.inverses["hidden"][0])
+        for a, b in itertools.pairwise(seen)
     ]
     assert inverted == [False, False, True]
 
@@ -205,7 +231,9 @@ def test_rows_are_made_into_factors_where_the_period_asks_for_them(x64):
     # the first direction is held to what its rows say of it
     _, grads, raw = value_grad_and_curvature(loss, statistic="raw")(params, batches[0])
     for layer in layers:
-        u, gradient, held = (layer_matrix(layer, by_path(tree)) for tree in (expected[0], grads, found[0]))
+        u, gradient, held = (
+            layer_matrix(layer, by_path(tree)) for tree in (expected[0], grads, found[0])
+        )
         a, g = raw[layer.name]
         bend = np.mean(np.einsum("ri,ij,rj->r", a, u, g) ** 2) + 0.1 * np.sum(u**2)
         np.testing.assert_allclose(held, u / max(1, bend / np.sum(u * gradient)), rtol=1e-7)
@@ -214,21 +242,27 @@ def test_rows_are_made_into_factors_where_the_period_asks_for_them(x64):
     updates, after = tx.update(grads, state, params, curvature=bad)
     assert after.total_notfinite == 1 and not any(jnp.any(u != 0) for u in jax.tree.leaves(updates))
     with pytest.raises(ValueError, match=r"expected .*'R', 4"):
-        tx.update(grads, state, params, curvature=bad | {"w": bad["w"]._replace(inputs=jnp.ones((5, 3)))})
+        tx.update(
+            grads, state, params, curvature=bad | {"w": bad["w"]._replace(inputs=jnp.ones((5, 3)))}
+        )
 
 
 def test_rows_of_a_layer_without_its_kernel_are_those_of_the_bias(x64):
     layer = Layer("dense", "dense", "['w']", "['b']", in_dim=3, out_dim=2)
     grads = {"w": jnp.ones((3, 2)), "b": jnp.array([1.0, -2.0])}
-    inputs = jnp.concatenate([5 * jax.random.normal(jax.random.key(0), (6, 3)), jnp.ones((6, 1))], axis=1)
+    inputs = jnp.concatenate(
+        [5 * jax.random.normal(jax.random.key(0), (6, 3)), jnp.ones((6, 1))], axis=1
+    )
     g = jax.random.normal(jax.random.key(1), (6, 2))
     rows = FactorRows(inputs, g, jnp.array([1 / 6, 1 / 6]))
     factors = KroneckerFactors(inputs.T @ inputs / 6, g.T @ g / 6, jnp.int32(1))
     tx = optax.masked(scale_by_kfac(Layers([layer]), 1e-3, invert_every=2), {"w": False, "b": True})
     found, expected = (
-        tx.update(grads, tx.init(grads), grads, curvature={"dense": statistic})[0]["b"] for statistic in (rows, factors)
+        tx.update(grads, tx.init(grads), grads, curvature={"dense": statistic})[0]["b"]
+        for statistic in (rows, factors)
     )
-    # of which a bias alone needs no cut, as its block is exact; the kernel's inputs would ask for one
+    # of which a bias alone needs no cut, as its block is exact; the kernel's inputs would ask for
+    # one
     np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
@@ -238,7 +272,10 @@ def test_micro_batches_with_their_average_curvature_are_one_batch(x64):
 
     params = {"w": jnp.ones((3, 4)) / 3, "b": jnp.zeros(4), "v": jnp.arange(8.0).reshape(4, 2) / 8}
     batches = jax.random.normal(jax.random.key(0), (2, 12, 3))
-    tx, take = scale_by_kfac(find_layers(loss, params, batches[0]), 0.1), value_grad_and_curvature(loss)
+    tx, take = (
+        scale_by_kfac(find_layers(loss, params, batches[0]), 0.1),
+        value_grad_and_curvature(loss),
+    )
     state, expected = tx.init(params), []
     for x in batches:
         _, grads, curvature = take(params, x)
@@ -259,7 +296,9 @@ def test_micro_batches_with_their_average_curvature_are_one_batch(x64):
         found.append(updates)
     for i in (0, 1):
         # MultiSteps divides by a count in float32
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found[3 * i + 2], expected[i])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found[3 * i + 2], expected[i]
+        )
     whole = take(params, batches[1])[2]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), mean, whole)
     with pytest.raises(ValueError, match="cannot be averaged"):
@@ -292,7 +331,9 @@ def test_a_stale_direction_is_cut_to_its_models_minimum_and_inverted_anew(x64):
         if not layer.stack and layer.kind == "dense":
             whole = np.kron(*after[layer.name][:2])
             bend = direction.ravel() @ whole @ direction.ravel()
-            np.testing.assert_allclose(bend, jnp.vdot(direction, given[layer.name]), rtol=0.05)  # damping aside
+            np.testing.assert_allclose(
+                bend, jnp.vdot(direction, given[layer.name]), rtol=0.05
+            )  # damping aside
     assert state.stale
     updates, state = step(grads, state, after)
     assert_directions(updates, grads, after, 1e-3)
@@ -325,7 +366,9 @@ def test_a_bad_number_anywhere_leaves_the_state_alone(where, bad):
     updates, after = step(grads, state, curvature)
     assert all(not jnp.any(u) for u in jax.tree.leaves(updates))
     assert after.total_notfinite == 1
-    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after._replace(total_notfinite=0)), strict=True):
+    for old, new in zip(
+        jax.tree.leaves(state), jax.tree.leaves(after._replace(total_notfinite=0)), strict=True
+    ):
         np.testing.assert_array_equal(old, new)
 
 
@@ -336,11 +379,15 @@ def test_uncovered_leaves_go_to_the_fallback():
         uncovered={"['extra']": "multiplied by itself"},
     )
     curvature = statistics(1, layers=layers)
-    with pytest.raises(ValueError, match=r"no layer covers .*\['extra'\] \(multiplied by itself\).*fallback="):
+    with pytest.raises(
+        ValueError, match=r"no layer covers .*\['extra'\] \(multiplied by itself\).*fallback="
+    ):
         scale_by_kfac(layers).init(params)
     tx = scale_by_kfac(layers, fallback=optax.scale_by_adam())
     updates, _state = stepper(tx)(params, tx.init(params), curvature)
-    expected, _ = optax.scale_by_adam().update(params["extra"], optax.scale_by_adam().init(params["extra"]))
+    expected, _ = optax.scale_by_adam().update(
+        params["extra"], optax.scale_by_adam().init(params["extra"])
+    )
     np.testing.assert_allclose(updates["extra"], expected, rtol=1e-6)
     assert_directions(
         updates["kept"],
@@ -358,10 +405,14 @@ def test_masked_leaves_take_their_rows_out_of_the_block(x64):
     mask["hidden"]["w"] = mask["stacked"]["b"] = True
     tx = optax.masked(scale_by_kfac(ZOO, 0.1), mask)
     updates, _ = jax.jit(lambda g, s: tx.update(g, s, curvature=curvature))(grads, tx.init(grads))
-    kernel = KroneckerFactors(curvature["hidden"].input_factor[:3, :3], curvature["hidden"].output_factor, 1)
+    kernel = KroneckerFactors(
+        curvature["hidden"].input_factor[:3, :3], curvature["hidden"].output_factor, 1
+    )
     only = Layers([Layer("hidden", "dense", "['hidden']['w']", None, 3, 2)])
     assert_directions(updates, grads, {"hidden": kernel}, 0.1, layers=only)
-    row = KroneckerFactors(curvature["stacked"].input_factor[:, 3:, 3:], curvature["stacked"].output_factor, 1)
+    row = KroneckerFactors(
+        curvature["stacked"].input_factor[:, 3:, 3:], curvature["stacked"].output_factor, 1
+    )
     only = Layers([Layer("stacked", "shift", None, "['stacked']['b']", 0, 2, (2,))])
     assert_directions(updates, grads, {"stacked": row}, 0.1, layers=only)
     np.testing.assert_array_equal(updates["tokens"], grads["tokens"])
@@ -372,8 +423,12 @@ def test_paths_of_an_nnx_state_and_of_pure_arrays_meet():
     for path in ("['w']", "['w'].value"):
         layers = Layers([Layer("l", "dense", path, None, 2, 2)])
         tx = scale_by_kfac(layers, 0.0)
-        updates, _ = tx.update({"w": jnp.ones((2, 2))}, tx.init({"w": jnp.ones((2, 2))}), curvature=curvature)
-        np.testing.assert_allclose(updates["w"], jnp.ones((2, 2)), rtol=1e-6)  # an inverse on a GPU is not exact
+        updates, _ = tx.update(
+            {"w": jnp.ones((2, 2))}, tx.init({"w": jnp.ones((2, 2))}), curvature=curvature
+        )
+        np.testing.assert_allclose(
+            updates["w"], jnp.ones((2, 2)), rtol=1e-6
+        )  # an inverse on a GPU is not exact
 
 
 def test_half_precision_gradients_are_computed_in_single():
@@ -382,19 +437,31 @@ def test_half_precision_gradients_are_computed_in_single():
     updates, state = stepper(tx)(grads, tx.init(grads), curvature)
     assert all(u.dtype == jnp.bfloat16 for u in jax.tree.leaves(updates))
     assert state.factors["hidden"].input_factor.dtype == jnp.float32
-    single, _ = stepper(tx)(jax.tree.map(lambda g: g.astype(jnp.float32), grads), tx.init(grads), curvature)
+    single, _ = stepper(tx)(
+        jax.tree.map(lambda g: g.astype(jnp.float32), grads), tx.init(grads), curvature
+    )
     for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(single), strict=False):
         np.testing.assert_array_equal(a, b.astype(jnp.bfloat16))
 
 
 def test_a_sweep_over_every_number_equals_single_runs():
     steps = [(draw(i, layers=ONE), statistics(10 + i, layers=ONE)) for i in range(4)]
-    grads, curvatures = (jax.tree.map(lambda *x: jnp.stack(x), *part) for part in zip(*steps, strict=False))
+    grads, curvatures = (
+        jax.tree.map(lambda *x: jnp.stack(x), *part) for part in zip(*steps, strict=False)
+    )
 
     start = draw(9, layers=ONE)
 
     def train(damping, decay, every, learning_rate):
-        tx = kfac(learning_rate, ONE, damping, decay=decay, update_every=every, invert_every=every, kl_clip=damping)
+        tx = kfac(
+            learning_rate,
+            ONE,
+            damping,
+            decay=decay,
+            update_every=every,
+            invert_every=every,
+            kl_clip=damping,
+        )
 
         def step(carry, xs):
             updates, state = tx.update(xs[0], carry[1], carry[0], curvature=xs[1])
@@ -403,7 +470,12 @@ def test_a_sweep_over_every_number_equals_single_runs():
         (params, _), _ = jax.lax.scan(step, (start, tx.init(start)), (grads, curvatures))
         return params
 
-    columns = (jnp.array([1e-2, 1.0]), jnp.array([0.9, 0.0]), jnp.array([1, 2]), jnp.array([0.1, 0.01]))
+    columns = (
+        jnp.array([1e-2, 1.0]),
+        jnp.array([0.9, 0.0]),
+        jnp.array([1, 2]),
+        jnp.array([0.1, 0.01]),
+    )
     swept, train = jax.jit(jax.vmap(train))(*columns), jax.jit(train)
     for i in range(2):
         alone = train(*(c[i] for c in columns))
@@ -425,7 +497,11 @@ def test_equal_shapes_share_one_factorisation():
         layers = Layers([Layer(f"l{i}", "dense", f"['l{i}']", None, 4, 4) for i in range(count)])
         params = {f"l{i}": jnp.ones((4, 4)) for i in range(count)}
         tx = scale_by_kfac(layers)
-        text = str(jax.make_jaxpr(tx.update)(params, tx.init(params), None, curvature=statistics(0, layers=layers)))
+        text = str(
+            jax.make_jaxpr(tx.update)(
+                params, tx.init(params), None, curvature=statistics(0, layers=layers)
+            )
+        )
         return text.count("cholesky")
 
     assert factorisations(6) == factorisations(1) > 0
@@ -434,7 +510,9 @@ def test_equal_shapes_share_one_factorisation():
 def test_alias_is_the_chain():
     grads, curvature, params = draw(0, layers=ONE), statistics(1, layers=ONE), draw(2, layers=ONE)
     tx = kfac(0.1, ONE, 0.1, momentum=0.8, weight_decay=0.01)
-    direction, _ = stepper(scale_by_kfac(ONE, 0.1))(grads, scale_by_kfac(ONE, 0.1).init(params), curvature)
+    direction, _ = stepper(scale_by_kfac(ONE, 0.1))(
+        grads, scale_by_kfac(ONE, 0.1).init(params), curvature
+    )
     state = tx.init(params)
     updates, state = jax.jit(lambda s: tx.update(grads, s, params, curvature=curvature))(state)
     for u, d, p in zip(*map(jax.tree.leaves, (updates, direction, params)), strict=False):
@@ -446,8 +524,14 @@ class TestRefusals:
         ("options", "message"),
         [
             ({"damping": -1e-3}, r"expected damping >= 0, got damping=-0\.001"),
-            ({"damping_rule": "norm"}, r"unknown damping_rule='norm'; expected one of \('pi', 'trace'\)"),
-            ({"inverse": "lu"}, r"unknown inverse='lu'; expected one of \('cholesky', 'eigh', 'cg'\)"),
+            (
+                {"damping_rule": "norm"},
+                r"unknown damping_rule='norm'; expected one of \('pi', 'trace'\)",
+            ),
+            (
+                {"inverse": "lu"},
+                r"unknown inverse='lu'; expected one of \('cholesky', 'eigh', 'cg'\)",
+            ),
             ({"decay": 1.5}, r"expected decay <= 1, got decay=1\.5"),
             ({"update_every": 0}, "expected update_every >= 1, got update_every=0"),
             ({"invert_every": 0}, "expected invert_every >= 1, got invert_every=0"),
@@ -460,31 +544,46 @@ class TestRefusals:
 
     def test_layers_of_another_model(self):
         with pytest.raises(
-            ValueError, match=r"layer 'hidden' covers .*which the tree lacks; it has \['other'\]|another"
+            ValueError,
+            match=r"layer 'hidden' covers .*which the tree lacks; it has \['other'\]|another",
         ):
             scale_by_kfac(ZOO).init({"other": jnp.ones(3)})
         params = draw(0) | {"transposed": jnp.ones((2, 5))}
-        with pytest.raises(ValueError, match=r"'transposed': the leaf .* has shape \(2, 5\), expected .*4 × out_dim=2"):
+        with pytest.raises(
+            ValueError,
+            match=r"'transposed': the leaf .* has shape \(2, 5\), expected .*4 × out_dim=2",
+        ):
             scale_by_kfac(ZOO).init(params)
-        with pytest.raises(ValueError, match=r"expected layers from optax_curv\.find_layers, got a list"):
+        with pytest.raises(
+            ValueError, match=r"expected layers from optax_curv\.find_layers, got a list"
+        ):
             scale_by_kfac([1])
 
     def test_curvature(self):
         tx, grads = scale_by_kfac(ZOO), draw(0)
         state, curvature = tx.init(grads), statistics(1)
-        with pytest.raises(ValueError, match=r"curvature= is missing.*optax_curv\.value_grad_and_curvature"):
+        with pytest.raises(
+            ValueError, match=r"curvature= is missing.*optax_curv\.value_grad_and_curvature"
+        ):
             tx.update(grads, state, grads)
         fewer = {name: x for name, x in curvature.items() if name != "scale"}
-        with pytest.raises(ValueError, match=r"must be a dict with the layers \[.*'scale'.*\], got \["):
+        with pytest.raises(
+            ValueError, match=r"must be a dict with the layers \[.*'scale'.*\], got \["
+        ):
             tx.update(grads, state, curvature=fewer)
         with pytest.raises(ValueError, match=r"got \['extra', "):
             tx.update(grads, state, curvature=curvature | {"extra": curvature["hidden"]})
         with pytest.raises(ValueError, match="got a list"):
             tx.update(grads, state, curvature=[])
-        with pytest.raises(ValueError, match="layer 'hidden' is a int, expected one with input_factor"):
+        with pytest.raises(
+            ValueError, match="layer 'hidden' is a int, expected one with input_factor"
+        ):
             tx.update(grads, state, curvature=curvature | {"hidden": 3})
         wide = KroneckerFactors(jnp.eye(5), jnp.eye(2), 1)
-        with pytest.raises(ValueError, match=r"input_factor of layer 'hidden' has shape \(5, 5\), expected \(4, 4\)"):
+        with pytest.raises(
+            ValueError,
+            match=r"input_factor of layer 'hidden' has shape \(5, 5\), expected \(4, 4\)",
+        ):
             tx.update(grads, state, curvature=curvature | {"hidden": wide})
 
     def test_gradients_unlike_the_parameters_and_unfit_leaves(self):

@@ -30,9 +30,18 @@ def step_of(tx, objective, layers, **capture):
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, inputs, targets):
-        basis = {"basis": optax_curv.eigenbasis(state)} if capture.get("statistic") == "eigenbasis" else {}
+        basis = (
+            {"basis": optax_curv.eigenbasis(state)}
+            if capture.get("statistic") == "eigenbasis"
+            else {}
+        )
         value, grads, curvature = measure(params, inputs, targets, **basis)
-        extra = {"curvature": curvature, "objective": objective, "batch": (inputs, targets), "value": value}
+        extra = {
+            "curvature": curvature,
+            "objective": objective,
+            "batch": (inputs, targets),
+            "value": value,
+        }
         updates, state = tx.update(grads, state, params, **extra)
         return optax.apply_updates(params, updates), state
 
@@ -73,10 +82,17 @@ def test_ekfac_solves_least_squares_with_a_learning_rate_of_one(x64):
 def test_the_adaptive_mode_damps_its_preconditioner_by_a_part_of_the_models_damping(x64):
     objective, params, inputs, targets = regression()
     layers = optax_curv.find_layers(objective, params, inputs, targets)
-    value, grads, curvature = optax_curv.value_grad_and_curvature(objective, layers=layers)(params, inputs, targets)
+    value, grads, curvature = optax_curv.value_grad_and_curvature(objective, layers=layers)(
+        params, inputs, targets
+    )
     pieces = optax_curv.scale_by_kfac(layers, 0.03 * 0.2), optax_curv.scale_by_quadratic_model(0.2)
     chain = optax.chain(*pieces, optax.scale_by_learning_rate(1.0))
-    extra = {"curvature": curvature, "objective": objective, "batch": (inputs, targets), "value": value}
+    extra = {
+        "curvature": curvature,
+        "objective": objective,
+        "batch": (inputs, targets),
+        "value": value,
+    }
     expected, _ = chain.update(grads, chain.init(params), params, **extra)
     tx = optax_curv.kfac(None, layers, 0.2)
     updates, _ = tx.update(grads, tx.init(params), params, **extra)
@@ -86,7 +102,9 @@ def test_the_adaptive_mode_damps_its_preconditioner_by_a_part_of_the_models_damp
 def test_the_adaptive_mode_refuses_what_its_model_would_not_see():
     objective, params, inputs, targets = regression()
     layers = optax_curv.find_layers(objective, params, inputs, targets)
-    with pytest.raises(ValueError, match=r"expected no weight decay with learning_rate=None.*regularizer="):
+    with pytest.raises(
+        ValueError, match=r"expected no weight decay with learning_rate=None.*regularizer="
+    ):
         optax_curv.kfac(None, layers, weight_decay=0.1)
     tx = optax_curv.kfac(None, layers)
     _, grads, curvature = optax_curv.value_grad_and_curvature(objective)(params, inputs, targets)

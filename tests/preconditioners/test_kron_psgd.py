@@ -11,10 +11,13 @@ import pytest
 from flax import nnx
 
 import optax_curv
-from optax_curv.preconditioners import kron_geometries, kron_steps
+from optax_curv.preconditioners._psgd import geometries as kron_geometries
+from optax_curv.preconditioners._psgd import step as kron_steps
 
 GEOMETRIES = ("q0.5eq1.5", "eq", "qep", "qeq", "quad", "quad4p")
-WHITENING_ERROR = 0.35  # ‖P H - I‖₂ after 2000 steps of rate 0.5 → 0; Li's implementation reaches 0.10-0.24
+WHITENING_ERROR = (
+    0.35  # ‖P H - I‖₂ after 2000 steps of rate 0.5 → 0; Li's implementation reaches 0.10-0.24
+)
 NEWTON_ERROR = 1e-8
 KRONECKER_NEWTON_ERROR = 1e-6
 STEPS = 2000
@@ -32,7 +35,11 @@ def spd(size, condition, seed):
 
 def full_preconditioner(factors, geometry):
     """P as one matrix."""
-    axes = factors if geometry == "quad4p" else [q @ q.T if q.ndim == 0 else q.conj().T @ q for q in factors]
+    axes = (
+        factors
+        if geometry == "quad4p"
+        else [q @ q.T if q.ndim == 0 else q.conj().T @ q for q in factors]
+    )
     whole = axes[0]
     for axis in axes[1:]:
         whole = jnp.kron(whole, axis)
@@ -66,7 +73,9 @@ def test_whitening_reaches_the_inverse_root_of_the_covariance(geometry, x64):
 def test_newton_reaches_the_inverse_hessian(geometry, x64):
     """Condition 10, n = 10, no noise: P = |H|⁻¹ by step 1000."""
     hessian = spd(10, 10.0, 3)
-    tx = optax_curv.scale_by_kron_psgd(0.5, geometry=geometry, criterion="newton", max_skew=np.inf, damping=0.0)
+    tx = optax_curv.scale_by_kron_psgd(
+        0.5, geometry=geometry, criterion="newton", max_skew=np.inf, damping=0.0
+    )
     state = run(tx, jnp.zeros(10), lambda v: hessian @ v, 1000, newton=True)
     error = full_preconditioner(state.factors, geometry) @ hessian - jnp.eye(10)
     assert jnp.linalg.norm(error, 2) < NEWTON_ERROR
@@ -151,7 +160,9 @@ def test_chunks_of_a_group_take_the_steps_of_one_batch(update_probability, monke
     whole = steps_and_a_fault()
     monkeypatch.setattr(kron_steps, "CHUNK", 48)  # two leaves
     assert whole[1].total_notfinite == 1
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=ROUNDING), steps_and_a_fault(), whole)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=ROUNDING), steps_and_a_fault(), whole
+    )
 
 
 @pytest.mark.parametrize("max_dense_dim", [5, 100])
@@ -159,7 +170,9 @@ def test_a_stack_is_its_leaves_also_with_diagonal_factors(max_dense_dim, x64):
     leaves = gradients((4, 6), (4, 6), (4, 6))
 
     def last_update(grads, stacked):
-        tx = optax_curv.scale_by_kron_psgd(max_dense_dim=max_dense_dim, max_skew=np.inf, stacked=stacked)
+        tx = optax_curv.scale_by_kron_psgd(
+            max_dense_dim=max_dense_dim, max_skew=np.inf, stacked=stacked
+        )
         update, state = quick_jit(lambda *given: tx.update(*given)), tx.init(grads)
         for _ in range(4):
             updates, state = update(grads, state)
@@ -189,20 +202,29 @@ def test_where_factors_rest_pieces_one_by_one_are_the_groups(geometry, monkeypat
 
 
 @pytest.mark.parametrize("update_probability", [1.0, 0.5])
-def test_gradients_may_vary_over_a_shard_map_while_the_state_does_not(update_probability, monkeypatch):
+def test_gradients_may_vary_over_a_shard_map_while_the_state_does_not(
+    update_probability, monkeypatch
+):
     monkeypatch.setattr(kron_steps, "CHUNK", 24)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     tx = optax_curv.scale_by_kron_psgd(update_probability=update_probability)
     grads = gradients((4, 6), (4, 6))
     state = tx.init(grads)
     specs = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
-    of_part = jax.shard_map(lambda g, state: tx.update(g, state)[0], mesh=mesh, in_specs=specs, out_specs=specs[0])
+    of_part = jax.shard_map(
+        lambda g, state: tx.update(g, state)[0], mesh=mesh, in_specs=specs, out_specs=specs[0]
+    )
     expected, _ = first_update(tx, grads)
     jax.tree.map(np.testing.assert_array_equal, quick_jit(of_part)(grads, state), expected)
 
 
 def test_axes_are_diagonal_where_small_long_or_skewed():
-    leaves = {"a": jnp.zeros((8, 6)), "b": jnp.zeros((1, 5)), "c": jnp.zeros(()), "d": jnp.zeros((3, 3, 2))}
+    leaves = {
+        "a": jnp.zeros((8, 6)),
+        "b": jnp.zeros((1, 5)),
+        "c": jnp.zeros(()),
+        "d": jnp.zeros((3, 3, 2)),
+    }
     state = optax_curv.scale_by_kron_psgd().init(leaves)
     assert [q.shape for q in state.factors["a"]] == [(8,), (6, 6)]
     assert [q.shape for q in state.factors["b"]] == [(1,), (5,)]
@@ -224,7 +246,9 @@ def test_uneven_blocks_are_not_padded():
 def test_scaled_gradients_with_scaled_factors_give_the_same_bits(geometry):
     """P is equivariant: g → 16 g with Q → Q/4 leaves P g unchanged for 200 steps."""
 
-    tx = optax_curv.scale_by_kron_psgd(geometry=geometry, damping=0.0, max_skew=np.inf, init_scale=1.0)
+    tx = optax_curv.scale_by_kron_psgd(
+        geometry=geometry, damping=0.0, max_skew=np.inf, init_scale=1.0
+    )
     state = tx.init(jnp.zeros((3, 4)))
     noise = jax.random.normal(jax.random.key(0), (200, 3, 4))
 
@@ -234,7 +258,10 @@ def test_scaled_gradients_with_scaled_factors_give_the_same_bits(geometry):
 
     base = steps(state, noise)
     left, right = state.factors
-    scaled = steps(state._replace(factors=((0.0625 if geometry == "quad4p" else 0.25) * left, right)), 16 * noise)
+    scaled = steps(
+        state._replace(factors=((0.0625 if geometry == "quad4p" else 0.25) * left, right)),
+        16 * noise,
+    )
     assert jnp.all(jnp.isfinite(base)) and jnp.any(base[0] != base[-1])
     assert jnp.array_equal(base, scaled)
 
@@ -245,7 +272,12 @@ def test_a_leaf_that_wakes_late_moves_at_once(init_scale):
     tx = optax_curv.scale_by_kron_psgd(init_scale=init_scale)
     state = run(tx, jnp.zeros((4, 3)), jnp.zeros_like, 1500)
     assert (
-        jnp.max(jnp.abs(full_preconditioner([jnp.diag(q) if q.ndim == 1 else q for q in state.factors], "q"))) < 1.3e9
+        jnp.max(
+            jnp.abs(
+                full_preconditioner([jnp.diag(q) if q.ndim == 1 else q for q in state.factors], "q")
+            )
+        )
+        < 1.3e9
     )
     updates, state = quick_jit(tx.update)(jnp.ones((4, 3)), state)
     assert jnp.all(jnp.isfinite(updates)) and jnp.all(updates != 0)
@@ -285,7 +317,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counter(bad):
     assert all(jnp.all(u == 0) for u in jax.tree.leaves(updates))
     assert after.total_notfinite == 1
     assert jax.tree.all(
-        jax.tree.map(jnp.array_equal, after._replace(total_notfinite=0), state._replace(total_notfinite=0))
+        jax.tree.map(
+            jnp.array_equal, after._replace(total_notfinite=0), state._replace(total_notfinite=0)
+        )
     )
 
 
@@ -307,7 +341,9 @@ def test_replaced_factors_are_applied_though_p_is_cached(geometry):
 
 
 def test_update_probability_is_how_often_factors_move():
-    tx = optax_curv.scale_by_kron_psgd(update_probability=lambda count: jnp.where(count < 5, 1.0, 0.25))
+    tx = optax_curv.scale_by_kron_psgd(
+        update_probability=lambda count: jnp.where(count < 5, 1.0, 0.25)
+    )
     state = tx.init(jnp.zeros((4, 3)))
 
     def step(state, g):
@@ -350,10 +386,14 @@ def test_every_rank_and_dtype_passes(geometry):
     update = quick_jit(tx.update)
     for _ in range(3):
         updates, after = update(leaves, state)
-        assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), state
+        )
         state = after
     assert state.total_notfinite == 0
-    assert jax.tree.map(lambda u: (u.shape, u.dtype), updates) == jax.tree.map(lambda g: (g.shape, g.dtype), leaves)
+    assert jax.tree.map(lambda u: (u.shape, u.dtype), updates) == jax.tree.map(
+        lambda g: (g.shape, g.dtype), leaves
+    )
     assert all(jnp.all(jnp.isfinite(u)) and jnp.all(u != 0) for u in jax.tree.leaves(updates))
 
 
@@ -386,7 +426,9 @@ def test_a_sweep_over_rates_is_a_vmap():
         return tx.update(g, tx.update(g, tx.init(g))[1])[0]
 
     rates = jnp.array([0.01, 0.1])
-    np.testing.assert_allclose(quick_jit(jax.vmap(final))(rates), [quick_jit(final)(rate) for rate in rates], rtol=1e-4)
+    np.testing.assert_allclose(
+        quick_jit(jax.vmap(final))(rates), [quick_jit(final)(rate) for rate in rates], rtol=1e-4
+    )
 
 
 def test_hyperparameters_may_be_injected():
@@ -397,7 +439,9 @@ def test_hyperparameters_may_be_injected():
     expected, _ = first_update(optax_curv.scale_by_kron_psgd(0.2, damping=0.0), g)
     np.testing.assert_allclose(updates, expected, rtol=1e-4)
     tx = optax.inject_hyperparams(optax_curv.scale_by_kron_psgd)(max_dense_dim=8)
-    with pytest.raises(ValueError, match=r"max_dense_dim decides.*static_args=\('max_dense_dim',\)"):
+    with pytest.raises(
+        ValueError, match=r"max_dense_dim decides.*static_args=\('max_dense_dim',\)"
+    ):
         jax.eval_shape(tx.init, g)
 
 
@@ -468,27 +512,44 @@ def test_bad_trees_are_refused():
     with pytest.raises(ValueError, match=r"tree differs from that of the state's factors"):
         tx.update({"v": jnp.ones((4, 3))}, state)
     with pytest.raises(
-        ValueError, match=r"\['w'\] needs factors for shapes \[\(3, 4\)\], the state has .*\(4,\), \(3, 3\)"
+        ValueError,
+        match=r"\['w'\] needs factors for shapes \[\(3, 4\)\], the state has .*\(4,\), \(3, 3\)",
     ):
         tx.update({"w": jnp.ones((3, 4))}, state)
-    with pytest.raises(ValueError, match=r"got probe=given, hvp=missing; pass both, as hessian_probe"):
+    with pytest.raises(
+        ValueError, match=r"got probe=given, hvp=missing; pass both, as hessian_probe"
+    ):
         tx.update({"w": jnp.ones((4, 3))}, state, probe={"w": jnp.ones((4, 3))})
     newton = optax_curv.scale_by_kron_psgd(criterion="newton")
     with pytest.raises(ValueError, match=r"criterion='newton' got probe=missing, hvp=missing"):
         newton.update({"w": jnp.ones((4, 3))}, state)
-    with pytest.raises(ValueError, match=r"hvp and the gradients differ in shape at \['w'\]: got \(3, 4\)"):
-        newton.update({"w": jnp.ones((4, 3))}, state, probe={"w": jnp.ones((4, 3))}, hvp={"w": jnp.ones((3, 4))})
-    with pytest.raises(ValueError, match=r"stacked=3 leading axes at the root, but its shape is \(4, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"hvp and the gradients differ in shape at \['w'\]: got \(3, 4\)"
+    ):
+        newton.update(
+            {"w": jnp.ones((4, 3))},
+            state,
+            probe={"w": jnp.ones((4, 3))},
+            hvp={"w": jnp.ones((3, 4))},
+        )
+    with pytest.raises(
+        ValueError, match=r"stacked=3 leading axes at the root, but its shape is \(4, 3\)"
+    ):
         optax_curv.scale_by_kron_psgd(stacked=3).init(jnp.ones((4, 3)))
 
 
 def test_the_schedule_is_flat_then_decays_to_its_floor():
     schedule = optax_curv.flat_then_decay(flat_steps=10, decay=0.1, floor=0.2)
-    np.testing.assert_allclose([schedule(i) for i in (0, 10, 20, 1000)], [1, 1, np.exp(-1), 0.2], rtol=1e-6)
+    np.testing.assert_allclose(
+        [schedule(i) for i in (0, 10, 20, 1000)], [1, 1, np.exp(-1), 0.2], rtol=1e-6
+    )
 
 
 def test_an_nnx_optimizer_takes_the_same_steps_as_a_tree():
-    model, tx = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), optax_curv.scale_by_kron_psgd(update_probability=0.5, block_size=2)
+    model, tx = (
+        nnx.Linear(4, 3, rngs=nnx.Rngs(0)),
+        optax_curv.scale_by_kron_psgd(update_probability=0.5, block_size=2),
+    )
     params = nnx.as_pure(nnx.state(model, nnx.Param))
     state, optimizer = tx.init(params), nnx.Optimizer(model, tx, wrt=nnx.Param)
     for _ in range(2):
@@ -505,7 +566,9 @@ def test_a_gram_matrix_by_halves_is_the_product(dtype, x64, monkeypatch):
     parts = np.random.default_rng(0).standard_normal((2, 6, 9))
     x = jnp.asarray(parts[0] + 1j * parts[1] if dtype == "complex128" else parts[0])
     assert "concatenate" in str(jax.make_jaxpr(kron_geometries.gram)(x))  # it goes by halves
-    np.testing.assert_allclose(kron_geometries.gram(x), np.asarray(x) @ np.asarray(x).conj().T, rtol=1e-13)
+    np.testing.assert_allclose(
+        kron_geometries.gram(x), np.asarray(x) @ np.asarray(x).conj().T, rtol=1e-13
+    )
 
 
 def test_products_that_overflow_move_no_parameter_and_leave_their_own_factors():

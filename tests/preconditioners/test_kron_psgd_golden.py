@@ -48,7 +48,8 @@ def run(case, dtype):
 
     # Small matrices take longer to compile than to run.
     quick = jax.jit(
-        lambda start: jax.lax.scan(step, start, grads)[1], compiler_options={"xla_backend_optimization_level": 0}
+        lambda start: jax.lax.scan(step, start, grads)[1],
+        compiler_options={"xla_backend_optimization_level": 0},
     )
     return quick((params, state))
 
@@ -64,6 +65,8 @@ def test_trajectory_equals_the_originals(name, dtype):
     np.testing.assert_allclose(params, case["params"], rtol=0, atol=atol)
     np.testing.assert_allclose(updates, case["update"], rtol=0, atol=atol)
     for found, key in zip(factors, ("QL", "QR"), strict=False):
-        np.testing.assert_allclose(found, case[key], rtol=0, atol=FACTORS_RTOL * np.abs(case[key]).max())
+        np.testing.assert_allclose(
+            found, case[key], rtol=0, atol=FACTORS_RTOL * np.abs(case[key]).max()
+        )
         if name.startswith("identity"):
             assert np.array_equal(found, case[key])

@@ -41,7 +41,9 @@ def test_layer_equals_the_original(name, dtype):
         factors = init_factors(int(case["in_dim"]), int(case["out_dim"]))
         for step in range(len(case["num_updates"])):
             if len(case["batch_sizes"]):
-                factors = update(factors, case[f"acts_{step}"], case[f"gouts_{step}"], float(case["ema"]))
+                factors = update(
+                    factors, case[f"acts_{step}"], case[f"gouts_{step}"], float(case["ema"])
+                )
             grad = case["weight_grad"][step].T.astype(dtype)
             direction = trace_damped(factors, grad, float(case["damping_effective"]))
             assert factors.count == case["num_updates"][step]
@@ -59,7 +61,10 @@ def test_network_equals_the_original(name, dtype):
     case = golden.case(FILE, name)
     with precision(dtype) as limit:
         for number, (width_in, width_out) in enumerate(case["layer_dims"]):
-            layer = {k: case[f"layer{number}/{k}"] for k in ("acts", "gouts", "weight_grad", "a_factor", "update")}
+            layer = {
+                k: case[f"layer{number}/{k}"]
+                for k in ("acts", "gouts", "weight_grad", "a_factor", "update")
+            }
             factors = init_factors(int(width_in), int(width_out))
             damping = float(case["layer_damping_effective"][number])
             for step in range(len(layer["acts"])):
@@ -70,7 +75,8 @@ def test_network_equals_the_original(name, dtype):
 
 
 @pytest.mark.parametrize(
-    "name", ["empty_batch", "empty_activations", "batch_mismatch", "activation_width", "gradient_width"]
+    "name",
+    ["empty_batch", "empty_activations", "batch_mismatch", "activation_width", "gradient_width"],
 )
 def test_a_bad_batch_is_refused_and_names_both_shapes(name):
     bad = golden.case(FILE, f"errors/{name}")
@@ -88,7 +94,9 @@ def test_a_gradient_of_another_shape_is_refused(name):
     bad = golden.case(FILE, f"errors/{name}")
     factors = update_factors(init_factors(3, 2), bad["activations"], bad["gradients"])
     grad = bad["weight_grad"].T
-    with pytest.raises(ValueError, match=rf"shape \({grad.shape[0]}, {grad.shape[1]}\), expected .*3, 2\]"):
+    with pytest.raises(
+        ValueError, match=rf"shape \({grad.shape[0]}, {grad.shape[1]}\), expected .*3, 2\]"
+    ):
         natural_gradient(factors, grad, rule="trace")
 
 
@@ -104,7 +112,9 @@ def test_where_the_original_meets_a_lost_pivot_the_damping_is_raised(dtype):
     bad = golden.case(FILE, "errors/not_positive_definite_network_damping_0")
     with precision(dtype):
         factors = update_factors(init_factors(2, 2), bad["activations"], bad["gradients"])
-        assert np.all(np.isfinite(natural_gradient(factors, bad["weight_grad"].T, 0.0, rule="trace")))
+        assert np.all(
+            np.isfinite(natural_gradient(factors, bad["weight_grad"].T, 0.0, rule="trace"))
+        )
 
 
 def random_factors(rng, stack, rows, out, full=(True, True)):
@@ -157,13 +167,17 @@ def test_damping_and_decay_may_be_traced_and_swept():
     dampings = jnp.array([1e-3, 1e-1])
     swept = jax.jit(jax.vmap(lambda d: natural_gradient(factors, jnp.eye(2), d)))(dampings)
     for damping, direction in zip(dampings, swept, strict=True):
-        np.testing.assert_allclose(direction, natural_gradient(factors, jnp.eye(2), float(damping)), rtol=1e-4)
+        np.testing.assert_allclose(
+            direction, natural_gradient(factors, jnp.eye(2), float(damping)), rtol=1e-4
+        )
     updated = jax.jit(update_factors)(factors, jnp.ones((4, 2)), jnp.ones((4, 2)), jnp.array(0.5))
     np.testing.assert_allclose(updated.input_factor, [[0.75, 0.5], [0.5, 0.75]])
 
 
 def test_low_precision_gradients_keep_their_dtype():
-    factors = update_factors(init_factors(2, 2), jnp.eye(2, dtype=jnp.bfloat16), jnp.ones((2, 2), jnp.bfloat16))
+    factors = update_factors(
+        init_factors(2, 2), jnp.eye(2, dtype=jnp.bfloat16), jnp.ones((2, 2), jnp.bfloat16)
+    )
     assert factors.input_factor.dtype == jnp.float32
     assert natural_gradient(factors, jnp.ones((2, 2), jnp.bfloat16)).dtype == jnp.bfloat16
 

@@ -22,7 +22,9 @@ def tree(array):
     parts, start = {}, 0
     for name, shape in SHAPES.items():
         size = int(np.prod(shape))
-        parts[name] = jnp.asarray(array[..., start : start + size].reshape((*array.shape[:-1], *shape)))
+        parts[name] = jnp.asarray(
+            array[..., start : start + size].reshape((*array.shape[:-1], *shape))
+        )
         start += size
     return parts
 
@@ -38,7 +40,11 @@ def low_rank(count, rank, seed=0):
 
 def dense_direction(rows, gradient, damping, centered):
     """(F + λI)⁻¹ g by the singular values of the rows, which loses nothing at small λ."""
-    rows = (rows - rows.mean(0)) / np.sqrt(max(1, len(rows) - 1)) if centered else rows / np.sqrt(len(rows))
+    rows = (
+        (rows - rows.mean(0)) / np.sqrt(max(1, len(rows) - 1))
+        if centered
+        else rows / np.sqrt(len(rows))
+    )
     _, s, vt = np.linalg.svd(rows, full_matrices=True)
     eigenvalues = np.zeros(SIZE)
     eigenvalues[: len(s)] = s**2 * (s > 1e-12 * s.max(initial=0))
@@ -47,13 +53,18 @@ def dense_direction(rows, gradient, damping, centered):
 
 @pytest.mark.parametrize("solver", ["woodbury", "cholesky", "cg"])
 @pytest.mark.parametrize(
-    ("count", "rank", "centered"), [(3, 3, False), (8, 8, False), (20, 8, True), (20, 3, False), (1, 1, True)]
+    ("count", "rank", "centered"),
+    [(3, 3, False), (8, 8, False), (20, 8, True), (20, 3, False), (1, 1, True)],
 )
-def test_every_solver_equals_the_dense_one_over_thirteen_decades_of_damping(solver, count, rank, centered, x64):
+def test_every_solver_equals_the_dense_one_over_thirteen_decades_of_damping(
+    solver, count, rank, centered, x64
+):
     rows, gradient = low_rank(count, rank)
 
     def one(damping):
-        tx = optax_curv.scale_by_branch_fisher(damping, solver=solver, max_iters=400, tol=0.0, centered=centered)
+        tx = optax_curv.scale_by_branch_fisher(
+            damping, solver=solver, max_iters=400, tol=0.0, centered=centered
+        )
         return tx.update(tree(gradient), tx.init(tree(gradient)), branches=tree(rows))[0]
 
     dampings = np.array([1e-10, 1e-6, 1e-3, 1.0, 1e3])
@@ -71,7 +82,9 @@ def test_float32_and_mixed_dtypes_stay_near_and_keep_their_dtype(solver):
     tx = optax_curv.scale_by_branch_fisher(1e-2, solver=solver, centered=False, momentum=0.5)
     state = tx.init(grads)
     direction, after = jax.jit(tx.update)(grads, state, branches=tree(rows.astype(np.float32)))
-    dense = dense_direction(rows, flat(jax.tree.map(lambda g: g.astype(jnp.float32), grads)), 1e-2, False)
+    dense = dense_direction(
+        rows, flat(jax.tree.map(lambda g: g.astype(jnp.float32), grads)), 1e-2, False
+    )
     assert jax.tree.map(jnp.result_type, direction) == jax.tree.map(jnp.result_type, grads)
     assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
     np.testing.assert_allclose(flat(after.previous), dense, atol=FLOAT32 * np.abs(dense).max())
@@ -83,7 +96,10 @@ def test_gauss_newton_solves_linear_least_squares_in_one_step(x64):
     params = tree(rng.normal(size=SIZE))
 
     def residual(params, batch):
-        return batch[0] @ jnp.concatenate([params["a"], params["b"].ravel(), params["c"][None]]) - batch[1]
+        return (
+            batch[0] @ jnp.concatenate([params["a"], params["b"].ravel(), params["c"][None]])
+            - batch[1]
+        )
 
     value_grad_and_rows = optax_curv.residual_rows(residual)
     tx = optax_curv.branch_fisher(1.0, 1e-10, solver="auto", centered=False)
@@ -110,30 +126,45 @@ def test_natural_gradients_equal_their_closed_forms(x64):
     tx = optax_curv.scale_by_branch_fisher(damping, solver="cholesky", centered=False)
 
     def direction(rows, g):
-        return np.asarray(jax.jit(tx.update)({"t": g}, tx.init({"t": g}), branches={"t": rows})[0]["t"])
+        return np.asarray(
+            jax.jit(tx.update)({"t": g}, tx.init({"t": g}), branches={"t": rows})[0]["t"]
+        )
 
     logits = jnp.array([0.5, -1.0, 2.0])
     p = 1 / (1 + np.exp(-logits))  # three Bernoulli variables: F = p (1 - p)
     corners = jnp.array(np.meshgrid(*[[0.0, 1.0]] * 3)).reshape(3, -1).T
     rows = expected_fisher_rows(lambda t, y: jnp.sum(y * t - jnp.logaddexp(t, 0)), logits, corners)
-    np.testing.assert_allclose(direction(rows, gradient), gradient / (p * (1 - p)), rtol=CLOSED_FORM)
+    np.testing.assert_allclose(
+        direction(rows, gradient), gradient / (p * (1 - p)), rtol=CLOSED_FORM
+    )
 
-    free = jnp.array([0.2, -0.4, 0.1])  # a categorical with the last logit fixed: F = diag(p) - p pᵀ
-    rows = expected_fisher_rows(lambda t, y: jax.nn.log_softmax(jnp.append(t, 0.0))[y], free, jnp.arange(4))
+    free = jnp.array(
+        [0.2, -0.4, 0.1]
+    )  # a categorical with the last logit fixed: F = diag(p) - p pᵀ
+    rows = expected_fisher_rows(
+        lambda t, y: jax.nn.log_softmax(jnp.append(t, 0.0))[y], free, jnp.arange(4)
+    )
     p = np.asarray(jax.nn.softmax(jnp.append(free, 0.0)))
-    np.testing.assert_allclose(direction(rows, gradient), gradient / p[:3] + gradient.sum() / p[3], rtol=CLOSED_FORM)
+    np.testing.assert_allclose(
+        direction(rows, gradient), gradient / p[:3] + gradient.sum() / p[3], rtol=CLOSED_FORM
+    )
 
-    # A Gaussian's mean and log scale: F = diag(1 / σ², 2), its rows at ±√3 σ and 0 (exact quadrature of degree 5).
+    # A Gaussian's mean and log scale: F = diag(1 / σ², 2), its rows at ±√3 σ and 0 (exact
+    # quadrature of degree 5).
     sigma = 0.5
     nodes, weights = sigma * np.sqrt(3) * np.array([-1, 0, 1]), np.array([1, 4, 1]) / 6
     scores = np.stack([nodes / sigma**2, nodes**2 / sigma**2 - 1], axis=1)
     rows = jnp.asarray(np.sqrt(3 * weights)[:, None] * scores)
-    np.testing.assert_allclose(direction(rows, gradient[:2]), gradient[:2] * [sigma**2, 0.5], rtol=CLOSED_FORM)
+    np.testing.assert_allclose(
+        direction(rows, gradient[:2]), gradient[:2] * [sigma**2, 0.5], rtol=CLOSED_FORM
+    )
 
 
 def test_the_direction_does_not_depend_on_linear_coordinates(x64):
     rows, gradient = low_rank(30, SIZE)
-    mixing = np.random.default_rng(5).normal(size=(SIZE, SIZE))  # θ = mixing φ: gradients in φ are mixingᵀ g
+    mixing = np.random.default_rng(5).normal(
+        size=(SIZE, SIZE)
+    )  # θ = mixing φ: gradients in φ are mixingᵀ g
     tx = optax_curv.scale_by_branch_fisher(1e-13, solver="cholesky", centered=False)
     step = jax.jit(tx.update)
     theta, _ = step(tree(gradient), tx.init(tree(gradient)), branches=tree(rows))
@@ -143,12 +174,16 @@ def test_the_direction_does_not_depend_on_linear_coordinates(x64):
 
 def test_momentum_is_the_published_spring_recursion(x64):
     damping, decay, rng = 0.01, 0.9, np.random.default_rng(0)
-    tx = optax_curv.scale_by_branch_fisher(damping, solver="woodbury", centered=False, momentum=decay)
+    tx = optax_curv.scale_by_branch_fisher(
+        damping, solver="woodbury", centered=False, momentum=decay
+    )
     state, step, phi = tx.init(tree(np.zeros(SIZE))), jax.jit(tx.update), np.zeros(SIZE)
     for _ in range(4):
         rows, epsilon = rng.normal(size=(5, SIZE)), rng.normal(size=5)
         scaled = rows / np.sqrt(5)  # Ō of the paper; the gradient is Ōᵀ ε̄
-        zeta = np.linalg.solve(scaled @ scaled.T + damping * np.eye(5), epsilon - decay * scaled @ phi)
+        zeta = np.linalg.solve(
+            scaled @ scaled.T + damping * np.eye(5), epsilon - decay * scaled @ phi
+        )
         phi = scaled.T @ zeta + decay * phi
         direction, state = step(tree(scaled.T @ epsilon), state, branches=tree(rows))
         np.testing.assert_allclose(flat(direction), phi, rtol=0, atol=FLOAT64)
@@ -170,8 +205,12 @@ def test_a_sweep_over_damping_and_momentum_equals_single_runs():
         alone = flat(jax.jit(run)(*pair))
         np.testing.assert_allclose(flat(jax.tree.map(lambda x: x[i], swept)), alone, rtol=FLOAT32)  # noqa: B023
     plain = optax_curv.scale_by_branch_fisher(0.1, solver="auto")
-    expected, _ = jax.jit(plain.update)(tree(gradient), plain.init(tree(gradient)), branches=tree(rows))
-    np.testing.assert_allclose(flat(jax.tree.map(lambda x: x[0], swept)), flat(expected), rtol=FLOAT32)
+    expected, _ = jax.jit(plain.update)(
+        tree(gradient), plain.init(tree(gradient)), branches=tree(rows)
+    )
+    np.testing.assert_allclose(
+        flat(jax.tree.map(lambda x: x[0], swept)), flat(expected), rtol=FLOAT32
+    )
 
 
 def test_a_nan_row_gives_a_zero_update_and_leaves_the_state():
@@ -191,19 +230,29 @@ def complex_low_rank(count, rank):
 
 
 @pytest.mark.parametrize("solver", ["woodbury", "cholesky", "cg"])
-@pytest.mark.parametrize(("count", "rank", "centered"), [(3, 3, False), (20, 8, True), (6, 2, False)])
+@pytest.mark.parametrize(
+    ("count", "rank", "centered"), [(3, 3, False), (20, 8, True), (6, 2, False)]
+)
 def test_complex_rows_make_the_real_or_the_full_complex_metric(solver, count, rank, centered, x64):
     rows, gradient = complex_low_rank(count, rank)
     centred = rows - rows.mean(0) if centered else rows
     metric = centred.conj().T @ centred / (count - 1 if centered else count)
     damping = 1e-3
     for kind, g, m in (("real", gradient.real, metric.real), ("full", gradient, metric)):
-        options = {"solver": solver, "max_iters": 400, "tol": 0.0, "centered": centered, "complex_metric": kind}
+        options = {
+            "solver": solver,
+            "max_iters": 400,
+            "tol": 0.0,
+            "centered": centered,
+            "complex_metric": kind,
+        }
         tx = optax_curv.scale_by_branch_fisher(damping, **options)
         state = tx.init(tree(g))
         direction, after = jax.jit(tx.update)(tree(g), state, branches=tree(rows))
         dense = np.linalg.solve(m + damping * np.eye(SIZE), g)
-        np.testing.assert_allclose(flat(direction), dense, rtol=0, atol=FLOAT64 * np.abs(dense).max())
+        np.testing.assert_allclose(
+            flat(direction), dense, rtol=0, atol=FLOAT64 * np.abs(dense).max()
+        )
         assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
 
 
@@ -216,21 +265,32 @@ def test_complex_momentum_is_the_same_recursion(x64):
     for count in (5, 5, 5):
         rows, gradient = complex_low_rank(count, count)
         metric = rows.conj().T @ rows / count
-        phi = np.linalg.solve(metric + damping * np.eye(SIZE), gradient - decay * metric @ phi) + decay * phi
+        phi = (
+            np.linalg.solve(metric + damping * np.eye(SIZE), gradient - decay * metric @ phi)
+            + decay * phi
+        )
         direction, state = step(tree(gradient), state, branches=tree(rows))
         np.testing.assert_allclose(flat(direction), phi, rtol=0, atol=FLOAT64 * np.abs(phi).max())
 
 
 def test_complex_gauss_newton_solves_complex_least_squares_in_one_step(x64):
     rng = np.random.default_rng(0)
-    inputs, targets, w = (rng.normal(size=(*shape, 2)) @ [1, 1j] for shape in ((30, 4), (30,), (4,)))
+    inputs, targets, w = (
+        rng.normal(size=(*shape, 2)) @ [1, 1j] for shape in ((30, 4), (30,), (4,))
+    )
     predict = jax.jit(lambda w, x: x @ w)
     rows = optax_curv.jacobian_rows(predict)(w, inputs)
     np.testing.assert_allclose(rows, inputs, rtol=CLOSED_FORM)
-    ascent = jax.grad(lambda w: 0.5 * jnp.mean(jnp.abs(predict(w, inputs) - targets) ** 2))(w).conj()
-    tx = optax_curv.scale_by_branch_fisher(1e-10, solver="auto", centered=False, complex_metric="full")
+    ascent = jax.grad(lambda w: 0.5 * jnp.mean(jnp.abs(predict(w, inputs) - targets) ** 2))(
+        w
+    ).conj()
+    tx = optax_curv.scale_by_branch_fisher(
+        1e-10, solver="auto", centered=False, complex_metric="full"
+    )
     direction, _ = tx.update({"w": ascent}, tx.init({"w": w}), branches={"w": rows})
-    np.testing.assert_allclose(w - direction["w"], np.linalg.lstsq(inputs, targets)[0], atol=ONE_STEP)
+    np.testing.assert_allclose(
+        w - direction["w"], np.linalg.lstsq(inputs, targets)[0], atol=ONE_STEP
+    )
 
 
 def test_the_real_metric_of_a_wavefunction_is_the_real_part_of_its_geometric_tensor(x64):
@@ -239,7 +299,9 @@ def test_the_real_metric_of_a_wavefunction_is_the_real_part_of_its_geometric_ten
     features, theta = rng.normal(size=(6, SIZE, 2)) @ [1, 1j], rng.normal(size=SIZE)
 
     def log_psi(params, basis):
-        return jnp.tanh(basis @ jnp.concatenate([params["a"], params["b"].ravel(), params["c"][None]]))
+        return jnp.tanh(
+            basis @ jnp.concatenate([params["a"], params["b"].ravel(), params["c"][None]])
+        )
 
     def state(theta):
         psi = jnp.exp(log_psi(tree(theta), features))
@@ -250,9 +312,13 @@ def test_the_real_metric_of_a_wavefunction_is_the_real_part_of_its_geometric_ten
     tensor = jacobian.conj().T @ jacobian - np.outer(overlap.conj(), overlap)
     rows = optax_curv.jacobian_rows(log_psi)(tree(theta), features)
     mean = jax.tree.map(lambda row: jnp.tensordot(probability, row, 1), rows)
-    weighted = jax.tree.map(lambda row, m: jnp.sqrt(6 * probability).reshape(-1, *[1] * m.ndim) * (row - m), rows, mean)
+    weighted = jax.tree.map(
+        lambda row, m: jnp.sqrt(6 * probability).reshape(-1, *[1] * m.ndim) * (row - m), rows, mean
+    )
     gradient, damping = rng.normal(size=SIZE), 0.01
-    tx = optax_curv.scale_by_branch_fisher(damping, solver="auto", centered=False, complex_metric="real")
+    tx = optax_curv.scale_by_branch_fisher(
+        damping, solver="auto", centered=False, complex_metric="real"
+    )
     direction, _ = tx.update(tree(gradient), tx.init(tree(theta)), branches=weighted)
     dense = np.linalg.solve(tensor.real + damping * np.eye(SIZE), gradient)
     np.testing.assert_allclose(flat(direction), dense, rtol=CLOSED_FORM)
@@ -272,17 +338,26 @@ def test_bad_rows_are_refused():
     tx, grads, rows = optax_curv.scale_by_branch_fisher(), tree(gradient), tree(rows)
     state = tx.init(grads)
     for wrong in ({"a": rows["a"]}, rows | {"b": rows["b"][:3]}, rows | {"a": rows["a"][:, :2]}):
-        with pytest.raises(ValueError, match=r"branches in parameter space have the shapes .* leading axis K in front"):
+        with pytest.raises(
+            ValueError,
+            match=r"branches in parameter space have the shapes .* leading axis K in front",
+        ):
             tx.update(grads, state, branches=wrong)
     with pytest.raises(ValueError, match=r"no rows \(K = 0\)"):
         tx.update(grads, state, branches=jax.tree.map(lambda x: x[:0], rows))
     complex_rows = jax.tree.map(lambda x: x * 1j, rows)
-    with pytest.raises(ValueError, match=r'choose complex_metric="real" .* or complex_metric="full"'):
+    with pytest.raises(
+        ValueError, match=r'choose complex_metric="real" .* or complex_metric="full"'
+    ):
         tx.update(grads, state, branches=complex_rows)
     full = optax_curv.scale_by_branch_fisher(complex_metric="full")
-    with pytest.raises(ValueError, match=r"expected complex gradients with complex_metric='full', got .*float32"):
+    with pytest.raises(
+        ValueError, match=r"expected complex gradients with complex_metric='full', got .*float32"
+    ):
         full.update(grads, full.init(grads), branches=complex_rows)
-    with pytest.raises(ValueError, match=r"expected real gradients for branches \[K, D\], got complex"):
+    with pytest.raises(
+        ValueError, match=r"expected real gradients for branches \[K, D\], got complex"
+    ):
         full.update(complex_rows, full.init(complex_rows), branches=jnp.ones((2, 3)))
     with pytest.raises(ValueError, match=r"unknown complex_metric='hermitian'"):
         optax_curv.scale_by_branch_fisher(complex_metric="hermitian")

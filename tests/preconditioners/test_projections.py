@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_curv.preconditioners import projections
+from optax_curv.preconditioners._branches import projections
 
 EXACT = 1e-12  # float64 rounding of sums of a few hundred terms
 SINGLE = 5e-6  # float32: one Cholesky QR of a matrix of condition 3
@@ -19,7 +19,9 @@ SIZE = 49
 
 
 def flat(tree):
-    return np.concatenate([np.reshape(leaf, (-1, leaf.shape[-1])) for leaf in jax.tree.leaves(tree)])
+    return np.concatenate(
+        [np.reshape(leaf, (-1, leaf.shape[-1])) for leaf in jax.tree.leaves(tree)]
+    )
 
 
 @pytest.fixture(params=[2**22, 16], ids=["one chunk a leaf", "many chunks"])
@@ -36,18 +38,24 @@ def test_pull_and_push_use_the_same_numbers(chunk_entries, x64):
     np.testing.assert_allclose(jax.jit(basis.pull)(gradient), matrix.T @ vector, rtol=0, atol=EXACT)
     pushed = jax.jit(basis.push)(jnp.arange(5.0))
     assert jax.tree.map(jnp.shape, pushed) == jax.tree.map(jnp.shape, LIKE)
-    np.testing.assert_allclose(flat(jax.tree.map(lambda x: x[..., None], pushed))[:, 0], matrix @ np.arange(5))
+    np.testing.assert_allclose(
+        flat(jax.tree.map(lambda x: x[..., None], pushed))[:, 0], matrix @ np.arange(5)
+    )
 
 
 def test_no_row_is_drawn_twice(chunk_entries):
-    matrix = flat(jax.jit(projections.gaussian(jax.random.key(0), LIKE, 5, jnp.float32).push)(jnp.eye(5)))
+    matrix = flat(
+        jax.jit(projections.gaussian(jax.random.key(0), LIKE, 5, jnp.float32).push)(jnp.eye(5))
+    )
     assert len(np.unique(matrix, axis=0)) == SIZE
 
 
 def test_entries_are_normal_with_variance_one_over_d():
     like, dimension = {"w": np.zeros(4000)}, 16
     matrix = flat(
-        jax.jit(projections.gaussian(jax.random.key(1), like, dimension, jnp.float32).push)(jnp.eye(dimension))
+        jax.jit(projections.gaussian(jax.random.key(1), like, dimension, jnp.float32).push)(
+            jnp.eye(dimension)
+        )
     )
     scaled = matrix * np.sqrt(dimension)
     for moment, value, spread in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
@@ -63,7 +71,12 @@ def test_factor_has_orthonormal_columns_and_restores_p(dimension):
         columns, triangle = basis.factor()
         eye = jnp.eye(triangle.shape[0])
         push = jax.vmap(columns.push, in_axes=1, out_axes=-1)
-        return basis.push(jnp.eye(dimension)), push(eye), triangle, jax.vmap(columns.pull, in_axes=-1)(push(eye))
+        return (
+            basis.push(jnp.eye(dimension)),
+            push(eye),
+            triangle,
+            jax.vmap(columns.pull, in_axes=-1)(push(eye)),
+        )
 
     p, q, triangle, gram = matrices()
     rank = min(SIZE, dimension)
@@ -92,7 +105,9 @@ def test_an_array_and_a_tree_of_the_same_numbers_agree(x64):
     np.testing.assert_array_equal(one.pull(like), other.pull(like))
 
 
-@pytest.mark.parametrize("wrong", [np.zeros((6, 4)), np.zeros((7, 5)), {"a": np.zeros((3, 4))}, np.zeros(7)])
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((6, 4)), np.zeros((7, 5)), {"a": np.zeros((3, 4))}, np.zeros(7)]
+)
 def test_a_projection_of_another_shape_is_refused_by_both_shapes(wrong):
     like = {"b": np.zeros((2, 2)), "a": np.zeros(3)}
     with pytest.raises(ValueError, match=r"projection has shape .* expected \(7, 4\).*\(2, 2, 4\)"):
@@ -101,7 +116,10 @@ def test_a_projection_of_another_shape_is_refused_by_both_shapes(wrong):
 
 @pytest.mark.parametrize("factored", [False, True])
 def test_ten_million_parameters_take_less_than_a_gigabyte(factored):
-    like = {"w": jax.ShapeDtypeStruct((2500, 2000), jnp.float32), "v": jax.ShapeDtypeStruct((5_000_000,), jnp.float32)}
+    like = {
+        "w": jax.ShapeDtypeStruct((2500, 2000), jnp.float32),
+        "v": jax.ShapeDtypeStruct((5_000_000,), jnp.float32),
+    }
 
     def through(factored, tree):
         basis = projections.gaussian(jax.random.key(0), tree, 64, jnp.float32)

@@ -22,7 +22,9 @@ def predict(params, inputs):
 def problem(dtype="float64"):
     rng = np.random.default_rng(0)
     params = {"w": rng.normal(size=(2, 3)), "v": rng.normal(size=(3, 4))}
-    params, inputs = jax.tree.map(lambda x: jnp.asarray(x, dtype), (params, rng.normal(size=(8, 2))))
+    params, inputs = jax.tree.map(
+        lambda x: jnp.asarray(x, dtype), (params, rng.normal(size=(8, 2)))
+    )
     return params, (inputs, jnp.asarray(rng.integers(0, 4, 8)))
 
 
@@ -53,7 +55,9 @@ def dense_step(objective, params, batch, directions):
 
 @pytest.mark.parametrize("likelihood", ["categorical", "normal"])
 @pytest.mark.parametrize("regularizer", [None, penalty])
-def test_updates_minimise_the_dense_model_over_direction_and_previous_update(x64, likelihood, regularizer):
+def test_updates_minimise_the_dense_model_over_direction_and_previous_update(
+    x64, likelihood, regularizer
+):
     params, (inputs, classes) = problem()
     batch = (inputs, jax.nn.one_hot(classes, 4))
     objective = Objective(predict, likelihood, regularizer=regularizer)
@@ -96,7 +100,10 @@ def test_a_direction_parallel_to_the_previous_update_or_zero_stays_finite():
     assert state.coefficients[1] == 0
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=SINGLE), again, first)
     still, state = step(params, tx.init(params), jax.tree.map(jnp.zeros_like, params), batch)
-    assert not any(jnp.any(leaf != 0) for leaf in jax.tree.leaves(still)) and state.total_notfinite == 0
+    assert (
+        not any(jnp.any(leaf != 0) for leaf in jax.tree.leaves(still))
+        and state.total_notfinite == 0
+    )
 
 
 def test_masked_examples_do_not_enter_the_model(x64):
@@ -125,14 +132,23 @@ def trained(damping, steps=12):
     params, batch = problem("float32")
     objective = Objective(predict, "categorical")
     tx = optax_curv.adapt_damping(
-        lambda lam: optax.chain(optax_curv.scale_by_quadratic_model(lam), optax.scale_by_learning_rate(1.0)), damping
+        lambda lam: optax.chain(
+            optax_curv.scale_by_quadratic_model(lam), optax.scale_by_learning_rate(1.0)
+        ),
+        damping,
     )
 
     def step(carry, _):
         params, state = carry
         value, grads = jax.value_and_grad(objective)(params, *batch)
-        updates, state = tx.update(grads, state, params, objective=objective, batch=batch, value=value)
-        return (optax.apply_updates(params, updates), state), (value, state.damping, state.reduction_ratio)
+        updates, state = tx.update(
+            grads, state, params, objective=objective, batch=batch, value=value
+        )
+        return (optax.apply_updates(params, updates), state), (
+            value,
+            state.damping,
+            state.reduction_ratio,
+        )
 
     return jax.lax.scan(step, (params, tx.init(params)), length=steps)[1]
 
@@ -140,8 +156,14 @@ def trained(damping, steps=12):
 def test_a_sweep_over_damping_equals_single_runs():
     sweep = jax.jit(jax.vmap(trained))(jnp.array([0.1, 10.0]))
     alone = jax.jit(trained)(10.0)
-    jax.tree.map(lambda many, one: np.testing.assert_allclose(many[1], one, rtol=1e-4), sweep, alone)
-    assert np.all(alone[1][:4] == 10.0) and alone[1][4] != 10.0 and np.all(alone[1][4:9] == alone[1][4])
+    jax.tree.map(
+        lambda many, one: np.testing.assert_allclose(many[1], one, rtol=1e-4), sweep, alone
+    )
+    assert (
+        np.all(alone[1][:4] == 10.0)
+        and alone[1][4] != 10.0
+        and np.all(alone[1][4:9] == alone[1][4])
+    )
 
 
 @pytest.mark.parametrize(("delta", "power"), [(1.0, 5), (2.0, 0), (3.3, -5), (-1.0, -5)])
@@ -149,7 +171,9 @@ def test_damping_follows_the_reduction_ratio(x64, delta, power):
     """L(w) = ½ (sin w − 2)² at 0 has slope −2 and Gauss-Newton curvature 1."""
     objective = Objective(lambda w, x: jnp.sin(w * x), "normal")
     w, batch, damping = jnp.zeros(1), (jnp.ones(1), 2 * jnp.ones(1)), 0.05
-    tx = optax_curv.adapt_damping(lambda lam: optax.scale(delta), damping, adapt_every=1, factor=0.95**5)
+    tx = optax_curv.adapt_damping(
+        lambda lam: optax.scale(delta), damping, adapt_every=1, factor=0.95**5
+    )
     _, state = jitted(tx, objective)(w, tx.init(w), jnp.ones(1), batch)
     predicted = -2 * delta + 0.5 * (1 + damping) * delta**2
     ratio = (0.5 * (np.sin(delta) - 2) ** 2 - 2) / predicted if predicted < 0 else 0
@@ -160,7 +184,9 @@ def test_damping_follows_the_reduction_ratio(x64, delta, power):
 def test_a_step_to_an_infinite_loss_raises_the_damping_within_its_bounds():
     objective = Objective(lambda w, x: jnp.exp(w * x), "normal")
     w, batch = jnp.array([1.0]), (jnp.ones(1), jnp.zeros(1))
-    tx = optax_curv.adapt_damping(lambda lam: optax.scale(1000.0), 1.0, adapt_every=1, factor=0.5, max_damping=3.0)
+    tx = optax_curv.adapt_damping(
+        lambda lam: optax.scale(1000.0), 1.0, adapt_every=1, factor=0.5, max_damping=3.0
+    )
     step, state = jitted(tx, objective), tx.init(w)
     for expected in (2.0, 3.0):
         _, state = step(w, state, w, batch)
@@ -173,20 +199,34 @@ def test_what_is_not_finite_leaves_the_state_alone_and_is_counted(poison):
     tx = optax_curv.adapt_damping(optax_curv.scale_by_quadratic_model, adapt_every=1)
     step = jitted(tx, Objective(predict, "categorical"))
     _, state = step(params, tx.init(params), params, (inputs, classes))
-    bad = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), params) if poison == "updates" else params
+    bad = (
+        jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), params)
+        if poison == "updates"
+        else params
+    )
     bad_inputs = inputs.at[0].set(jnp.inf * 0) if poison == "inputs" else inputs
     updates, kept = step(params, state, bad, (bad_inputs, classes))
     assert not any(jnp.any(leaf != 0) for leaf in jax.tree.leaves(updates))
     assert kept.total_notfinite == 1
-    jax.tree.map(np.testing.assert_array_equal, kept._replace(total_notfinite=0), state._replace(total_notfinite=0))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        kept._replace(total_notfinite=0),
+        state._replace(total_notfinite=0),
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"params": None}, "requires the current value of parameters"),
-        ({"objective": None}, r"expected the extra argument objective= .* got None.*Objective\(predict_fn"),
-        ({"objective": predict}, r"expected the extra argument objective= .* got <function predict"),
+        (
+            {"objective": None},
+            r"expected the extra argument objective= .* got None.*Objective\(predict_fn",
+        ),
+        (
+            {"objective": predict},
+            r"expected the extra argument objective= .* got <function predict",
+        ),
         ({"batch": None}, r"batch=\(inputs, targets\), got None"),
         ({"batch": jnp.ones(2)}, r"batch=\(inputs, targets\), got a ArrayImpl"),
         ({"value": None}, "value= is missing"),
@@ -197,7 +237,13 @@ def test_missing_arguments_are_refused(changes, message):
     params, batch = problem("float32")
     objective = Objective(predict, "categorical")
     tx = optax_curv.adapt_damping(optax_curv.scale_by_quadratic_model)
-    given = {"updates": params, "params": params, "objective": objective, "batch": batch, "value": 0.0} | changes
+    given = {
+        "updates": params,
+        "params": params,
+        "objective": objective,
+        "batch": batch,
+        "value": 0.0,
+    } | changes
     with pytest.raises(ValueError, match=message):
         tx.update(given.pop("updates"), tx.init(params), given.pop("params"), **given)
 
@@ -205,12 +251,24 @@ def test_missing_arguments_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: optax_curv.scale_by_quadratic_model(-1.0), "expected damping >= 0, got damping=-1.0"),
-        (lambda: optax_curv.adapt_damping(optax.scale, 0.0), "expected damping > 0, got damping=0.0"),
-        (lambda: optax_curv.adapt_damping(optax.scale, factor=2.0), "expected factor <= 1, got factor=2.0"),
+        (
+            lambda: optax_curv.scale_by_quadratic_model(-1.0),
+            "expected damping >= 0, got damping=-1.0",
+        ),
+        (
+            lambda: optax_curv.adapt_damping(optax.scale, 0.0),
+            "expected damping > 0, got damping=0.0",
+        ),
+        (
+            lambda: optax_curv.adapt_damping(optax.scale, factor=2.0),
+            "expected factor <= 1, got factor=2.0",
+        ),
         (lambda: optax_curv.adapt_damping(optax.scale, adapt_every=0), "expected adapt_every >= 1"),
         (lambda: optax_curv.adapt_damping(optax.scale, max_damping=0), "expected max_damping > 0"),
-        (lambda: optax_curv.scale_by_quadratic_model().init({"n": jnp.ones(2, int)}), r"\['n'\] has dtype int"),
+        (
+            lambda: optax_curv.scale_by_quadratic_model().init({"n": jnp.ones(2, int)}),
+            r"\['n'\] has dtype int",
+        ),
     ],
 )
 def test_bad_numbers_are_refused(make, message):

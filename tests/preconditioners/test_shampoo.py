@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import optax_curv
-from optax_curv.preconditioners import symmetric_pairs
+from optax_curv.linalg import symmetric_pairs
 
 ROUNDING = 1e-8  # relative, in float64, through roots of factors damped to condition 1e6
 DAMPING = 1e-6
@@ -49,7 +49,13 @@ def test_the_direction_is_the_kronecker_product_of_roots_times_the_momentum(shap
     """u = (⊗ Fᵢ)⁻ᵉ vec(m) with averages of Adam's kind, whatever the rank."""
     decay, b1, steps = 0.9, 0.8, gradients(shape, shape, shape)
     tx = optax_curv.scale_by_shampoo(
-        decay, b1=b1, nesterov=False, exponent=exponent, damping=DAMPING, refresh_growth=np.inf, root_every=1
+        decay,
+        b1=b1,
+        nesterov=False,
+        exponent=exponent,
+        damping=DAMPING,
+        refresh_growth=np.inf,
+        root_every=1,
     )
     updates, state = run(tx, steps)
     factors, momentum = [0.0] * len(shape), 0.0
@@ -59,9 +65,13 @@ def test_the_direction_is_the_kronecker_product_of_roots_times_the_momentum(shap
         roots = [damped_power(f / (1 - decay**count), exponent) for f in factors]
         whole = functools.reduce(np.kron, roots)
         expected = whole @ momentum.ravel() / (1 - b1**count)
-        np.testing.assert_allclose(u.ravel(), expected, rtol=0, atol=ROUNDING * np.abs(expected).max())
+        np.testing.assert_allclose(
+            u.ravel(), expected, rtol=0, atol=ROUNDING * np.abs(expected).max()
+        )
     for kept, factor in zip(state.factors, factors, strict=True):
-        np.testing.assert_allclose(symmetric_pairs.first(kept), factor / (1 - decay ** len(steps)), rtol=1e-12)
+        np.testing.assert_allclose(
+            symmetric_pairs.first(kept), factor / (1 - decay ** len(steps)), rtol=1e-12
+        )
 
 
 def test_roots_by_orthogonal_iteration_are_those_of_the_tracked_basis(x64):
@@ -76,10 +86,18 @@ def test_roots_by_orthogonal_iteration_are_those_of_the_tracked_basis(x64):
     for step in range(steps):
         for i, f in enumerate(factors):
             image = f @ bases[i]
-            bases[i], _ = np.linalg.qr(image[:, np.argsort(-np.sum(bases[i] * image, axis=0), kind="stable")])
-        values = [np.maximum(np.sum(q * (f @ q), axis=0), 0) for f, q in zip(factors, bases, strict=True)]
-        left, right = ((q * (v + DAMPING * v.max()) ** -0.5) @ q.T for q, v in zip(bases, values, strict=True))
-        np.testing.assert_allclose(updates[step], left @ g @ right, rtol=0, atol=1e-6 * jnp.abs(updates[step]).max())
+            bases[i], _ = np.linalg.qr(
+                image[:, np.argsort(-np.sum(bases[i] * image, axis=0), kind="stable")]
+            )
+        values = [
+            np.maximum(np.sum(q * (f @ q), axis=0), 0) for f, q in zip(factors, bases, strict=True)
+        ]
+        left, right = (
+            (q * (v + DAMPING * v.max()) ** -0.5) @ q.T for q, v in zip(bases, values, strict=True)
+        )
+        np.testing.assert_allclose(
+            updates[step], left @ g @ right, rtol=0, atol=1e-6 * jnp.abs(updates[step]).max()
+        )
     np.testing.assert_allclose(updates[-1], exact, rtol=0, atol=0.03 * jnp.abs(exact).max())
     np.testing.assert_allclose(state.bases[0].T @ state.bases[0], np.eye(6), atol=1e-12)
 
@@ -99,13 +117,17 @@ def test_the_alias_sends_matrices_to_shampoo_and_the_rest_to_adam():
     shapes = {"embedding": (5, 4), "kernel": (4, 3), "bias": (3,)}
     params = dict(zip(shapes, gradients(*shapes.values()), strict=True))
     grads = dict(zip(shapes, gradients(*shapes.values(), seed=1), strict=True))
-    tx = optax_curv.shampoo(0.1, weight_decay=0.01, adam_for=lambda path, leaf: path[0].key == "embedding")
+    tx = optax_curv.shampoo(
+        0.1, weight_decay=0.01, adam_for=lambda path, leaf: path[0].key == "embedding"
+    )
     updates, _ = quick_jit(tx.update)(grads, tx.init(params), params)
     ours = optax.chain(optax_curv.scale_by_shampoo(damping=1e-5), optax_curv.normalize_by_rms(0.2))
     direction, _ = optax.scale_by_adam().update(grads, optax.scale_by_adam().init(params))
     direction["kernel"], _ = quick_jit(ours.update)(grads["kernel"], ours.init(params["kernel"]))
     for name in shapes:
-        np.testing.assert_allclose(updates[name], -0.1 * (direction[name] + 0.01 * params[name]), rtol=1e-3)
+        np.testing.assert_allclose(
+            updates[name], -0.1 * (direction[name] + 0.01 * params[name]), rtol=1e-3
+        )
 
 
 def test_an_nnx_optimizer_takes_the_same_steps_as_a_tree():
@@ -144,20 +166,34 @@ def test_the_covariance_is_the_fixed_point_of_the_kl_variant(x64):
         for f, r in zip(factors, roots, strict=True)
     )
     state = tx.init(jnp.zeros((3, 4)))._replace(count=jnp.int32(1), factors=kept)
-    units = jnp.eye(12).reshape(12, 3, 4) * jnp.sqrt(12.0)  # their mean outer product is the identity
+    units = jnp.eye(12).reshape(12, 3, 4) * jnp.sqrt(
+        12.0
+    )  # their mean outer product is the identity
     steps = jax.vmap(lambda z: tx.update(halves[0] @ z @ halves[1], state)[1].factors)
     for kept, factor in zip(quick_jit(steps)(units), factors, strict=True):
-        np.testing.assert_allclose(symmetric_pairs.first(kept).mean(axis=0), factor, atol=1e-4 * jnp.abs(factor).max())
+        np.testing.assert_allclose(
+            symmetric_pairs.first(kept).mean(axis=0), factor, atol=1e-4 * jnp.abs(factor).max()
+        )
 
 
 @pytest.mark.parametrize("root", ["eigh", "newton", "qr"])
 def test_gradients_of_every_fault_leave_all_finite(root):
     """Zero, rank-1 and huge gradients, and a leaf that wakes late, which moves at once."""
-    tx = optax.chain(optax_curv.scale_by_shampoo(root_every=100, root=root), optax_curv.normalize_by_rms(0.2))
+    tx = optax.chain(
+        optax_curv.scale_by_shampoo(root_every=100, root=root), optax_curv.normalize_by_rms(0.2)
+    )
     state, update = tx.init(jnp.zeros((4, 3))), quick_jit(tx.update)
     normal = gradients((4, 3))[0].astype(jnp.float32)
     rank_one = jnp.outer(normal[:, 0], normal[0])
-    for g in (*[0 * normal] * 30, normal, rank_one, 1e15 * normal, 1e30 * normal, 1e-15 * normal, normal):
+    for g in (
+        *[0 * normal] * 30,
+        normal,
+        rank_one,
+        1e15 * normal,
+        1e30 * normal,
+        1e-15 * normal,
+        normal,
+    ):
         updates, state = update(g, state)
         assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves((updates, state)))
         assert jnp.any(g) == jnp.any(updates) or jnp.max(jnp.abs(g)) > 1e20
@@ -182,7 +218,9 @@ def test_bad_options_are_refused(options, message):
 
 def test_labels_that_miss_a_leaf_or_say_nothing_are_refused():
     params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
-    with pytest.raises(ValueError, match=r"adam_for must label every leaf; it misses \[\"\['b'\]\"\]"):
+    with pytest.raises(
+        ValueError, match=r"adam_for must label every leaf; it misses \[\"\['b'\]\"\]"
+    ):
         optax_curv.shampoo(0.1, adam_for={"w": True}).init(params)
     with pytest.raises(ValueError, match=r"adam_for gives 'sgd' for the leaf \['w'\]"):
         optax_curv.shampoo(0.1, adam_for={"w": "sgd", "b": True}).init(params)
@@ -193,7 +231,13 @@ RATE = 0.2  # the best of 0.05, 0.1, 0.2 and 0.5 at the default period
 
 
 def weights():
-    return dict(zip(("w1", "w2"), (x.astype(jnp.float32) / 2 for x in gradients((6, 8), (8, 3), seed=3)), strict=True))
+    return dict(
+        zip(
+            ("w1", "w2"),
+            (x.astype(jnp.float32) / 2 for x in gradients((6, 8), (8, 3), seed=3)),
+            strict=True,
+        )
+    )
 
 
 def fitted(params, x):
@@ -213,7 +257,9 @@ def training_losses(period, rate, one_example, asleep):
     def step(carry, count):
         params, state = carry
         place = (jnp.arange(EXAMPLES) - 16 * count) % EXAMPLES
-        chosen = jnp.where(one_example, jnp.arange(EXAMPLES) == count % EXAMPLES, place < 16).astype(jnp.float32)
+        chosen = jnp.where(
+            one_example, jnp.arange(EXAMPLES) == count % EXAMPLES, place < 16
+        ).astype(jnp.float32)
         grads = jax.grad(loss)(params, chosen)
         grads["w2"] = jnp.where(count < asleep, 0, grads["w2"])
         updates, state = tx.update(grads, state, params)

@@ -11,7 +11,8 @@ import pytest
 import optax_curv
 
 ROUNDING = 1e-7  # relative, in float64, through some steps of QR iteration
-# Not 1e-8: the first gradient is diagonal in its own basis, and eps what its other entries, rounding, are divided by.
+# Not 1e-8: the first gradient is diagonal in its own basis, and eps what its other entries,
+# rounding, are divided by.
 B1, B2, EPS, EVERY = 0.9, 0.8, 1e-3, 2
 
 # Small matrices take longer to compile than to run.
@@ -48,7 +49,9 @@ def published(steps, basis):
         inside = inside / (np.sqrt(v / (1 - B2 ** (count + 1))) + EPS)
         yield q_left @ inside @ q_right.T
         if count and count % EVERY == 0:
-            orders = [np.argsort(-np.diag(q.T @ f @ q)) for q, f in ((q_left, left), (q_right, right))]
+            orders = [
+                np.argsort(-np.diag(q.T @ f @ q)) for q, f in ((q_left, left), (q_right, right))
+            ]
             v = v[orders[0]][:, orders[1]]
             if basis == "eigh":
                 q_left, q_right = map(eigenvectors, (left, right))
@@ -60,7 +63,9 @@ def published(steps, basis):
 @pytest.mark.parametrize("basis", ["qr", "eigh"])
 def test_every_step_is_that_of_the_published_recursion(basis, x64):
     steps = gradients(7, (4, 4))
-    updates, state = run(optax_curv.scale_by_soap(B1, B2, eps=EPS, basis_every=EVERY, basis=basis), steps)
+    updates, state = run(
+        optax_curv.scale_by_soap(B1, B2, eps=EPS, basis_every=EVERY, basis=basis), steps
+    )
     for u, expected in zip(updates, published(steps, basis), strict=True):
         np.testing.assert_allclose(u, expected, rtol=0, atol=ROUNDING * np.abs(expected).max())
     for q in state.bases:
@@ -110,13 +115,19 @@ LAYERS = optax_curv.Layers([optax_curv.Layer("dense", "dense", "['w']", "['b']",
 
 def statistic(seed):
     x, y = (np.asarray(g) for shape in ((9, 4), (9, 2)) for g in gradients(1, shape, seed))
-    return {"dense": optax_curv.KroneckerFactors(jnp.asarray(x.T @ x), jnp.asarray(y.T @ y), jnp.int32(1))}
+    return {
+        "dense": optax_curv.KroneckerFactors(
+            jnp.asarray(x.T @ x), jnp.asarray(y.T @ y), jnp.int32(1)
+        )
+    }
 
 
 def test_adam_in_the_basis_of_captured_factors(x64):
     """The moments are Adam's of the rotated gradient while the basis stays, and the rule is not its rotation."""
     tx = optax_curv.scale_by_adam_in_basis(LAYERS, B1, B2, eps=EPS)
-    steps = [{"w": w, "b": b} for w, b in zip(gradients(3, (3, 2)), gradients(3, (2,), 1), strict=True)]
+    steps = [
+        {"w": w, "b": b} for w, b in zip(gradients(3, (3, 2)), gradients(3, (2,), 1), strict=True)
+    ]
     state, adam = tx.init(steps[0]), optax.scale_by_adam(B1, B2, EPS)
     update = quick_jit(lambda g, s, c: tx.update(g, s, curvature=c))
     rotated_state = None
@@ -125,7 +136,9 @@ def test_adam_in_the_basis_of_captured_factors(x64):
         u_a, u_g = state.basis["dense"]
         first = statistic(0)["dense"]
         np.testing.assert_allclose(
-            np.diag(np.diag(u_a.T @ first.input_factor @ u_a)), u_a.T @ first.input_factor @ u_a, atol=1e-9
+            np.diag(np.diag(u_a.T @ first.input_factor @ u_a)),
+            u_a.T @ first.input_factor @ u_a,
+            atol=1e-9,
         )
         rotated = u_a.T @ jnp.concatenate([grads["w"], grads["b"][None]]) @ u_g
         rotated_state = adam.init(rotated) if rotated_state is None else rotated_state
@@ -143,7 +156,10 @@ def test_adam_in_the_basis_of_captured_factors(x64):
         (lambda: optax_curv.scale_by_soap(basis="svd"), r"unknown basis='svd'"),
         (lambda: optax_curv.scale_by_soap(block_size=0), r"expected block_size >= 1"),
         (lambda: optax_curv.scale_by_adam_in_basis(LAYERS, eps=-1), r"expected eps >= 0"),
-        (lambda: optax_curv.soap(0.1, adam_for={"w": 3}).init({"w": jnp.ones((2, 2))}), r"adam_for gives 3 for .*'w'"),
+        (
+            lambda: optax_curv.soap(0.1, adam_for={"w": 3}).init({"w": jnp.ones((2, 2))}),
+            r"adam_for gives 3 for .*'w'",
+        ),
     ],
 )
 def test_bad_options_are_refused(make, message):

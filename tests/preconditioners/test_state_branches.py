@@ -9,7 +9,9 @@ import pytest
 import optax_curv
 
 FLOAT64 = 1e-9  # relative; the dense reference's own rounding at damping 1e-6
-MONTE_CARLO = 0.06  # of the gradient's norm: 10,000 draws of a direction about twice as long as the gradient
+MONTE_CARLO = (
+    0.06  # of the gradient's norm: 10,000 draws of a direction about twice as long as the gradient
+)
 FLOAT32 = 1e-5
 NOISELESS = 1e-6
 
@@ -24,7 +26,11 @@ def problem(n=9, count=6, dimension=4, seed=0):
     """Gradient (a tree), branches, projection; all in float64 or float32 as JAX is set."""
     rng = np.random.default_rng(seed)
     grads = {"a": jnp.asarray(rng.normal(size=n - 2)), "b": jnp.asarray(rng.normal(size=(2, 1)))}
-    return grads, jnp.asarray(rng.normal(size=(count, dimension)) + 2), jnp.asarray(rng.normal(size=(n, dimension)))
+    return (
+        grads,
+        jnp.asarray(rng.normal(size=(count, dimension)) + 2),
+        jnp.asarray(rng.normal(size=(n, dimension))),
+    )
 
 
 def flat(tree):
@@ -77,7 +83,9 @@ def test_direction_equals_the_dense_solve(make, centered, x64):
     grads, branches, projection = problem()
     options = {"max_iters": 50, "tol": 0.0} if make is METHODS["fisher"] else {}
     tx = make(0.1, centered=centered, **options)
-    direction, state = jax.jit(tx.update)(grads, tx.init(grads), branches=branches, projection=projection)
+    direction, state = jax.jit(tx.update)(
+        grads, tx.init(grads), branches=branches, projection=projection
+    )
     metric = covariance(make, branches, centered) + 0.1 * np.eye(4)
     dense = projection @ np.linalg.solve(metric, projection.T @ flat(grads))
     assert relative(flat(direction), dense) < FLOAT64
@@ -85,7 +93,9 @@ def test_direction_equals_the_dense_solve(make, centered, x64):
 
 
 @both_methods
-def test_complement_in_float32_holds_where_the_damping_is_below_the_rounding_of_the_metric(make, x64):
+def test_complement_in_float32_holds_where_the_damping_is_below_the_rounding_of_the_metric(
+    make, x64
+):
     grads, branches, projection = problem(n=300, count=12, dimension=4)
     projection = 100 * projection  # ‖P cov Pᵀ‖ is about 1e7, its float32 rounding about 1
     tx = make(1e-3, complement=True)
@@ -108,7 +118,9 @@ def test_fresh_gaussian_projections_average_to_a_multiple_of_the_gradient(make):
         return tx.update(grads, state._replace(key=key), branches=branches)[0]
 
     keys = jax.vmap(lambda seed: jax.random.key_data(jax.random.key(seed)))(jnp.arange(10_000))
-    mean = flat(jax.jit(lambda keys: jax.tree.map(lambda d: d.mean(0), jax.vmap(direction)(keys)))(keys))
+    mean = flat(
+        jax.jit(lambda keys: jax.tree.map(lambda d: d.mean(0), jax.vmap(direction)(keys)))(keys)
+    )
     multiple = np.trace(np.linalg.inv(covariance(make, branches) + np.eye(4))) / 4
     error = np.linalg.norm(mean - multiple * flat(grads)) / np.linalg.norm(flat(grads))
     assert error < MONTE_CARLO
@@ -129,7 +141,10 @@ def test_complement_passes_what_the_projection_cannot_see(make, projection):
         vectors.append(flat(jax.tree.map(jnp.subtract, other, step(other))))
     left = np.linalg.svd(np.array(vectors, np.float64).T, full_matrices=False)[0]
     unseen = flat(grads) - left @ (left.T @ flat(grads))
-    tree = {"a": jnp.asarray(unseen[:-2], jnp.float32), "b": jnp.asarray(unseen[-2:, None], jnp.float32)}
+    tree = {
+        "a": jnp.asarray(unseen[:-2], jnp.float32),
+        "b": jnp.asarray(unseen[-2:, None], jnp.float32),
+    }
     np.testing.assert_allclose(flat(step(tree)), unseen, atol=FLOAT32)
     assert np.linalg.norm(seen) > 0.1
 
@@ -144,7 +159,9 @@ def test_orthonormal_is_a_projector_at_zero_covariance(x64):
     np.testing.assert_array_equal(after.key, state.key)
 
 
-@pytest.mark.parametrize(("projection", "explicit", "moves"), [("gaussian", 0, 1), ("gaussian", 1, 0), ("fixed", 0, 0)])
+@pytest.mark.parametrize(
+    ("projection", "explicit", "moves"), [("gaussian", 0, 1), ("gaussian", 1, 0), ("fixed", 0, 0)]
+)
 def test_only_a_drawn_gaussian_moves_the_key(projection, explicit, moves):
     grads, branches, matrix = problem()
     tx = optax_curv.scale_by_branch_fisher(0.1, projection=projection, key=3)
@@ -166,7 +183,9 @@ def test_the_same_key_gives_the_same_direction_without_jit():
 
 
 @both_methods
-@pytest.mark.parametrize("branches", [None, np.ones(5, np.float32), np.ones((2, 3, 2), np.float32), 1.0])
+@pytest.mark.parametrize(
+    "branches", [None, np.ones(5, np.float32), np.ones((2, 3, 2), np.float32), 1.0]
+)
 def test_without_two_dimensional_branches_the_gradient_passes(make, branches):
     grads = {"w": jnp.array([3.0, 4.0])}
     tx = make()
@@ -184,12 +203,16 @@ def test_few_branches_and_few_dimensions(make, complement, x64):
         tx = make(0.5, complement=complement)
         projection = np.eye(9)[:, :dimension]
         branches = np.arange(count * dimension).reshape(count, dimension)  # integers
-        direction, state = jax.jit(tx.update)(grads, tx.init(grads), branches=branches, projection=projection)
+        direction, state = jax.jit(tx.update)(
+            grads, tx.init(grads), branches=branches, projection=projection
+        )
         cov = covariance(make, branches) if count else np.zeros((dimension, dimension))
         inverse = projection @ np.linalg.inv(cov + 0.5 * np.eye(dimension)) @ projection.T
         if complement:
             inverse = 0.5 * np.linalg.inv(0.5 * np.eye(9) + projection @ cov @ projection.T)
-        np.testing.assert_allclose(flat(direction), inverse @ flat(grads), rtol=FLOAT64, atol=FLOAT64)
+        np.testing.assert_allclose(
+            flat(direction), inverse @ flat(grads), rtol=FLOAT64, atol=FLOAT64
+        )
         assert state.total_notfinite == 0
 
 
@@ -200,10 +223,17 @@ def test_a_nan_or_infinity_gives_a_zero_update_and_leaves_the_state(make, comple
     tx = make(0.1, complement=complement)
     step = jax.jit(tx.update)
     _, state = step(grads, tx.init(grads), branches=branches, projection=projection)
-    for where, value in (("gradients", np.nan), ("branches", np.inf), ("branches", np.nan), ("projection", np.nan)):
+    for where, value in (
+        ("gradients", np.nan),
+        ("branches", np.inf),
+        ("branches", np.nan),
+        ("projection", np.nan),
+    ):
         bad = {"gradients": grads, "branches": branches, "projection": projection}
         bad[where] = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(value), bad[where])  # noqa: B023
-        updates, after = step(bad["gradients"], state, branches=bad["branches"], projection=bad["projection"])
+        updates, after = step(
+            bad["gradients"], state, branches=bad["branches"], projection=bad["projection"]
+        )
         assert_equal_trees(updates, jax.tree.map(jnp.zeros_like, grads))
         assert_equal_trees(after, state._replace(total_notfinite=jnp.int32(1)))
         again, _ = step(grads, after, branches=branches, projection=projection)
@@ -215,7 +245,9 @@ def test_an_overflowing_direction_is_skipped_and_counted(make):
     grads, branches, projection = problem()
     tx = make(0.0)
     huge = jax.tree.map(lambda g: g.astype(jnp.float32) * 1e38, grads)
-    updates, state = jax.jit(tx.update)(huge, tx.init(grads), branches=1e-9 * branches, projection=projection)
+    updates, state = jax.jit(tx.update)(
+        huge, tx.init(grads), branches=1e-9 * branches, projection=projection
+    )
     assert not np.any(flat(updates))
     assert state.total_notfinite == 1
 
@@ -252,7 +284,9 @@ def test_bad_shapes_are_refused(make):
     state = tx.init(grads)
     with pytest.raises(ValueError, match=r"needs D <= n, got branches with D = 10 for n = 9"):
         tx.update(grads, state, branches=jnp.ones((3, 10)))
-    with pytest.raises(ValueError, match=r"gradients and the parameters differ in shape.*\(7,\).*\(8,\)"):
+    with pytest.raises(
+        ValueError, match=r"gradients and the parameters differ in shape.*\(7,\).*\(8,\)"
+    ):
         tx.update(grads, state, grads | {"a": jnp.ones(8)}, branches=branches)
     with pytest.raises(ValueError, match=r"expected real branches \[K, D\], got complex ones"):
         make().update(grads, state, branches=branches * 1j)
@@ -269,13 +303,17 @@ def test_numbers_may_be_traced_scheduled_and_injected(make):
         return update(grads, tx.init(grads), grads, branches=branches, projection=projection)[0]
 
     swept = jax.jit(jax.vmap(lambda damping: first(make(damping))))(jnp.array([0.1, 1.0]))
-    np.testing.assert_allclose(flat(jax.tree.map(lambda x: x[1], swept)), flat(first(make(1.0))), rtol=FLOAT32)
+    np.testing.assert_allclose(
+        flat(jax.tree.map(lambda x: x[1], swept)), flat(first(make(1.0))), rtol=FLOAT32
+    )
     schedule = optax.linear_schedule(1.0, 0.1, 1)
     tx = make(schedule)
     update = jax.jit(tx.update)
     _, state = update(grads, tx.init(grads), branches=branches, projection=projection)
     second, _ = update(grads, state, branches=branches, projection=projection)
-    np.testing.assert_allclose(flat(second), flat(jax.tree.map(lambda x: x[0], swept)), rtol=FLOAT32)
+    np.testing.assert_allclose(
+        flat(second), flat(jax.tree.map(lambda x: x[0], swept)), rtol=FLOAT32
+    )
 
 
 @both_methods
@@ -285,7 +323,9 @@ def test_low_precision_masked_and_empty_leaves(make):
     tx = optax.masked(make(0.1, complement=True), {"a": True, "b": True, "c": True, "d": False})
     state = tx.init(grads)
     updates, after = jax.jit(tx.update)(grads, state, grads, branches=branches)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), updates) == jax.tree.map(lambda x: (x.shape, x.dtype), grads)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), updates) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), grads
+    )
     assert updates["d"] == 2
     assert np.any(np.asarray(updates["a"], np.float32) != 1)
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, after)
@@ -299,6 +339,10 @@ def test_ten_million_parameters_step_within_a_gigabyte():
     params = {"w": jax.ShapeDtypeStruct((5_000, 2_000), jnp.float32)}
     branches = jax.ShapeDtypeStruct((16, 64), jnp.float32)
     tx = optax_curv.scale_by_branch_fisher(complement=True)
-    compiled = jax.jit(lambda g, s, b: tx.update(g, s, branches=b)).lower(params, tx.init(params), branches).compile()
+    compiled = (
+        jax.jit(lambda g, s, b: tx.update(g, s, branches=b))
+        .lower(params, tx.init(params), branches)
+        .compile()
+    )
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 2**30

@@ -1,0 +1,161 @@
+"""A loss as a jaxpr with the layers found in it."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_curv.capture._graph import views as layouts
+from optax_curv.capture._graph.jaxpr import inlined
+from optax_curv.capture._graph.marks import UNKNOWN, Batch, Mark, Node
+from optax_curv.capture._graph.uses import Use, group
+from optax_curv.capture._graph.walk import Walk
+from optax_curv.layers import Layers
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trace:
+    """See `trace`."""
+
+    layers: Layers
+    node: Node  # the function of flat parameters and array arguments
+    uses: dict[int, Use]
+    leaves: list  # the parameters as given
+    arrays: list
+    restore: Callable  # takes flat results to (the function's own result, what `update` wants)
+    grads: Callable  # takes the leaves' gradients to a tree like the parameters
+    update: Callable  # see `Model`
+    batch: int
+
+
+def _is_array(x) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def _is_numeric(x) -> bool:
+    return _is_array(x) or isinstance(x, bool | int | float | complex)
+
+
+def trace(function: Callable, params, args, kwargs, batch_size: int | None = None) -> Trace:
+    """Traces `function(params, *args, **kwargs)`, where leaves of arguments that are no arrays are static."""
+    model = take_apart(params)
+    grads_tree = jax.tree.structure(model.grads_like if model else params)
+    if model:
+        function, params = model.wrap(function), model.params
+    leaves, tree = jax.tree.flatten(params)
+    paths = [path for path, _ in jax.tree.leaves_with_path(params)]
+    for path, leaf in zip(paths, leaves, strict=True):
+        if not _is_numeric(leaf) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            got = (
+                f"has dtype {jnp.result_type(leaf)}"
+                if _is_numeric(leaf)
+                else f"is a {type(leaf).__name__}"
+            )
+            raise ValueError(
+                f"value_grad_and_curvature: the parameter {jax.tree_util.keystr(path) or 'at the root'} {got}, "
+                "expected a floating-point array; pass what is not trained as another argument."
+            )
+    others, other_tree = jax.tree.flatten((args, kwargs))
+    arrays = [x for x in others if _is_array(x)]
+
+    def flat(leaves, arrays):
+        given = iter(arrays)
+        args, kwargs = jax.tree.unflatten(
+            other_tree, [next(given) if _is_array(x) else x for x in others]
+        )
+        results, results_tree = jax.tree.flatten(
+            function(jax.tree.unflatten(tree, leaves), *args, **kwargs)
+        )
+        static[:] = [results_tree, [None if _is_numeric(x) else x for x in results]]
+        return [x for x in results if _is_numeric(x)]
+
+    def restore(flat):
+        given = iter(flat)
+        result = jax.tree.unflatten(static[0], [next(given) if x is None else x for x in static[1]])
+        return result if model else (result, None)
+
+    static: list = []
+    jaxpr = inlined(jax.make_jaxpr(flat)(leaves, arrays))
+    shapes = [tuple(v.aval.shape) for v in jaxpr.jaxpr.invars]
+    batch = _number_of_examples((args, kwargs)) if batch_size is None else batch_size
+    if not isinstance(batch, int | np.integer) or batch < 1:
+        raise ValueError(
+            "value_grad_and_curvature: the number of examples (batch_size, or the leading axis of the first array "
+            f"after the parameters) is {batch!r}; expected at least one, known at trace time."
+        )
+    batch = int(batch)
+    walk = Walk([jax.tree_util.keystr(path) for path in paths], batch)
+    node = Node(jaxpr)
+    results = walk.node(
+        node, *_initial_marks(shapes, [*map(jnp.shape, jaxpr.consts)], len(leaves), batch)
+    )
+    walk.seeds.settle(walk.uses, results)
+    unused = {leaf: reason for mark in results for leaf, reason in mark.derived}
+    layers, uses = group(walk.uses, walk.refused, unused, paths, shapes[: len(leaves)], batch)
+    update = model.update if model else lambda after: None
+    return Trace(layers, node, uses, leaves, arrays, restore, grads_tree.unflatten, update, batch)
+
+
+def _number_of_examples(args_and_kwargs) -> int:
+    """See `value_grad_and_curvature`."""
+    leading = {
+        len(path) > 3: x.shape[0]  # args or kwargs, the argument, and one key into it
+        for path, x in reversed(jax.tree.leaves_with_path(args_and_kwargs))
+        if _is_array(x) and x.shape and (x.shape, x.dtype) != ((2,), np.uint32)
+    }
+    return leading.get(False, leading.get(True, 1))
+
+
+def _initial_marks(shapes, constants, parameters: int, batch: int) -> tuple[list[Mark], list[Mark]]:
+    """Marks of the arguments and of the constants: whole leaves, and arrays whose leading axis holds the examples."""
+    # Constants count only where no argument has such an axis; where nothing has, all may depend on
+    # the examples.
+    leaves = [Mark(leaves=(layouts.whole(leaf, shapes[leaf]),)) for leaf in range(parameters)]
+    given, closed_over = (
+        [shape[:1] == (batch,) for shape in group] for group in (shapes[parameters:], constants)
+    )
+    if any(given):
+        closed_over = [False] * len(constants)
+    unknown = None if any(given + closed_over) else UNKNOWN
+    first, second = (
+        [Mark(batch=Batch(0) if holds else unknown) for holds in x] for x in (given, closed_over)
+    )
+    return leaves + first, second
+
+
+class Model(NamedTuple):
+    """A module taken apart."""
+
+    params: Any  # pure arrays
+    grads_like: Any  # an `nnx.State`, the structure of its gradients
+    wrap: Callable  # makes a function of the module one of `params` that also returns the other state after the call
+    update: Callable  # writes that state (batch statistics, random counters) back into the module
+
+
+def as_pure(tree):
+    """A tree with the arrays of its `nnx.Variable`s in their places."""
+    nnx = sys.modules["flax.nnx"]
+    return nnx.as_pure(tree) if hasattr(nnx, "as_pure") else nnx.pure(tree)  # before Flax 0.12.7
+
+
+def take_apart(params) -> Model | None:
+    """The module's parts, or None if `params` is no nnx module."""
+    nnx = sys.modules.get("flax.nnx")  # which is not imported for others
+    if nnx is None or not isinstance(params, nnx.Module):
+        return None
+    graph, state, rest = nnx.split(params, nnx.Param, ...)
+    others = as_pure(rest)
+
+    def wrap(function):
+        def of_arrays(arrays, *args, **kwargs):
+            model = nnx.merge(graph, arrays, others)
+            result = function(model, *args, **kwargs)
+            return result, as_pure(nnx.state(model, nnx.Not(nnx.Param)))
+
+        return of_arrays
+
+    return Model(as_pure(state), state, wrap, lambda after: nnx.update(params, after))

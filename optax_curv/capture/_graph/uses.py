@@ -1,0 +1,350 @@
+"""From uses of parameters to layers: which belong to one layer, and what is measured at each."""
+
+import collections
+import dataclasses
+import itertools
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from optax_curv.capture._graph import views as layouts
+from optax_curv.capture._graph.marks import LOST, Found
+from optax_curv.capture._graph.products import without_own_stack
+from optax_curv.capture._graph.views import Arrangement, Piece, size_of
+from optax_curv.layers import ELEMENTWISE, Layer, Layers
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Use:
+    """One use of a layer: everything static that its statistics need.
+
+    Attributes:
+      inputs, outputs: how input and output become [*stack, examples, positions, features].
+      swapped: whether the input lies on the side of the layer's outputs, as where a tied embedding
+        makes logits.
+      bias: whether the bias is added to the output.
+      slots: indices into the stack of the slices of the leaf, after the scans' axes.
+      gain: number that multiplies the leaf.
+      loops: for each scan around it, whether the layer's stack runs along it.
+      positions: entries of the leaf that a shift or scale touches, None for all.
+      examples: how many can be told apart, `batch` or 1.
+      example_loop: depth of the scan that walks from example to example; None: they are in the
+        rows.
+      rows: R, of all uses of the layer.
+    """
+
+    layer: Layer
+    found: Found
+    inputs: Arrangement
+    outputs: Arrangement
+    swapped: bool
+    bias: bool
+    slots: tuple[int, ...]
+    gain: float
+    loops: tuple[bool, ...]
+    positions: np.ndarray | None
+    batch: int
+    examples: int
+    example_loop: int | None
+    rows: int
+
+
+class Matrix(NamedTuple):
+    """One leaf as a matrix [*stack, inputs, outputs], and whether each use has its sides swapped."""
+
+    stack: tuple[Piece, ...]
+    inputs: tuple[Piece, ...]
+    outputs: tuple[Piece, ...]
+    swapped: list[bool]
+
+
+def _loops(found: Found) -> tuple[Piece, ...]:
+    """What scans walk along, in the order they took it."""
+    return tuple((slot.stride, slot.size) for slot in found.view.slots if slot.loop is not None)
+
+
+def _stack(found: Found) -> tuple[Piece, ...]:
+    """Its pieces: scans from the outside in, slices, then the equation's own."""
+    slots = sorted(found.view.slots, key=lambda slot: math.inf if slot.loop is None else slot.loop)
+    return (*((slot.stride, slot.size) for slot in slots), *_own_stack(found))
+
+
+def _own_stack(found: Found) -> list[Piece]:
+    return sorted(((abs(stride), size) for stride, size in found.stack), reverse=True)
+
+
+def _matrix(uses: list[Found], size: int) -> Matrix | str:
+    """The matrix that all uses of a kernel agree on; the reason why not if there is none."""
+    first = next((f for f in uses if f.kind == "embedding"), uses[0])
+    stack, sides = _stack(first), (layouts.in_order(first.inputs), layouts.in_order(first.outputs))
+    swapped = []
+    for found in uses:
+        given = (layouts.in_order(found.inputs), layouts.in_order(found.outputs))
+        if not found.view.aligned:
+            return "it is cut into unequal slices"
+        if _stack(found) != stack or given not in (sides, sides[::-1]):
+            return "its uses do not fit one matrix: they contract different axes"
+        swapped.append(given != sides)
+    if _split((*stack, *sides[0], *sides[1]), size) is None:
+        return "only a part of it is used"
+    return Matrix(stack, *sides, swapped)
+
+
+def _split(pieces, size: int) -> list[Piece] | None:
+    """The pieces as the leaf orders them, if they are the whole leaf."""
+    ordered = sorted(pieces, reverse=True)
+    inner = size
+    for stride, length in ordered:
+        inner //= length
+        if stride != inner:
+            return None
+    return ordered if inner == 1 else None
+
+
+def _axes(pieces, shape):
+    """`kernel_split` and `kernel_axes` of pieces in a wanted order; None where the leaf lies so already."""
+    ordered = _split(pieces, math.prod(shape)) or []
+    split, axes = (
+        tuple(size for _, size in ordered),
+        tuple(ordered.index(piece) for piece in pieces),
+    )
+    if axes == tuple(range(len(axes))):
+        return None, None
+    return (None if split == tuple(shape) else split), axes
+
+
+def _bias_axes(found: Found, shape) -> tuple[int, ...] | None:
+    """The axes of a bias leaf in the order stack, outputs: () if they lie so, None if that is no permutation."""
+    pieces = layouts.merged(piece for piece in (*_stack(found), *found.outputs) if piece[1] > 1)
+    ordered = _split(pieces, math.prod(shape))
+    if ordered is None or list(pieces) == ordered:
+        return None if ordered is None else ()
+    own = [axis[0] for axis in layouts.whole(0, shape).axes if axis]
+    if len(own) != len(shape) or sorted(own) != sorted(pieces):
+        return None
+    return tuple(own.index(piece) for piece in pieces)
+
+
+def group(
+    uses: list[Found], refused: dict[int, str], unused: dict[int, str], paths, shapes, batch: int
+):
+    """The layers that the uses of the leaves make, and the `Use` of each use that has a tap, by its number."""
+    # reasons: refused, for leaves that met the examples otherwise; unused, for those without a use
+    keys = [jax.tree_util.keystr(path) for path in paths]
+    by_leaf: dict[int, list[int]] = {}  # in the order of first use
+    for number, found in enumerate(uses):
+        by_leaf.setdefault(found.view.source, []).append(number)
+    uncovered, matrices = dict(refused), {}
+    for leaf, numbers in by_leaf.items():
+        own, size = [uses[n] for n in numbers], math.prod(shapes[leaf])
+        kinds = {found.kind in ELEMENTWISE for found in own}
+        if leaf in uncovered or kinds == {True}:
+            continue
+        matrix = (
+            "it is used both as a kernel and element-wise" if len(kinds) > 1 else _matrix(own, size)
+        )
+        if isinstance(matrix, str) and len(kinds) == 1 and any(found.far for found in own):
+            matrix = _matrix([without_own_stack(found) for found in own], size)
+        if isinstance(matrix, str):
+            uncovered[leaf] = matrix
+        else:
+            matrices[leaf] = matrix
+    biases = _biases(uses, by_leaf, matrices, uncovered, shapes)
+    layers: dict[int, Layer] = {}
+    for leaf, numbers in by_leaf.items():
+        if leaf in uncovered or any(leaf == bias for bias, _ in biases.values()):
+            continue
+        own, shape, key = [uses[n] for n in numbers], shapes[leaf], keys[leaf]
+        layer = (
+            _kernel_layer(own, shape, key, matrices[leaf])
+            if leaf in matrices
+            else _elementwise_layer(own, shape, key)
+        )
+        if isinstance(layer, str):
+            uncovered[leaf] = layer
+            continue
+        if leaf in biases:
+            bias, axes = biases[leaf]
+            layer = dataclasses.replace(layer, bias=keys[bias], bias_axes=axes or None)
+        layers[leaf] = layer
+    for leaf in set(range(len(keys))).difference(by_leaf, uncovered):
+        uncovered[leaf] = unused.get(
+            leaf, "the loss does not depend on it; leave it out of the parameters"
+        )
+    taps = {}
+    for leaf, name in zip(layers, _names([paths[leaf] for leaf in layers]), strict=True):
+        layers[leaf] = dataclasses.replace(layers[leaf], name=name)
+        shifts = by_leaf[biases[leaf][0]] if leaf in biases else []
+        taps |= _uses(uses, by_leaf[leaf], layers[leaf], matrices.get(leaf), shifts, batch)
+    return Layers(
+        layers.values(), {keys[leaf]: reason for leaf, reason in sorted(uncovered.items())}
+    ), taps
+
+
+def _biases(uses, by_leaf, matrices, uncovered, shapes) -> dict[int, tuple[int, tuple[int, ...]]]:
+    """The bias leaf of a kernel leaf, all of whose uses follow the kernel's, and its axes."""
+    biases = {}
+    for leaf, numbers in by_leaf.items():
+        partners = [uses[n].partner for n in numbers]
+        if leaf in uncovered or None in partners:
+            continue
+        kernels = {uses[p].view.source for p in partners}
+        kernel = min(kernels)
+        if len(kernels) != 1 or kernel not in matrices or kernel in biases:
+            continue
+        own = by_leaf[kernel]
+        straight = not any(matrices[kernel].swapped[own.index(p)] for p in partners)
+        orders = {_bias_axes(uses[n], shapes[leaf]) for n in numbers}
+        if (
+            straight
+            and len(set(partners)) == len(partners)
+            and len(orders) == 1
+            and None not in orders
+        ):
+            biases[kernel] = leaf, orders.pop()
+    return biases
+
+
+def _total(uses: list[Found], count) -> int:
+    """The sum of `count` over uses and steps of scans that share the leaf; of a cond one branch runs."""
+    total, conds = 0, {}
+    for found in uses:
+        counted = count(found) * math.prod(length for length, own in found.loops if not own)
+        if found.branch is None:
+            total += counted
+        else:
+            cond, branch = found.branch
+            conds.setdefault(cond, collections.Counter())[branch] += counted
+    return total + sum(max(branches.values()) for branches in conds.values())
+
+
+def _shared(uses: list[Found]) -> int:
+    return _total(uses, lambda found: 1)
+
+
+def _rows(found: Found) -> int:
+    """Rows of one use, without scans."""
+    return math.prod(
+        size for role, pieces in found.output_segments if role == "row" for _, size in pieces
+    )
+
+
+def _kernel_layer(uses: list[Found], shape, kernel: str, matrix: Matrix) -> Layer:
+    first = uses[matrix.swapped.index(False)]
+    split, axes = _axes((*matrix.stack, *matrix.inputs, *matrix.outputs), shape)
+    return Layer(
+        name="?",
+        kind=first.kind,
+        kernel=kernel,
+        bias=None,
+        in_dim=size_of(matrix.inputs),
+        out_dim=size_of(matrix.outputs),
+        stack=tuple(size for _, size in matrix.stack),
+        shared=_shared(uses),
+        kernel_split=split,
+        kernel_axes=axes,
+        rows=_rows(first),
+    )
+
+
+def _elementwise_layer(uses: list[Found], shape, key: str) -> Layer | str:
+    """A scale or shift; the reason why not if its uses differ too much."""
+    loops = _loops(uses[0])
+    for found in uses:
+        if found.examples == LOST:
+            return "the examples cannot be told apart where it is used"
+        if _loops(found) != loops or any(stride < 0 for stride, _ in found.outputs):
+            return "its uses run along different axes"
+        if loops and _split((*loops, *layouts.in_order(found.outputs)), math.prod(shape)) is None:
+            return "only a part of it is used in a scan"
+    split, axes = (
+        _axes((*loops, *layouts.in_order(uses[0].outputs)), shape) if loops else (None, None)
+    )
+    scale = any(found.kind == "scale" for found in uses)
+    if split is not None and not scale:
+        return "a scan walks along an inner axis of it"
+    return Layer(
+        name="?",
+        kind="scale" if scale else "shift",
+        kernel=key if scale else None,
+        bias=None if scale else key,
+        in_dim=1 if scale else 0,
+        out_dim=math.prod(shape) // size_of(loops),
+        stack=tuple(length for _, length in loops),
+        shared=_shared(uses),
+        kernel_split=split,
+        kernel_axes=axes if scale else None,
+        bias_axes=None if scale else axes,
+        rows=_rows(uses[0]),
+    )
+
+
+def _uses(uses, numbers, layer, matrix, shifts, batch) -> dict[int, Use]:
+    """What is measured at each use of one layer, whose bias has the uses `shifts`."""
+    own = [uses[n] for n in numbers]
+    rows, (told_apart, example_loop) = _total(own, _rows), _told_apart(own)
+    biased, measured = {uses[n].partner for n in shifts}, {}
+    for place, (number, found) in enumerate(zip(numbers, own, strict=True)):
+        stack = [] if matrix is None else _own_stack(found)
+        examples = found.examples if told_apart else None
+        measured[number] = Use(
+            layer=layer,
+            found=found,
+            inputs=layouts.arrangement(found.input_segments, stack, examples, batch),
+            outputs=layouts.arrangement(found.output_segments, stack, examples, batch),
+            swapped=matrix is not None and matrix.swapped[place],
+            bias=number in biased,
+            slots=()
+            if matrix is None
+            else tuple(s.index for s in found.view.slots if s.loop is None),
+            gain=found.view.gain * found.sign,
+            loops=tuple(own for _, own in found.loops),
+            positions=_positions(found, layer) if matrix is None else None,
+            batch=batch,
+            examples=batch if told_apart else 1,
+            example_loop=example_loop,
+            rows=rows,
+        )
+    return measured
+
+
+def _told_apart(uses: list[Found]) -> tuple[bool, int | None]:
+    """Whether all uses tell the examples apart in one way, and their `example_loop`."""
+    ways = {
+        None if f.examples is None else (f.examples.axis is None, f.examples.loop) for f in uses
+    }
+    way = ways.pop()
+    return (False, None) if ways or way in (None, (True, None)) else (True, way[1])
+
+
+def _positions(found: Found, layer: Layer) -> np.ndarray | None:
+    """See `Use`; in the order of its features."""
+    if size_of(found.outputs) == layer.out_dim:
+        return None
+    pieces = sorted(found.outputs, reverse=True)
+    steps = itertools.product(*(range(0, stride * size, stride) for stride, size in pieces))
+    return np.array([found.view.offset + sum(step) for step in steps], np.int32)
+
+
+def _names(paths) -> list[str]:
+    """A short unique name for each layer: the module's path, or the leaf's where that is not unique."""
+    # those of an nnx.State end in .value
+    paths = [
+        path[:-1] if len(path) > 1 and getattr(path[-1], "name", "") == "value" else path
+        for path in paths
+    ]
+    full = ["/".join(_text(key) for key in path) or "params" for path in paths]
+    short = ["/".join(_text(key) for key in path[:-1]) for path in paths]
+    return [
+        s if s and short.count(s) == 1 and s not in full else f
+        for s, f in zip(short, full, strict=True)
+    ]
+
+
+def _text(key) -> str:
+    """One entry of a key path as a word."""
+    return str(
+        next((getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)), key)
+    )
