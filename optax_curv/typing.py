@@ -155,7 +155,7 @@ class Estimator(Protocol):
     """A gradient estimator of `estimate_gradients`."""
 
     def __call__(self, params: Any, /, *args: Any, **extra_args: Any) -> Any:
-        """Returns a tree like `params`, from the extra arguments of `update`, all of them by name."""
+        """Returns a tree like `params`; the extra arguments of `update` come by name."""
         ...
 
 

@@ -95,11 +95,20 @@ cholesky = in_small_calls(functools.partial(jax.lax.linalg.cholesky, symmetrize_
 eigh = in_small_calls(functools.partial(jnp.linalg.eigh, symmetrize_input=False))
 qr = in_small_calls(jnp.linalg.qr)
 qr_triangle = in_small_calls(functools.partial(jnp.linalg.qr, mode="r"))
+_solve = in_small_calls(jnp.linalg.solve)
+svd = in_small_calls(functools.partial(jnp.linalg.svd, full_matrices=False))
 
 
 def triangular_solve(t, b, **options):
     """`jax.lax.linalg.triangular_solve` for t and b of the same batch."""
     return _solver(**options)(t, b)
+
+
+def solve(a, b):
+    """Solves `a x = b` by an LU factorisation, for b [*batch, n] or [*batch, n, k] of the batch of a."""
+    if b.ndim == a.ndim - 1:
+        return _solve(a, b[..., None])[..., 0]
+    return _solve(a, b)
 
 
 def joined(kernel, *columns):

@@ -334,9 +334,7 @@ def _keep_complement(basis, gradient, root, damping):
     # Nothing is squared before it is divided: accurate where λ is far below the rounding of P cov
     # Pᵀ.
     columns, triangle = basis.factor()
-    left, s, _ = jnp.linalg.svd(
-        jnp.matmul(triangle, root.T, precision="highest"), full_matrices=False
-    )
+    left, s, _ = lapack.svd(jnp.matmul(triangle, root.T, precision="highest"))
     share = (s / jnp.maximum(jnp.hypot(s, jnp.sqrt(damping)), jnp.finfo(s.dtype).tiny)) ** 2
     inside = share * jnp.matmul(left.T, columns.pull(gradient), precision="highest")
     return optax.tree.sub(gradient, columns.push(jnp.matmul(left, inside, precision="highest")))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_curv.linalg import _lapack as lapack
 from optax_curv.preconditioners._psgd import geometries as kron_geometries
 from optax_curv.preconditioners._psgd.options import check_fit, require_probe
 from optax_curv.preconditioners._psgd.step import BALANCE_PROBABILITY, averaged, bias_correction
@@ -174,7 +175,7 @@ def _low_rank_inverse(u, v, x):
     if u.shape[1] == 0:
         return x
     small = jnp.eye(u.shape[1], dtype=u.dtype) + _times(v.T, u)
-    return x - _times(u, jnp.linalg.solve(small, _times(v.T, x)))
+    return x - _times(u, lapack.solve(small, _times(v.T, x)))
 
 
 def precondition(diagonal, u, v, x):
@@ -195,7 +196,7 @@ def _projected(span, a, b):
         jnp.finfo(gram.dtype).eps * jnp.trace(gram) + jnp.finfo(gram.dtype).tiny
     )  # a column may vanish
     inner = _times(span.T, jnp.stack([a, b], axis=1))
-    weights = jnp.linalg.solve(gram + floor * jnp.eye(gram.shape[0], dtype=gram.dtype), inner)
+    weights = lapack.solve(gram + floor * jnp.eye(gram.shape[0], dtype=gram.dtype), inner)
     sizes = jnp.sqrt(jnp.maximum(jnp.sum(inner * weights, axis=0), 0))  # ‖Π a‖, ‖Π b‖
     bound = jnp.linalg.norm(a) * sizes[0] + jnp.linalg.norm(b) * sizes[1]
     return jnp.outer(a, weights[:, 0]) - jnp.outer(b, weights[:, 1]), bound

@@ -53,6 +53,9 @@ def test_every_batch_is_factored_as_one_matrix_after_the_other(batch, n):
             "cholesky": (lapack.cholesky(spd), np.linalg.cholesky(spd)),
             "triangular_solve": (lapack.triangular_solve(spd, x, left_side=True, lower=True), None),
             "eigh": (lapack.eigh(spd)[0], np.linalg.eigvalsh(spd)),
+            "solve": (lapack.solve(spd, x), np.linalg.solve(spd, x)),
+            "solve of a vector": (lapack.solve(spd, x[..., 0]), np.linalg.solve(spd, x)[..., 0]),
+            "svd": (lapack.svd(x)[1], np.linalg.svd(x, compute_uv=False)),
             "qr_triangle": (jnp.abs(lapack.qr_triangle(x)), np.abs(np.linalg.qr(x, mode="r"))),
         }
         checks["triangular_solve"] = (jnp.tril(spd) @ checks["triangular_solve"][0], x)

@@ -10,6 +10,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from optax_curv import linalg
+from optax_curv.linalg import _lapack as lapack
 
 PROJECTIONS = ("gaussian", "fixed", "orthonormal")
 
@@ -114,7 +115,7 @@ def dense(matrix, like) -> Projection:
     unravel = ravel_pytree(like)[1]
 
     def factor():
-        q, t = jnp.linalg.qr(matrix)
+        q, t = lapack.qr(matrix)
         columns = dense(q, like)
         return _orthonormal(columns.pull, columns.push, q.shape[1], q.dtype), t
 
