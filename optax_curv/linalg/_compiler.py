@@ -24,3 +24,14 @@ def cut_out(x, start: int, stack: tuple) -> jax.Array:
     else:
         found = x[start : start + size]
     return found.reshape(*stack, *x.shape[1:])
+
+
+def materialize(tree):
+    """The arrays of a tree, each computed once and stored before it is used."""
+    return jax.lax.optimization_barrier(tree)
+
+
+def not_recomputed(flag) -> jax.Array:
+    """A flag behind a conditional, so that XLA on CPU does not derive it anew in every kernel that uses it."""
+    zero = jax.lax.optimization_barrier(jnp.zeros([], jnp.int32))
+    return jax.lax.cond(flag, lambda n: n, lambda n: n + 1, zero) == 0

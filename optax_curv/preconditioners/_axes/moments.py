@@ -1,0 +1,111 @@
+"""Second moments of stacks of tensors along each of their axes."""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_curv.linalg import kron_matvec
+from optax_curv.linalg._checks import widen
+from optax_curv.preconditioners._stacks.blocks import factor_structs
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Axes(NamedTuple):
+    """A stack of tensors [N, *shape], seen as something with a factor on every axis.
+
+    Attributes:
+      struct: shape and dtype of the stack.
+      diagonal: whether each axis of a tensor has a diagonal factor.
+      factor_dtype: in which its dense factors are kept.
+    """
+
+    struct: jax.ShapeDtypeStruct
+    diagonal: tuple[bool, ...]
+    factor_dtype: Any
+
+    @property
+    def factors(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes and dtypes of the factors, [N, d, d] or the diagonal [N, d]."""
+        return factor_structs(self.struct, self.diagonal, self.factor_dtype)
+
+
+def axes_of(
+    structs: Mapping[str, jax.ShapeDtypeStruct], max_dim: Any, factor_dtype: Any
+) -> dict[str, Axes]:
+    """An axis is dense unless its length is 1 or above `max_dim`.
+
+    Factors are kept in `factor_dtype` for real tensors up to float32, and in the tensors' own
+    precision for all others.
+    """
+
+    def kept(dtype):
+        short = dtype == jnp.float32
+        return jnp.dtype(factor_dtype if short else jnp.promote_types(dtype, factor_dtype))
+
+    return {
+        name: Axes(x, tuple(bool(d == 1 or d > max_dim) for d in x.shape[1:]), kept(x.dtype))
+        for name, x in structs.items()
+    }
+
+
+def identities(axes: Axes) -> tuple[jax.Array, ...]:
+    """A basis to begin with for every axis: identities, or ones where the factor is diagonal."""
+
+    def start(struct, diagonal):
+        one = jnp.ones([], struct.dtype)
+        eye = one if diagonal else jnp.eye(struct.shape[-1], dtype=struct.dtype)
+        return jnp.broadcast_to(eye, struct.shape)
+
+    return tuple(map(start, axes.factors, axes.diagonal))
+
+
+@jax.jit
+def square_norms(x: jax.Array) -> jax.Array:
+    """The sum of squares of every tensor of a stack [N, ...], [N]."""
+    return jnp.sum(jnp.square(jnp.abs(widen(x))), axis=tuple(range(1, jnp.ndim(x))))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def axis_moment(x: jax.Array, axis: int, diagonal: bool) -> jax.Array:
+    """The mode moments X₍ᵢ₎X₍ᵢ₎ᴴ of a stack [N, ...], [N, d, d], or their diagonals [N, d]."""
+    axes = list(range(x.ndim))
+    own = axis + 1
+    if diagonal:
+        return jnp.sum(jnp.square(jnp.abs(x)), axis=tuple(i for i in axes[1:] if i != own))
+    others = [x.ndim if i == own else i for i in axes]
+    return jnp.einsum(x, axes, x.conj(), others, [0, own, x.ndim], precision=HIGHEST)
+
+
+def whitened_moment(x: jax.Array, roots: Any, axis: int, diagonal: bool) -> jax.Array:
+    """The mean mode moments of x multiplied by the roots of all its other axes."""
+    count, own = x.shape[0], x.shape[axis + 1]
+    others = list(roots)
+    others[axis] = jnp.ones((count, own), jnp.finfo(x.dtype).dtype)
+    rest = math.prod(x.shape[1:]) // own
+    return axis_moment(kron_matvec(others, x), axis, diagonal) / rest
+
+
+def root_or_identity(root: jax.Array, diagonal: bool) -> jax.Array:
+    """The root to whiten by, and the identity before there is one."""
+    sizes = jnp.sum(jnp.abs(root), axis=tuple(range(1, root.ndim)), keepdims=True)
+    eye = jnp.ones([], root.dtype) if diagonal else jnp.eye(root.shape[-1], dtype=root.dtype)
+    return jnp.where((sizes > 0) & jnp.isfinite(sizes), root, eye)
+
+
+def diagonal_power(values: jax.Array, exponent: Any, damping: Any) -> jax.Array:
+    """(v + damping max v)^(-exponent) of non-negative numbers [N, d], zero where all are zero."""
+    damped = values + damping * jnp.max(values, axis=-1, keepdims=True)
+    return jnp.where(damped > 0, jnp.where(damped > 0, damped, 1) ** -exponent, 0)
+
+
+def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """`x` with values that `dtype` can hold."""
+    limits = jnp.finfo(dtype)
+    if x.dtype == dtype:
+        return x
+    return jax.lax.reduce_precision(x, limits.nexp, limits.nmant)

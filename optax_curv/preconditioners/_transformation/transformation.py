@@ -1,0 +1,220 @@
+"""`transformation`: the only maker of transformations, which keeps every promise that holds for all.
+
+A method is a `Rule`. It sees the tree through a `View`, as stacks or as a tree, in float32 at least,
+and returns a `Step`. Around the rule, and around the whole chain of an alias, the factory
+
+* refuses trees that do not fit each other or the state, by path;
+* decides whether the step is sound, gives a zero update and the old state where it is not, and
+  counts such steps in `total_notfinite`;
+* counts with saturation, and keeps every dtype of the state and of the updates.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_curv.linalg._compiler import materialize, not_recomputed
+from optax_curv.preconditioners._stacks.owners import with_sharding_types
+from optax_curv.preconditioners._transformation.soundness import (
+    is_finite,
+    is_squarable,
+    kept_unless,
+)
+from optax_curv.preconditioners._transformation.trees import (
+    narrowed,
+    path_of,
+    require_parameters,
+    require_same_leaves,
+    widened,
+)
+
+
+class View(Protocol):
+    """How a rule sees a tree: as arrays in float32 at least."""
+
+    def take(self, tree: Any) -> Any:
+        """The arrays of a tree."""
+        ...
+
+    def give(self, values: Any, like: Any) -> Any:
+        """The tree of these arrays, in the dtypes of `like`."""
+        ...
+
+
+class TreeView:
+    """A tree seen as a tree."""
+
+    def take(self, tree: Any) -> Any:
+        """The tree in float32 at least."""
+        return widened(tree)
+
+    def give(self, values: Any, like: Any) -> Any:
+        """The tree in the dtypes of `like`."""
+        return narrowed(values, like)
+
+
+class Step(NamedTuple):
+    """What a rule says of one step.
+
+    Attributes:
+      directions: as its view has them.
+      state: the rule's new state; `count` and `total_notfinite` are the factory's.
+      sound: bool [], whether all is that the rule looked at on its way, statistics included.
+    """
+
+    directions: Any
+    state: Any
+    sound: Any = True
+
+
+class Rule:
+    """A method: its mathematics and its options, and none of the promises.
+
+    Attributes:
+      method: the name in messages.
+      complex_leaves: whether complex leaves are handled; otherwise `init` refuses them by name.
+      guarded: fields of the state that `update` leaves as they were where its argument `sound` is
+        False: large ones, as the factory's choice between old and new would read them once more.
+    """
+
+    method: str
+    complex_leaves: ClassVar[bool] = False
+    guarded: ClassVar[tuple[str, ...]] = ()
+
+    def view(self, tree: Any) -> Any:
+        """How the rule sees a tree, decided from paths and shapes."""
+        del tree
+        return TreeView()
+
+    def check(self, updates: Any, params: Any, extra_args: Mapping[str, Any]) -> Any:
+        """Refuses extra arguments that do not fit, and returns those whose numbers must be sound."""
+        del updates, params, extra_args
+        return ()
+
+    def init(self, view: Any, params: Any) -> Any:
+        """The state, a named tuple with `count` and `total_notfinite`."""
+        raise NotImplementedError
+
+    def update(
+        self, view: Any, grads: Any, state: Any, params: Any, sound: jax.Array, **extra_args: Any
+    ) -> Step:
+        """One step. `grads` are as the view has them, `params` the tree or None."""
+        raise NotImplementedError
+
+
+Piece = optax.GradientTransformation | Callable[[Any], optax.GradientTransformation]
+
+
+def counters() -> dict[str, jax.Array]:
+    """The factory's own fields of a new state: two arrays, as a state may be donated."""
+    return {"count": jnp.zeros([], jnp.int32), "total_notfinite": jnp.zeros([], jnp.int32)}
+
+
+def transformation(rule: Rule, *pieces: Piece) -> optax.GradientTransformationExtraArgs:
+    """The transformation of a rule, followed by Optax's own pieces within the same guard.
+
+    Args:
+      rule: the method.
+      *pieces: transformations that run on what the rule's view shows, in float32 at least, or
+        functions of the view that return one. With any, the state is the tuple of the rule's state
+        and theirs, as in `optax.chain`.
+
+    Returns:
+      A `GradientTransformationExtraArgs`. A step with a NaN or an infinity, in gradients, in
+      statistics, or in what is made of them, moves no parameter and changes no state but
+      `total_notfinite`.
+    """
+
+    def chain_of(view):
+        made = [piece(view) if callable(piece) else piece for piece in pieces]
+        return [optax.with_extra_args_support(piece) for piece in made]
+
+    def all_states(params):
+        view = rule.view(params)
+        head = rule.init(view, params)
+        if not pieces:
+            return head
+        arrays = jax.eval_shape(view.take, params)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), arrays)
+        return (head, *(piece.init(zeros) for piece in chain_of(view)))
+
+    def init(params):
+        require_parameters(rule.method, params, complex_leaves=rule.complex_leaves)
+        state = all_states(params)
+        return state if jax.tree.leaves(params) else _with_leaves(state)
+
+    def update(updates, state, params=None, **extra_args):
+        if params is not None:
+            require_same_leaves(rule.method, "the gradients", updates, "the parameters", params)
+        statistics = rule.check(updates, params, extra_args)
+        head, *others = state if pieces else (state,)
+        if not jax.tree.leaves(updates):
+            head = head._replace(count=jnp.asarray(optax.safe_increment(head.count)))
+            return updates, (head, *others) if pieces else head
+        _require_state(rule.method, state, jax.eval_shape(all_states, updates))
+
+        view = rule.view(updates)
+        grads = view.take(updates)
+        sound = not_recomputed(is_squarable(grads, statistics))
+        step = rule.update(view, grads, head, params, sound, **extra_args)
+        directions, after = step.directions, []
+        shown = None if params is None or not pieces else view.take(params)
+        for piece, old in zip(chain_of(view), others, strict=True):
+            directions, new = piece.update(directions, old, shown, **extra_args)
+            after.append(new)
+
+        sound = not_recomputed(sound & step.sound & is_finite(directions))
+        directions = jax.tree.map(lambda d: jnp.where(sound, d, jnp.zeros_like(d)), directions)
+        new_head = _kept_head(rule, sound, step.state, head)
+        after = [kept_unless(sound, *pair) for pair in zip(after, others, strict=True)]
+        new_state = (new_head, *after) if pieces else new_head
+        new_state = jax.tree.map(lambda new, old: new.astype(old.dtype), new_state, state)
+        return view.give(materialize(directions), updates), new_state
+
+    return optax.GradientTransformationExtraArgs(init, with_sharding_types(update))
+
+
+def _kept_head(rule: Rule, sound: jax.Array, new: Any, old: Any) -> Any:
+    """The rule's state after the step, with the counters."""
+    fields = {
+        name: getattr(new, name)
+        if name in rule.guarded
+        else kept_unless(sound, getattr(new, name), getattr(old, name))
+        for name in new._fields
+    }
+    fields["count"] = jnp.where(sound, optax.safe_increment(old.count), old.count)
+    skipped = optax.safe_increment(old.total_notfinite)
+    fields["total_notfinite"] = jnp.where(sound, old.total_notfinite, skipped)
+    return new._replace(**fields)
+
+
+def _with_leaves(state: Any) -> Any:
+    """A state in which a number stands in the place of every empty dict.
+
+    `optax.tree.map_params` compares the state with that of a tree without leaves, whose stacks it
+    cannot know: at a leaf it leaves alone whatever the state has there.
+    """
+    is_empty = lambda x: isinstance(x, dict) and not x  # noqa: E731
+    return jax.tree.map(lambda x: jnp.zeros([]) if is_empty(x) else x, state, is_leaf=is_empty)
+
+
+def _require_state(method: str, state: Any, expected: Any):
+    """Refuses a state of other parameters or of another method or option, and names both sides."""
+    given, wanted = (
+        {path_of(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (state, expected)
+    )
+    if given != wanted:
+        differing = sorted(
+            path for path in given.keys() | wanted.keys() if given.get(path) != wanted.get(path)
+        )
+        path = differing[0]
+        raise ValueError(
+            f"{method}: the state does not fit the gradients: at {path} it has shape "
+            f"{given.get(path, 'nothing')}, expected {wanted.get(path, 'nothing')} "
+            f"({len(differing)} such places). Make it with init from parameters of the gradients' "
+            "tree and shapes, by a transformation with the same options."
+        )
