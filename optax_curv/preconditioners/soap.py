@@ -1,58 +1,218 @@
 """SOAP: Adam in the eigenbasis of Shampoo's factors."""
 
-import functools
-from types import SimpleNamespace
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_curv.linalg import _lapack as lapack
-from optax_curv.linalg import kron_matvec
+from optax_curv.linalg import _lapack, kron_matvec
 from optax_curv.linalg.roots import eigenvectors, orthogonal_iteration
-from optax_curv.preconditioners._axes import axis_factors
-from optax_curv.preconditioners._stacks.owners import with_sharding_types
-from optax_curv.preconditioners._transformation import contracts
-from optax_curv.preconditioners.shampoo import layout_of, with_adam
-
-METHOD = "scale_by_soap"
+from optax_curv.preconditioners._axes import moments
+from optax_curv.preconditioners._stacks.axes import LeafRule
+from optax_curv.preconditioners._stacks.blocks import blocks_of
+from optax_curv.preconditioners._transformation import averages
+from optax_curv.preconditioners._transformation.aliases import matrices_and_adam
+from optax_curv.preconditioners._transformation.numbers import (
+    require_choice,
+    require_dtype,
+    require_numbers,
+    static,
+    structural,
+)
+from optax_curv.preconditioners._transformation.transformation import (
+    Step,
+    counters,
+    transformation,
+)
+from optax_curv.typing import BASES, AdamFor, Basis, Number, Schedulable, Stacked, Tree
 
 
 class ScaleBySoapState(NamedTuple):
-    """State of `scale_by_soap`.
+    """State of `scale_by_soap`; everything is kept by stack, N being its number of tensors.
 
     Attributes:
       count: steps taken, int32 [].
-      momentum: like the parameters, each leaf replaced by its blocks' average gradients in the
-        basis, [*stack, ...].
-      moments: like momentum, the average squares.
-      factors: like the parameters, each leaf replaced by the tuple of its axis factors, [*stack, d,
-        d] or diagonal [*stack, d] (or of its blocks' tuples).
+      momentum: by stack (or stack of blocks) the average gradient in the basis, [N, *shape].
+      moments: by stack the average square there, [N, *shape], real.
+      factors: by stack the tuple of its axes' factors, [N, d, d], or the diagonal [N, d].
       bases: like factors: orthonormal columns, or ones where the factor is diagonal.
+      fallback: state of the transformation for leaves that SOAP does not take.
       total_notfinite: steps skipped, int32 [].
     """
 
-    count: jax.Array  # type: ignore[override]
-    momentum: Any
-    moments: Any
-    factors: Any
-    bases: Any
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    momentum: dict[str, jax.Array]
+    moments: dict[str, jax.Array]
+    factors: dict[str, tuple[jax.Array, ...]]
+    bases: dict[str, tuple[jax.Array, ...]]
+    fallback: Any
     total_notfinite: jax.Array
+
+    def spectra(self) -> dict[str, tuple[jax.Array, ...]]:
+        """The factors that diagnostics read, by stack and axis."""
+        return self.factors
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _Soap(LeafRule):
+    """SOAP's mathematics; `scale_by_soap` documents the options."""
+
+    complex_leaves = True
+    guarded = ("momentum", "moments", "factors", "bases")  # whose averages have weight zero
+
+    b1: Schedulable
+    b2: Schedulable
+    eps: Number
+    decay: Schedulable
+    basis_every: Number
+    basis: Basis
+    max_dim: int
+    block_size: int | None
+    precond_dtype: Any
+
+    def check_options(self):
+        """Refuses options that cannot be, by name."""
+        require_choice(self.method, BASES, basis=self.basis)
+        require_dtype(self.method, precond_dtype=self.precond_dtype)
+        averaging = {"b1": self.b1, "b2": self.b2, "decay": self.decay}
+        require_numbers(self.method, **averaging, at_least=0, at_most=1, schedule=True)
+        require_numbers(self.method, eps=self.eps, at_least=0)
+        require_numbers(self.method, basis_every=self.basis_every, at_least=1)
+        sizes = {"max_dim": self.max_dim, "block_size": self.block_size}
+        structural(self.method, **sizes)
+        require_numbers(self.method, **sizes, at_least=1, or_none=True)
+
+    def blocks(self, structs):
+        """(the stacks in blocks, their axes); stacks without numbers have neither."""
+        filled = {name: x for name, x in structs.items() if 0 not in x.shape}
+        blocks = blocks_of(filled, self.block_size)
+        structs = {name: blocks.struct(name) for name in blocks.places}
+        return blocks, moments.axes_of(structs, self.max_dim, self.precond_dtype)
+
+    def init_stacks(self, structs):
+        """Zeros, and bases that are the identity: the first gradient sets everything."""
+        _, axes = self.blocks(structs)
+        shapes = {name: x.struct for name, x in axes.items()}
+        real = {name: jnp.finfo(x.dtype).dtype for name, x in shapes.items()}
+        return ScaleBySoapState(
+            **counters(),
+            momentum={name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()},
+            moments={name: jnp.zeros(x.shape, real[name]) for name, x in shapes.items()},
+            factors={
+                name: tuple(jnp.zeros(f.shape, f.dtype) for f in x.factors)
+                for name, x in axes.items()
+            },
+            bases={name: moments.identities(x) for name, x in axes.items()},
+            fallback=(),
+        )
+
+    def update_stacks(self, grads, state, sound, **extra_args):
+        """One step of Adam in the bases, which are renewed where their period says so."""
+        del extra_args
+        structs = {n: jax.ShapeDtypeStruct(g.shape, g.dtype) for n, g in grads.items()}
+        blocks, axes = self.blocks(structs)
+        tensors = blocks.take(grads)
+        wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), state)
+        weight = averages.weight_at(self.decay, state.count, sound)
+        factors = {
+            n: self._averaged(weight, axes[n], x, wide.factors[n]) for n, x in tensors.items()
+        }
+        weights = [averages.weight_at(b, state.count, sound) for b in (self.b1, self.b2)]
+        old = wide.momentum, wide.moments
+
+        def taken(bases, averages_there):
+            steps = {
+                n: self._adam(weights, axes[n], x, bases[n], *(tree[n] for tree in averages_there))
+                for n, x in tensors.items()
+            }
+            directions = {n: kron_matvec(bases[n], step) for n, (step, *_) in steps.items()}
+            momentum, v = ({n: step[i] for n, step in steps.items()} for i in (1, 2))
+            return directions, bases, momentum, v
+
+        def first():
+            bases, _ = self._of_dense(eigenvectors, axes, factors, wide.bases)
+            return taken(bases, old)
+
+        def refreshed():
+            directions, bases, momentum, v = taken(wide.bases, old)
+            find = eigenvectors if self.basis == "eigh" else orthogonal_iteration
+            new, orders = self._of_dense(find, axes, factors, bases)
+            turned = {n: _turned(bases[n], new[n], orders[n], momentum[n], v[n]) for n in axes}
+            momentum, v = ({n: x[i] for n, x in turned.items()} for i in (0, 1))
+            return directions, new, momentum, v
+
+        # The branches are whole, so that none copies the bases.
+        branches = lambda: taken(wide.bases, old), first, refreshed
+        due = jnp.where(averages.is_due(state.count, self.basis_every), 2, 0)
+        due = jnp.where(state.count == 0, 1, due)
+        directions, bases, momentum, v = jax.lax.switch(jnp.where(sound, due, 0), branches)
+        rest = {n: g for n, g in grads.items() if 0 in g.shape}
+        new = {"momentum": momentum, "moments": v, "factors": factors, "bases": bases}
+        like = {name: getattr(state, name) for name in new}
+        new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, like)
+        return Step({**blocks.give(directions), **rest}, state._replace(**new))
+
+    def _averaged(self, weight, axes, x, factors):
+        """A stack's factors with this step's second moments averaged in, as they will be kept."""
+
+        def averaged(axis, diagonal, factor, struct):
+            moment = moments.axis_moment(x, axis, diagonal)
+            return moments.rounded(averages.averaged(factor, weight, moment), struct.dtype)
+
+        rows = zip(axes.diagonal, factors, axes.factors, strict=True)
+        return tuple(averaged(axis, *row) for axis, row in enumerate(rows))
+
+    def _adam(self, weights, axes, x, bases, momentum, v):
+        """(direction within the basis, momentum, moments) of a stack."""
+        rows = zip(bases, axes.diagonal, strict=True)
+        x = kron_matvec([q if diagonal else q.mT.conj() for q, diagonal in rows], x)
+        momentum = averages.averaged(momentum, weights[0], x)
+        v = averages.averaged(v, weights[1], jnp.square(jnp.abs(x)))
+        scale = jnp.sqrt(v) + jnp.asarray(self.eps, v.dtype)
+        return jnp.where(scale > 0, momentum / jnp.where(scale > 0, scale, 1), 0), momentum, v
+
+    def _of_dense(self, find, axes, factors, bases):
+        """(bases with those of dense factors found anew, the order of their columns or None)."""
+        places = [(n, i) for n, x in axes.items() for i, d in enumerate(x.diagonal) if not d]
+        columns = ([tree[n][i] for n, i in places] for tree in (factors, bases))
+        found = dict(zip(places, _lapack.for_each(find, *columns), strict=True))
+        none = None, None
+        orders = {n: [found.get((n, i), none)[1] for i in range(len(bases[n]))] for n in axes}
+        new = {
+            n: tuple(
+                q if (n, i) not in found else moments.rounded(found[n, i][0], x.factor_dtype)
+                for i, q in enumerate(bases[n])
+            )
+            for n, x in axes.items()
+        }
+        return new, orders
+
+
+def _turned(old, new, orders, momentum, v):
+    """(the momentum turned into the new bases, the moments in their columns' order) of a stack."""
+    turns = list(new)
+    for axis, order in enumerate(orders):
+        if order is not None:
+            turns[axis] = jnp.matmul(new[axis].mT.conj(), old[axis], precision=moments.HIGHEST)
+            shape = [len(v), *(d if i == axis else 1 for i, d in enumerate(v.shape[1:]))]
+            v = jnp.take_along_axis(v, order.reshape(shape), axis=axis + 1)
+    return kron_matvec(turns, momentum), v
 
 
 def scale_by_soap(
-    b1: Any = 0.95,
-    b2: Any = 0.95,
+    b1: Schedulable = 0.95,
+    b2: Schedulable = 0.95,
     *,
-    eps=1e-8,
-    decay=None,
-    basis_every=10,
-    basis="qr",
-    max_dim=contracts.static(8192),
-    block_size=None,
-    stacked=None,
-    factor_dtype="float32",
+    eps: Number = 1e-8,
+    decay: Schedulable | None = None,
+    basis_every: Number = 10,
+    basis: Basis = "qr",
+    max_dim: int = static(8192),
+    block_size: int | None = None,
+    stacked: Stacked = None,
+    precond_dtype: Any = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     """Adam in the eigenbasis of the gradients' second moment along every axis.
 
@@ -74,14 +234,18 @@ def scale_by_soap(
         themselves. On CPU these take up to twice as long; on an H200, for 768 to 1024 rows, 1 ms a
         matrix, and a QR 19 ms.
       max_dim: longer axes keep their own basis, as axes of length 1 do.
-      block_size: see `scale_by_shampoo`.
-      stacked: see `scale_by_shampoo`.
-      factor_dtype: see `scale_by_shampoo`; bases have it, too.
+      block_size: longer axes are cut into the fewest blocks of nearly equal length, each with
+        factors of its own.
+      stacked: how many leading axes of a leaf count layers, each with factors of its own: an int or
+        bool for all leaves, a prefix of the parameters' tree with them, or a function of the
+        parameters that returns one.
+      precond_dtype: of dense factors and bases of leaves up to float32; "bfloat16" halves the
+        memory, not the precision of the arithmetic.
 
     Returns:
-      A `GradientTransformationExtraArgs` with `update(grads, state, params=None, *, sound=None)`.
-      With a NaN or an infinity (or where `sound`, a bool [], is False) the update is zero and the
-      state keeps its last value but for `total_notfinite`.
+      A `GradientTransformationExtraArgs` with `update(grads, state, params=None)`. With a NaN or an
+      infinity in any gradient the update is zero and the state keeps its last value but for
+      `total_notfinite`.
 
     Raises:
       ValueError: for a number out of range or a leaf that is not of floating point; in `update` for
@@ -92,8 +256,8 @@ def scale_by_soap(
       >>> tx = optax.chain(optax_curv.scale_by_soap(), optax.scale_by_learning_rate(3e-3))
       >>> params = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
       >>> state = tx.init(params)
-      >>> [basis.shape for basis in state[0].bases["w"]]
-      [(4, 4), (3, 3)]
+      >>> [basis.shape for basis in state[0].bases["['w']"]]
+      [(1, 4, 4), (1, 3, 3)]
       >>> updates, state = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), state)
       >>> jax.tree.map(jnp.shape, updates)
       {'b': (3,), 'w': (4, 3)}
@@ -103,231 +267,103 @@ def scale_by_soap(
       the basis; here it is also taken, in the basis of its own factors. They keep M outside the
       basis, for two products more a step.
     """
-    decay = b2 if decay is None else decay
-    options = SimpleNamespace(**locals())
-    contracts.require_choice(METHOD, "basis", basis, ("qr", "eigh"))
-    contracts.require_numbers(METHOD, b1=b1, b2=b2, decay=decay, at_least=0, at_most=1)
-    contracts.require_numbers(METHOD, eps=eps, at_least=0)
-    contracts.require_numbers(
-        METHOD, basis_every=basis_every, max_dim=max_dim, block_size=block_size, at_least=1
+    rule = _Soap(
+        method="scale_by_soap",
+        stacked=stacked,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        decay=b2 if decay is None else decay,
+        basis_every=basis_every,
+        basis=basis,
+        max_dim=max_dim,
+        block_size=block_size,
+        precond_dtype=precond_dtype,
     )
-    update = with_sharding_types(functools.partial(_update, options))
-    return optax.GradientTransformationExtraArgs(functools.partial(_init, options), update)
+    rule.check_options()
+    return transformation(rule)
 
 
 def soap(
-    learning_rate: optax.ScalarOrSchedule,
-    b1=0.95,
+    learning_rate: Schedulable,
+    b1: Schedulable = 0.95,
     *,
-    b2=0.95,
-    weight_decay=0.0,
-    weight_decay_mask=None,
-    rms=None,
-    adam_for=None,
-    adam_b1=0.9,
-    adam_b2=0.999,
-    adam_eps=1e-8,
-    eps=1e-8,
-    decay=None,
-    basis_every=10,
-    basis="qr",
-    max_dim=contracts.static(8192),
-    block_size=None,
-    stacked=None,
-    factor_dtype="float32",
+    b2: Schedulable = 0.95,
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
+    weight_decay_mask: Tree | None = None,
+    rms: Number | None = None,
+    adam_for: AdamFor = None,
+    adam: optax.GradientTransformation | None = None,
+    stacked: Stacked = None,
+    basis_every: Number = 10,
+    basis: Basis = "qr",
 ) -> optax.GradientTransformationExtraArgs:
     """SOAP for matrices, Adam for the rest, decoupled weight decay and a learning rate.
 
-    Matrices receive `scale_by_soap`, which documents the other arguments, and, where `rms` is
-    given, `normalize_by_rms(rms)`; what is not a matrix, or `adam_for` selects,
-    `optax.scale_by_adam`.
+    Matrices receive `scale_by_soap` and, where `rms` is given, `normalize_by_rms(rms)`. What is not
+    a matrix, or what `adam_for` selects, receives Adam.
 
     Args:
       learning_rate: a number or a schedule.
-      b1: decay of the matrices' momentum.
-      b2: decay of their second moments.
+      b1: decay of the matrices' momentum, in [0, 1]; a number or a schedule.
+      b2: decay of their second moments and factors, in [0, 1]; a number or a schedule.
+      eps: what is added to the root of the second moments, at least 0.
       weight_decay: decoupled, as in AdamW. Other than the Python number 0, update needs params.
-      weight_decay_mask: as in `optax.add_decayed_weights`.
-      rms: root mean square of each matrix's update before decay and learning rate; None leaves
-        SOAP's own.
-      adam_for: which matrices Adam takes, as in `shampoo`, with "soap" for SOAP whatever the rank.
-      adam_b1: Adam's b1.
-      adam_b2: Adam's b2.
-      adam_eps: Adam's eps.
-      eps: see `scale_by_soap`, as for all that follow.
-      decay: see there.
-      basis_every: see there.
-      basis: see there.
-      max_dim: see there.
-      block_size: see there.
-      stacked: see there; a leaf is a matrix if it is one without these axes.
-      factor_dtype: see there.
+      weight_decay_mask: which leaves decay, as in `optax.add_decayed_weights`.
+      rms: root mean square of each matrix's update before decay and learning rate, a number; None
+        leaves SOAP's own.
+      adam_for: which matrices Adam takes, embeddings and the output layer above all: a function of
+        a leaf's path and the leaf, or a prefix of the parameters' tree, with values True or "adam";
+        False for the rule, matrices by the method and all else by Adam; or "soap", whatever the
+        rank.
+      adam: the transformation for all other leaves; None: `optax.scale_by_adam()`. Its moments are
+        float32 at least.
+      stacked: how many leading axes of a leaf count layers, each with factors of its own: an int or
+        bool for all leaves, a prefix of the parameters' tree with them, or a function of the
+        parameters that returns one. A leaf is a matrix if it is one without these axes.
+      basis_every: steps between refreshes of the basis.
+      basis: how: "qr", one step of orthogonal iteration, or "eigh", the eigenvectors themselves.
 
     Returns:
-      A `GradientTransformationExtraArgs`. With a NaN or infinity in any gradient no leaf moves.
+      A `GradientTransformationExtraArgs`. With a NaN or an infinity in any gradient no leaf moves.
 
     Raises:
-      ValueError: as `scale_by_soap`; for labels of another kind, and for labels that miss a leaf.
+      ValueError: as `scale_by_soap`; for a learning rate that is none, for labels of another kind,
+        and for labels that miss a leaf.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_curv
       >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
       >>> tx = optax_curv.soap(3e-3, weight_decay=1e-2)
-      >>> updates, state = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+      >>> state = tx.init(params)
+      >>> updates, state = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), state, params)
       >>> print(updates["bias"].round(4))
       [-0.003 -0.003 -0.003]
 
     References:
-      See `scale_by_soap`.
+      Vyas et al. 2024, arXiv:2409.11321, Algorithms 3 and 4.
     """
-    return with_adam(scale_by_soap, locals())
-
-
-def _init(options, params) -> Any:
-    contracts.require_float_leaves(METHOD, params, complex_leaves=True)
-    layout = layout_of(METHOD, options, params)
-    return ScaleBySoapState(
-        count=jnp.zeros([], jnp.int32),
-        momentum=layout.build(lambda piece: jnp.zeros((*piece.stack, *piece.shape), piece.dtype)),
-        moments=layout.build(
-            lambda piece: jnp.zeros((*piece.stack, *piece.shape), piece.real_dtype)
-        ),
-        factors=layout.build(
-            lambda piece: tuple(jnp.zeros(f.shape, f.dtype) for f in piece.factors)
-        ),
-        bases=layout.build(axis_factors.identities),
-        total_notfinite=jnp.zeros([], jnp.int32),
+    rule = _Soap(
+        method="soap",
+        stacked=stacked,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        decay=b2,
+        basis_every=basis_every,
+        basis=basis,
+        max_dim=static(8192),
+        block_size=None,
+        precond_dtype="float32",
     )
-
-
-def _update(options, updates, state, params=None, *, sound=None, **extra_args):
-    del extra_args
-    likes, layout_by = (
-        ("factors", "bases", "momentum", "moments"),
-        functools.partial(layout_of, METHOD, options),
+    rule.check_options()
+    return matrices_and_adam(
+        rule,
+        learning_rate,
+        rms=rms,
+        adam_for=adam_for,
+        adam=adam,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
     )
-    state, layout, good, total_notfinite = axis_factors.opened(
-        METHOD, layout_by, likes, updates, state, params, sound
-    )
-    # Leaf by leaf: what is done alike to leaves of one shape is compiled once.
-    pieces, tensors = layout.pieces, layout.blocks(updates)
-    factors, old_bases, *averages = (layout.by_piece(getattr(state, name)) for name in likes)
-    averages = list(zip(*averages, strict=True))
-    decay, *weights = (
-        _weight(x, state.count, good) for x in (options.decay, options.b1, options.b2)
-    )
-    factors = list(map(functools.partial(_averaged, decay), pieces, tensors, factors))
-
-    def taken(bases):
-        steps = list(
-            map(functools.partial(_adam, options.eps, weights), pieces, tensors, bases, averages)
-        )
-        return (
-            [kron_matvec(q, step) for q, (step, _) in zip(bases, steps, strict=True)],
-            bases,
-            [m for _, m in steps],
-        )
-
-    def first():
-        return taken(_with(pieces, old_bases, _of_dense(eigenvectors, pieces, factors, old_bases)))
-
-    def refreshed():
-        directions, bases, averages = taken(old_bases)
-        found = _of_dense(
-            eigenvectors if options.basis == "eigh" else orthogonal_iteration,
-            pieces,
-            factors,
-            bases,
-        )
-        return directions, *_turned(pieces, found, bases, averages)
-
-    # In whole branches, so that none copies the bases.
-    branches = lambda: taken(old_bases), first, refreshed
-    due = jnp.where(state.count == 0, 1, jnp.where(state.count % options.basis_every == 0, 2, 0))
-    directions, bases, averages = jax.lax.switch(jnp.where(good, due, 0), branches)
-    directions = layout.leaves_of_blocks(directions, layout.without_pieces(updates), updates)
-    new = ScaleBySoapState(
-        count=jnp.where(good, optax.safe_increment(state.count), state.count),
-        momentum=layout.like_factors([m for m, _ in averages], state.momentum),
-        moments=layout.like_factors([v for _, v in averages], state.moments),
-        factors=layout.like_factors(factors, state.factors),
-        bases=layout.like_factors(bases, state.bases),
-        total_notfinite=total_notfinite,
-    )
-    return jax.tree.map(
-        lambda u: jnp.where(good & jnp.isfinite(u), u, jnp.zeros_like(u)), directions
-    ), new
-
-
-def _weight(decay, count, good):
-    """Weight of the newest value in an average; 0 in a step that is not taken."""
-    decay = contracts.value_at(decay, count, jnp.result_type(float))
-    return jnp.where(good, axis_factors.running_weight(decay, count), 0)
-
-
-def _averaged(weight, piece, x, factors):
-    """A piece's factors with this step's second moments averaged in, as they will be kept."""
-    moments = (
-        axis_factors.axis_moment(x, axis, d, len(piece.stack))
-        for axis, d in enumerate(piece.diagonal)
-    )
-    new = (axis_factors.averaged(f, weight, m) for f, m in zip(factors, moments, strict=True))
-    return tuple(
-        axis_factors.rounded(f, kept.dtype) for f, kept in zip(new, piece.factors, strict=True)
-    )
-
-
-def _adam(eps, weights, piece, x, bases, averages):
-    """(a piece's direction within the basis, its averages there)."""
-    inverse = [
-        q if diagonal else q.mT.conj() for q, diagonal in zip(bases, piece.diagonal, strict=True)
-    ]
-    x = kron_matvec(inverse, x)
-    new = zip(averages, weights, (x, jnp.square(jnp.abs(x))), strict=True)
-    momentum, v = (axis_factors.averaged(*of_one) for of_one in new)
-    scale = jnp.sqrt(v) + jnp.asarray(eps, v.dtype)
-    return jnp.where(scale > 0, momentum / jnp.where(scale > 0, scale, 1), 0), (momentum, v)
-
-
-def _of_dense(function, pieces, *trees):
-    """`function` of the entries of every dense factor in trees by piece and axis, likewise; None for diagonal ones."""
-    places = [
-        (p, axis)
-        for p, piece in enumerate(pieces)
-        for axis, d in enumerate(piece.diagonal)
-        if not d
-    ]
-    found = lapack.for_each(function, *([tree[p][axis] for p, axis in places] for tree in trees))
-    found = dict(zip(places, found, strict=True))
-    return [
-        [found.get((p, axis)) for axis in range(len(piece.shape))] for p, piece in enumerate(pieces)
-    ]
-
-
-def _with(pieces, bases, found):
-    """The bases as they will be kept, found ones in the place of the old."""
-    return [
-        tuple(
-            old if x is None else axis_factors.rounded(x[0], piece.factor_dtype)
-            for old, x in zip(*qs, strict=True)
-        )
-        for piece, *qs in zip(pieces, bases, found, strict=True)
-    ]
-
-
-def _turned(pieces, found, bases, averages):
-    """The found bases, the momentum turned with them, and V in their columns' order."""
-    new_bases, new = _with(pieces, bases, found), []
-    for piece, (momentum, v), olds, qs, of_piece in zip(
-        pieces, averages, bases, new_bases, found, strict=True
-    ):
-        turns = list(qs)
-        for axis, x in enumerate(of_piece):
-            if x is not None:
-                turns[axis] = jnp.matmul(
-                    qs[axis].mT.conj(), olds[axis], precision=axis_factors.HIGHEST
-                )
-                shape = [*piece.stack, *(d if i == axis else 1 for i, d in enumerate(piece.shape))]
-                v = jnp.take_along_axis(v, x[1].reshape(shape), axis=len(piece.stack) + axis)
-        new.append((kron_matvec(turns, momentum), v))
-    return new_bases, new

@@ -1,6 +1,5 @@
 """When the roots of dense factors are taken anew, and how those of one width share a call."""
 
-
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -48,7 +47,7 @@ def dense_places(axes: Mapping[str, Axes]) -> list[list[Place]]:
 
 
 def zero_energies(axes: Mapping[str, Axes]) -> jax.Array:
-    """Zeros [2, n] for tr(F R) of all n dense factors: the running one, and that when R was taken."""
+    """Zeros [2, n] for tr(F R) of n dense factors: the running one, and that when R was taken."""
     count = sum(axes[name].struct.shape[0] for batch in dense_places(axes) for name, _ in batch)
     dtypes = (jnp.finfo(x.struct.dtype).dtype for x in axes.values())
     return jnp.zeros([2, count], jnp.result_type(jnp.float32, *dtypes))
@@ -143,3 +142,9 @@ def by_place(axes: Mapping[str, Axes], tree: Mapping[str, Any]) -> dict[Place, A
     }
 
 
+def with_places(tree: Mapping[str, Any], entries: Mapping[Place, Any]) -> dict[str, Any]:
+    """A tree by stack and axis with other entries at these places, in the dtypes that it has."""
+    return {
+        name: tuple(entries.get((name, axis), x).astype(x.dtype) for axis, x in enumerate(of_stack))
+        for name, of_stack in tree.items()
+    }

@@ -1,11 +1,12 @@
 """Axes: which leaves are matrices, which of their axes are a stack, and who takes them."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from optax_curv.preconditioners._stacks.rule import FALLBACK, METHOD, Kind
+from optax_curv.preconditioners._stacks.rule import FALLBACK, METHOD, Kind, StackRule
 from optax_curv.preconditioners._stacks.stacks import Member, leaf_member
 from optax_curv.preconditioners._transformation.trees import by_prefix, is_function, path_of
 
@@ -71,3 +72,29 @@ def matrix_roles(method: str, adam_for: Any, stacked: Any, tree: Any) -> list[st
     return [role(*path_and_leaf, choice, count) for path_and_leaf, choice, count in rows]
 
 
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class LeafRule(StackRule):
+    """A method whose members are leaves.
+
+    Attributes:
+      stacked: how many leading axes of each leaf are a stack.
+      adam_for: which leaves go to the fallback; without a fallback the method takes all.
+      weight_decay_mask: which leaves decay.
+    """
+
+    stacked: Any = None
+    adam_for: Any = None
+    weight_decay_mask: Any = None
+
+    def members(self, tree: Any) -> list[tuple[Member, Kind]]:
+        """Every leaf, with its role."""
+        roles = None
+        if self.fallback is not None:
+            roles = matrix_roles(self.method, self.adam_for, self.stacked, tree)
+        return leaf_members(
+            self.method,
+            tree,
+            stacked=self.stacked,
+            roles=roles,
+            weight_decay_mask=self.weight_decay_mask,
+        )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_curv.linalg._compiler import cut_out
+from optax_curv.preconditioners._stacks.names import block_name
 
 
 class Blocks(NamedTuple):
@@ -43,7 +44,9 @@ class Blocks(NamedTuple):
         return {name: self._whole(name, parts) for name, parts in found.items()}
 
     def _whole(self, name: str, parts: dict[tuple[int, ...], jax.Array]) -> jax.Array:
-        ordered = [parts[start] for start in sorted(parts)]  # neighbours on the last axis come first
+        ordered = [
+            parts[start] for start in sorted(parts)
+        ]  # neighbours on the last axis come first
         starts = list(zip(*sorted(parts), strict=True))
         for axis in reversed(range(len(starts))):
             count = len(set(starts[axis]))
@@ -84,7 +87,7 @@ def blocks_of(structs: Mapping[str, jax.ShapeDtypeStruct], block_size: Any) -> B
             by_shape.setdefault(tuple(s.stop - s.start for s in block), []).append(block)
         for shape, blocks in by_shape.items():
             whole = len(by_shape) == 1 and len(blocks) == 1
-            own = name if whole else f"{name} in blocks of {'×'.join(map(str, shape))}"
+            own = name if whole else block_name(name, shape)
             places[own] = (name, blocks)
     return Blocks(dict(structs), places)
 

@@ -13,16 +13,15 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.linalg._compiler import cut_out
+from optax_curv.preconditioners._stacks.names import member_name, stack_name
 from optax_curv.preconditioners._transformation.trees import path_of, wide_dtype
-
-SEPARATOR = " | "  # between the members in a stack's name
 
 
 class Member(NamedTuple):
     """What is to lie in a stack: a leaf, or the leaves of a layer seen as one matrix.
 
     Attributes:
-      name: the leaf's key path or the layer's name.
+      name: the leaf's key path or the layer's name, see `names.member_name`.
       rows: how many tensors of the stack it is.
       shape: of each of them.
       dtype: of arithmetic, float32 at least.
@@ -85,7 +84,7 @@ class Stacks(Mapping[str, Stack]):
             key = (kind, member.shape, jnp.dtype(member.dtype))
             groups.setdefault(key, []).append(member)
         self._stacks = {
-            SEPARATOR.join(member.name for member in group): Stack(tuple(group), key[0])
+            stack_name(member.name for member in group): Stack(tuple(group), key[0])
             for key, group in groups.items()
         }
 
@@ -148,4 +147,5 @@ def leaf_member(place: int, path: Any, leaf: Any, stack_ndim: int = 0) -> Member
         dtype = array.dtype if isinstance(like, optax.MaskedNode) else jnp.result_type(like)
         return {place: array.reshape(shape).astype(dtype)}
 
-    return Member(path_of(path), rows, own, wide_dtype(jnp.result_type(leaf)), take, give)
+    name = member_name(path_of(path), rows)
+    return Member(name, rows, own, wide_dtype(jnp.result_type(leaf)), take, give)

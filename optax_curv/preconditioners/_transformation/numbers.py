@@ -111,7 +111,9 @@ def require_flags(method: str, **flags: Any):
     """Refuses what is not a bool: the string "no" would count as True."""
     for name, value in flags.items():
         if not isinstance(value, bool | np.bool_):
-            raise ValueError(f"{method}: expected {name} to be True or False, got {name}={value!r}.")
+            raise ValueError(
+                f"{method}: expected {name} to be True or False, got {name}={value!r}."
+            )
 
 
 def require_dtype(method: str, **dtypes: Any):
@@ -155,9 +157,7 @@ def raw_key(method: str, key: Any) -> jax.Array:
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         key = _seeded(method, int(key))
     elif not isinstance(key, jax.Array | np.ndarray | Tracer):
-        raise ValueError(
-            f"{method}: expected key to be an int or a JAX PRNG key, got key={key!r}."
-        )
+        raise ValueError(f"{method}: expected key to be an int or a JAX PRNG key, got key={key!r}.")
     elif not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         if jnp.ndim(key):
             return _with_shape_of_kind(method, jnp.array(key, jnp.uint32), None)
@@ -204,5 +204,3 @@ def split_key(data: jax.Array, count: int) -> tuple[jax.Array, ...]:
     """The data for the next step, and `count - 1` typed keys for this one."""
     following, *keys = jax.random.split(typed_key(data), count)
     return (key_data(following), *keys)
-
-

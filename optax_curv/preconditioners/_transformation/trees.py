@@ -85,10 +85,7 @@ def is_function(option: Any) -> bool:
 def by_prefix(method: str, name: str, option: Any, tree: Any) -> list[Any]:
     """The entries of an option for every leaf of a tree, of which it is a prefix."""
     try:
-        return jax.tree.leaves(
-            jax.tree.broadcast(option, tree, is_leaf=lambda x: x is None),
-            is_leaf=lambda x: x is None,
-        )
+        return jax.tree.leaves(jax.tree.broadcast(option, tree))
     except ValueError as error:
         given = [path_of(path) for path, _ in jax.tree.leaves_with_path(option)]
         wanted = [path_of(path) for path, _ in jax.tree.leaves_with_path(tree)]
@@ -122,5 +119,3 @@ def wide_zeros(tree: Any) -> Any:
 def narrowed(tree: Any, like: Any) -> Any:
     """The leaves of a tree in the dtypes of another one's."""
     return jax.tree.map(lambda x, y: jnp.asarray(x, jnp.result_type(y)), tree, like)
-
-

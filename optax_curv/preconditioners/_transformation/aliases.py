@@ -1,0 +1,84 @@
+"""What aliases append to a method: sizes, weight decay, momentum and a learning rate, on stacks."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_curv.preconditioners._stacks.axes import LeafRule
+from optax_curv.preconditioners._stacks.rule import Fallback, is_ours
+from optax_curv.preconditioners._stacks.stacks import Stacks
+from optax_curv.preconditioners._transformation.numbers import (
+    is_python_number,
+    require_learning_rate,
+    require_numbers,
+)
+from optax_curv.preconditioners._transformation.transformation import Piece, transformation
+
+
+def by_rows(function: Any) -> optax.GradientTransformation:
+    """A stateless piece that acts on every tensor of a stack, as on a leaf, where it is the method's.
+
+    Args:
+      function: of one tensor.
+    """
+
+    def piece_of(view: Stacks) -> optax.GradientTransformation:
+        ours = view.of_kind(is_ours)
+
+        def update(updates, state, params=None):
+            del params
+            new = {n: jax.vmap(function)(u) if n in ours else u for n, u in updates.items()}
+            return new, state
+
+        return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+    return piece_of  # pyright: ignore[reportReturnType]
+
+
+def decayed(weight_decay: Any) -> list[Piece]:
+    """Decoupled weight decay of the stacks that decay; nothing for the Python number 0."""
+    if is_python_number(weight_decay, 0):
+        return []
+
+    def piece_of(view: Any) -> optax.GradientTransformation:
+        decays = None
+        if isinstance(view, Mapping):
+            decays = {name: stack.kind.decays for name, stack in view.items()}
+        return optax.add_decayed_weights(weight_decay, decays)
+
+    return [piece_of]
+
+
+def matrices_and_adam(
+    rule: LeafRule,
+    learning_rate: Any,
+    *,
+    rms: Any,
+    adam_for: Any,
+    adam: optax.GradientTransformation | None,
+    weight_decay: Any,
+    weight_decay_mask: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """The alias of a method for matrices: their size, Adam for the rest, decay and learning rate."""
+    require_learning_rate(rule.method, learning_rate)
+    require_numbers(rule.method, rms=rms, above=0, or_none=True)
+    require_numbers(rule.method, weight_decay=weight_decay)
+    fallback = Fallback(optax.scale_by_adam() if adam is None else adam, by_stack=adam is None)
+    rule = dataclasses.replace(
+        rule, fallback=fallback, adam_for=adam_for, weight_decay_mask=weight_decay_mask
+    )
+    sizes = [] if rms is None else [by_rows(lambda u: with_rms(u, rms))]
+    pieces = [*sizes, *decayed(weight_decay), optax.scale_by_learning_rate(learning_rate)]
+    return transformation(rule, *pieces)
+
+
+def with_rms(u: jax.Array, target: Any) -> jax.Array:
+    """u · target / rms(u) of one tensor; zeros stay zero, and no square underflows or overflows."""
+    peak = jnp.max(jnp.abs(u), initial=0)
+    relative = u / jnp.where(peak == 0, 1, peak)
+    rms = jnp.sqrt(jnp.mean(jnp.square(jnp.abs(relative)))) if u.size else jnp.ones([])
+    return relative / jnp.where(rms == 0, 1, rms) * jnp.asarray(target, peak.dtype)
