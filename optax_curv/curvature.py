@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optax_curv.layers import Layer
 from optax_curv.linalg._checks import widen
 
 
@@ -50,7 +51,7 @@ class RawSamples(NamedTuple):
 
 
 class FactorRows(NamedTuple):
-    """Rows of a layer of which its Kronecker factors can be made later, A = w_A Σ a aᵀ and G = w_G Σ g gᵀ.
+    """Rows of a layer that make its factors later, A = w_A Σ a aᵀ and G = w_G Σ g gᵀ.
 
     Attributes:
       inputs: as in `RawSamples`.
@@ -63,13 +64,12 @@ class FactorRows(NamedTuple):
     weights: jax.Array
 
 
-def second_moment(rows, full: bool):
-    """Σ x xᵀ over the rows [*stack, R, d], or its diagonal."""
+def second_moment(rows: jax.Array, full: bool) -> jax.Array:
+    """Computes Σ x xᵀ over rows x of [*stack, R, d], or only its diagonal."""
     if not full:
         return jnp.sum(jnp.square(widen(rows)), axis=-2)
-    wide = jnp.promote_types(
-        rows.dtype, jnp.float32
-    )  # where products of half-precision numbers are exact
+    # Products of two half-precision numbers are exact in float32.
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
     return jnp.einsum(
         "...ri,...rj->...ij",
         rows,
@@ -79,47 +79,57 @@ def second_moment(rows, full: bool):
     )
 
 
-def counts_of_ids(ids, width: int, weights):
-    """Σ of products of one-hot rows with weights, [*stack, R] and [*stack, R, ·] to [*stack, width, ·]."""
+def counts_of_ids(ids: jax.Array, width: int, weights: jax.Array) -> jax.Array:
+    """Sums weights by row number: Σ one_hot(id) ⊗ weight, [*stack, width, …].
+
+    Args:
+      ids: row numbers, [*stack, R].
+      width: how many rows there are.
+      weights: numbers or vectors, [*stack, R, …].
+    """
     if ids.ndim > 1:
         return jax.vmap(lambda i, w: counts_of_ids(i, width, w))(ids, weights)
     return jnp.zeros((width, *weights.shape[1:]), weights.dtype).at[ids].add(weights, mode="drop")
 
 
-def quadratic_sums(statistic: str, layer, inputs, grads, basis) -> dict[str, jax.Array]:
-    """Σ a aᵀ, Σ g gᵀ and Σ (U_Aᵀ a)² (U_Gᵀ g)² over rows [*stack, R, ·], as far as the statistic has them."""
-    sums, one_hot = {}, layer.kind == "embedding" and inputs.ndim == grads.ndim - 1
-    if statistic != "diagonal":
-        full_input, full_output = (
-            len(shape) == len(layer.stack) + 2 for shape in layer.factor_shapes
-        )
-        sums["output"] = second_moment(grads, full_output)
-        if one_hot:
-            sums["input"] = counts_of_ids(inputs, layer.in_dim, jnp.ones(inputs.shape, jnp.float32))
-        else:
-            sums["input"] = second_moment(inputs, full_input)
-    if statistic not in ("kronecker", "rows"):
-        left, right = basis
-        squares = squares_in_basis(grads, right)
-        if one_hot:
-            sums["moments"] = counts_of_ids(inputs, layer.in_dim, squares)
-        else:
-            a = squares_in_basis(inputs, left)
-            sums["moments"] = jnp.einsum(
-                "...ri,...rj->...ij", a, squares, precision=lax.Precision.HIGHEST
-            )
-    return sums
+def factor_sums(layer: Layer, inputs: jax.Array, grads: jax.Array) -> dict[str, jax.Array]:
+    """Computes Σ a aᵀ and Σ g gᵀ over rows [*stack, R, ·], in the shapes of the layer's factors.
+
+    The inputs of an embedding may be row numbers [*stack, R].
+    """
+    if inputs.ndim == grads.ndim - 1:
+        ones = jnp.ones(inputs.shape, jnp.float32)
+        first = counts_of_ids(inputs, layer.in_dim, ones)
+    else:
+        first = second_moment(inputs, layer.input_factor != "diagonal")
+    return {"input": first, "output": second_moment(grads, layer.output_factor == "full")}
 
 
-def squares_in_basis(rows, basis):
-    """Of the rows in a basis whose vectors are the columns of `basis`; None: the identity."""
+def moment_sums(
+    layer: Layer,
+    inputs: jax.Array,
+    grads: jax.Array,
+    basis: tuple[jax.Array | None, jax.Array | None],
+) -> dict[str, jax.Array]:
+    """Computes Σ (U_Aᵀ a)² (U_Gᵀ g)² over rows, [*stack, rows, out]; None is the identity."""
+    left, right = basis
+    squares = squares_in_basis(grads, right)
+    if inputs.ndim == grads.ndim - 1:
+        return {"moments": counts_of_ids(inputs, layer.in_dim, squares)}
+    a = squares_in_basis(inputs, left)
+    precision = lax.Precision.HIGHEST
+    return {"moments": jnp.einsum("...ri,...rj->...ij", a, squares, precision=precision)}
+
+
+def squares_in_basis(rows: jax.Array, basis: jax.Array | None) -> jax.Array:
+    """Squares the coordinates of rows in a basis, whose vectors are columns; None: the identity."""
     rows = widen(rows)
     if basis is not None:
         rows = jnp.einsum("...ri,...ij->...rj", rows, basis, precision=lax.Precision.HIGHEST)
     return jnp.square(rows)
 
 
-def factors_of_rows(rows: FactorRows, layer) -> tuple[jax.Array, jax.Array]:
-    """A and G in the shapes of `layer.factor_shapes`."""
-    sums = quadratic_sums("kronecker", layer, rows.inputs, rows.output_grads, None)
+def factors_of_rows(rows: FactorRows, layer: Layer) -> tuple[jax.Array, jax.Array]:
+    """Makes A and G of a layer's rows, in the shapes of `layer.factor_shapes`."""
+    sums = factor_sums(layer, rows.inputs, rows.output_grads)
     return rows.weights[0] * sums["input"], rows.weights[1] * sums["output"]

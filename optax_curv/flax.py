@@ -1,11 +1,13 @@
-"""Flax: a linen `TrainState` that hands extra arguments to the optimizer, as `nnx.Optimizer.update` does by itself.
+"""Flax: a linen `TrainState` that hands extra arguments to the optimizer.
 
-A checkpoint of either is an ordinary one, from which a run continues bit for bit: every state of
-this library is a tree of arrays, its random keys raw key data.
+`nnx.Optimizer.update` does so by itself. A checkpoint of either is an ordinary one, from which a
+run continues bit for bit: every state of this library is a tree of arrays, its random keys raw key
+data.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import optax
 
@@ -16,11 +18,11 @@ except ImportError as error:  # Flax is an extra
 
 
 class TrainState(train_state.TrainState):
-    """Flax's linen `TrainState`, whose `apply_gradients` hands extra arguments to the optimizer's `update`.
+    """Flax's linen `TrainState` that hands extra arguments to the optimizer's `update`.
 
-    Flax's own takes every further argument for a field to replace. Here those that are fields (such
-    as batch statistics of a subclass) are replaced, and others reach `tx.update`: `curvature=`,
-    `branches=`, `probe=`, `value=`.
+    Flax's own `apply_gradients` takes every further argument for a field to replace. Here arguments
+    that are fields (such as batch statistics of a subclass) are replaced, and others reach
+    `tx.update`: `curvature=`, `branches=`, `probe=`, `value=`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_curv
@@ -30,15 +32,17 @@ class TrainState(train_state.TrainState):
       >>> params = model.init(jax.random.key(0), batch[0])
       >>> loss_fn = lambda params, x, y: jnp.mean((model.apply(params, x) - y) ** 2)
       >>> layers = optax_curv.find_layers(loss_fn, params, *batch)
-      >>> state = TrainState.create(apply_fn=model.apply, params=params, tx=optax_curv.kfac(0.1, layers))
-      >>> value, grads, curvature = optax_curv.value_grad_and_curvature(loss_fn, layers=layers)(state.params, *batch)
+      >>> tx = optax_curv.kfac(0.1, layers)
+      >>> state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+      >>> take = optax_curv.value_grad_and_curvature(loss_fn, layers=layers)
+      >>> value, grads, curvature = take(state.params, *batch)
       >>> state = state.apply_gradients(grads=grads, curvature=curvature)
       >>> state.step
       1
     """
 
-    def apply_gradients(self, *, grads, **extra_args):
-        """The state after one update, its `step` one higher.
+    def apply_gradients(self, *, grads: Any, **extra_args: Any) -> "TrainState":
+        """Returns the state after one update, its `step` one higher.
 
         Args:
           grads: gradients of `params`.

@@ -1,17 +1,44 @@
-"""What a layer is: a static, hashable description of how a loss uses its parameters."""
+"""Layers: static, hashable descriptions of how a loss uses its parameters."""
 
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-ELEMENTWISE = ("scale", "shift")
-KINDS = ("dense", "conv", "embedding", *ELEMENTWISE)
 # Widths beyond which a factor is kept as its diagonal.
 MAX_FULL_ELEMENTWISE = 512  # keeps every usual normalisation scale full
 MAX_FULL = 8192  # where one factor takes 256 MiB
+
+InputFactor = Literal["full", "diagonal", "one"]
+OutputFactor = Literal["full", "diagonal"]
+
+
+class Kind(NamedTuple):
+    """The row of a kind of layer in `KINDS`: everything that the rest of the package asks of it.
+
+    Attributes:
+      input_factor: "full"; "diagonal" where the input is one-hot; "one" where the layer has no
+        input of its own, and A = 1.
+      is_elementwise: whether the leaf acts entry by entry, so that its block of the Fisher is that
+        of the leaf's own per-example gradients.
+      one_hot: whether the input comes as row numbers.
+    """
+
+    input_factor: InputFactor
+    is_elementwise: bool = False
+    one_hot: bool = False
+
+
+KINDS = {
+    "dense": Kind("full"),
+    "conv": Kind("full"),
+    "embedding": Kind("diagonal", one_hot=True),
+    "scale": Kind("one", is_elementwise=True),
+    "shift": Kind("one", is_elementwise=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +83,7 @@ class Layer:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(
-                f"Layer {self.name!r}: unknown kind={self.kind!r}; expected one of {KINDS}."
+                f"Layer {self.name!r}: unknown kind={self.kind!r}; expected one of {tuple(KINDS)}."
             )
         if self.kernel is None and self.bias is None:
             raise ValueError(f"Layer {self.name!r} has neither a kernel nor a bias.")
@@ -72,12 +99,30 @@ class Layer:
         return self.in_dim + (self.bias is not None)
 
     @property
+    def is_elementwise(self) -> bool:
+        """Whether the leaf acts entry by entry, as scales and shifts do."""
+        return KINDS[self.kind].is_elementwise
+
+    @property
+    def input_factor(self) -> InputFactor:
+        """How A is kept: "full", as its "diagonal", or "one" where it is the number 1, [1, 1]."""
+        kept = KINDS[self.kind].input_factor
+        return "diagonal" if kept == "full" and self.rows_of_matrix > MAX_FULL else kept
+
+    @property
+    def output_factor(self) -> OutputFactor:
+        """How G is kept: "full", or as its "diagonal" beyond the width at which it is too large."""
+        limit = MAX_FULL_ELEMENTWISE if self.is_elementwise else MAX_FULL
+        return "full" if self.out_dim <= limit else "diagonal"
+
+    @property
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of the input and of the output factor, ``stack`` first; a diagonal factor lacks the last axis."""
-        rows, out = self.rows_of_matrix, self.out_dim
-        full_input = self.kind != "embedding" and rows <= MAX_FULL
-        full_output = out <= (MAX_FULL_ELEMENTWISE if self.kind in ELEMENTWISE else MAX_FULL)
-        return (*self.stack, *[rows] * (1 + full_input)), (*self.stack, *[out] * (1 + full_output))
+        """Shapes of A and G, ``stack`` first; a diagonal factor lacks the last axis."""
+        kept = (self.input_factor, self.rows_of_matrix), (self.output_factor, self.out_dim)
+        first, second = (
+            (*self.stack, *[width] * (1 if how == "diagonal" else 2)) for how, width in kept
+        )
+        return first, second
 
 
 class Layers:
@@ -98,7 +143,11 @@ class Layers:
       (['hidden'], 1)
     """
 
-    def __init__(self, layers: Iterable[Layer], uncovered=()):
+    def __init__(
+        self,
+        layers: Iterable[Layer],
+        uncovered: Mapping[str, str] | Iterable[tuple[str, str]] = (),
+    ):
         self._layers = tuple(layers)
         self._uncovered = tuple(dict(uncovered).items())
         paths = [path for layer in self._layers for path in layer.paths]
@@ -127,7 +176,7 @@ class Layers:
             raise KeyError(f"No layer {name!r}; there are {list(by_name)}.")
         return by_name[name]
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Layers) and vars(self) == vars(other)
 
     def __hash__(self) -> int:
@@ -149,14 +198,23 @@ class Layers:
         )
 
 
-def aligned(rows) -> list[str]:
-    """The lines of a table."""
+def aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Writes a table: each row as a line, its cells below each other."""
+    rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def layer_matrix(layer: Layer, leaves: Mapping[str, jax.Array]) -> jax.Array:
-    """The layer's leaves, among those by key path, as one matrix [*stack, rows_of_matrix, out_dim], the bias below."""
+    """Puts a layer's leaves together as one matrix [*stack, rows_of_matrix, out_dim], bias below.
+
+    Args:
+      layer: the layer.
+      leaves: arrays by key path, the layer's own among them.
+
+    Returns:
+      The matrix.
+    """
     parts = []
     for path, rows, split, axes in _parts(layer, leaves):
         leaf = jnp.reshape(leaves[path], split)
@@ -167,7 +225,16 @@ def layer_matrix(layer: Layer, leaves: Mapping[str, jax.Array]) -> jax.Array:
 def layer_leaves(
     layer: Layer, matrix: jax.Array, like: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """The inverse of `layer_matrix`: the layer's leaves by key path, in shape and dtype of those in `like`."""
+    """Takes a matrix apart into a layer's leaves, by key path: the inverse of `layer_matrix`.
+
+    Args:
+      layer: the layer.
+      matrix: the matrix, [*stack, rows_of_matrix, out_dim].
+      like: arrays by key path, which give the shapes and dtypes.
+
+    Returns:
+      The leaves by key path.
+    """
     leaves, first = {}, 0
     for path, rows, split, axes in _parts(layer, like):
         part = matrix[..., first : first + rows, :].reshape([split[axis] for axis in axes])
@@ -177,8 +244,8 @@ def layer_leaves(
     return leaves
 
 
-def _parts(layer, leaves):
-    """For each leaf of the layer: key path, rows of the matrix, split shape, order of the split axes."""
+def _parts(layer: Layer, leaves: Mapping[str, Any]) -> list[tuple]:
+    """For each leaf: key path, rows of the matrix, split shape, order of the split axes."""
     parts = []
     for path, rows, split, axes in (
         (layer.kernel, layer.in_dim, layer.kernel_split, layer.kernel_axes),
@@ -189,9 +256,10 @@ def _parts(layer, leaves):
         shape = tuple(leaves[path].shape)
         if math.prod(shape) != math.prod((*layer.stack, rows, layer.out_dim)):
             raise ValueError(
-                f"Layer {layer.name!r}: the leaf {path} has shape {shape}, expected the size of stack={layer.stack} × "
-                f"{rows} × out_dim={layer.out_dim}; are these the layers of another model?"
+                f"Layer {layer.name!r}: the leaf {path} has shape {shape}, expected the size of "
+                f"stack={layer.stack} × {rows} × out_dim={layer.out_dim}; are these the layers of "
+                "another model?"
             )
         split = split or shape
-        parts.append((path, rows, split, axes or range(len(split))))
+        parts.append((path, rows, split, axes or tuple(range(len(split)))))
     return parts

@@ -1,23 +1,32 @@
-"""Dense oracles for tests with small models: the matrices that curvature methods approximate, written out.
+"""Dense oracles for tests with small models: the matrices that curvature methods approximate.
 
 All flatten the parameters in `jax.tree.leaves` order, n numbers, compute in their dtype (float64
 under ``jax.enable_x64``), and cost O(n²) memory.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_curv.objective import Objective
+from optax_curv.typing import Number, Tree
 
 
-def _of_flat(function, params):
+def _of_flat(function: Callable, params: Tree) -> tuple[Callable, jax.Array]:
+    """The function as one of the flat parameters, and these."""
     flat, unravel = ravel_pytree(params)
     return (lambda vector: function(unravel(vector))), flat
 
 
-def _flat_jacobian(objective, params, inputs):
-    """The outputs as rows, [R, O], their Jacobian in the flat parameters, [R, O, n], and the number of axes of rows."""
+def _flat_jacobian(
+    objective: Objective, params: Tree, inputs: Tree
+) -> tuple[jax.Array, jax.Array, int]:
+    """The outputs as rows [R, O], their Jacobian [R, O, n], and how many axes the rows have."""
     predict, flat = _of_flat(lambda p: objective.predict_fn(p, inputs), params)
     outputs = predict(flat)
     rows = outputs.reshape(-1, outputs.shape[-1])
@@ -25,15 +34,17 @@ def _flat_jacobian(objective, params, inputs):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def per_example_gradients(loss_fn, params, inputs, targets) -> jax.Array:
-    """The gradient of every example's own loss, one a row.
+def per_example_gradients(
+    loss_fn: Callable, params: Tree, inputs: Tree, targets: Tree
+) -> jax.Array:
+    """Computes the gradient of every example's own loss, one a row.
 
     Args:
       loss_fn: ``loss_fn(params, inputs, targets)``, a mean over examples; it is called with batches
         of one.
       params: the parameters.
       inputs: array or tree with a leading axis N.
-      targets: likewise.
+      targets: array or tree with a leading axis N.
 
     Returns:
       The rows g_n, [N, n]; their mean is the gradient of the batch.
@@ -42,7 +53,8 @@ def per_example_gradients(loss_fn, params, inputs, targets) -> jax.Array:
       >>> import jax.numpy as jnp
       >>> from optax_curv import testing
       >>> loss = lambda w, x, y: jnp.mean(0.5 * (x @ w - y) ** 2)
-      >>> testing.per_example_gradients(loss, jnp.zeros(2), jnp.eye(2), jnp.array([1.0, 2.0]))
+      >>> x, y = jnp.eye(2), jnp.array([1.0, 2.0])
+      >>> testing.per_example_gradients(loss, jnp.zeros(2), x, y)
       Array([[-1., -0.],
              [-0., -2.]], dtype=float32)
     """
@@ -55,8 +67,13 @@ def per_example_gradients(loss_fn, params, inputs, targets) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def dense_hessian(loss_fn, params, *args) -> jax.Array:
-    """The Hessian of ``loss_fn(params, *args)`` in the flat parameters.
+def dense_hessian(loss_fn: Callable, params: Tree, *args: Any) -> jax.Array:
+    """Computes the Hessian of ``loss_fn(params, *args)`` in the flat parameters.
+
+    Args:
+      loss_fn: ``loss_fn(params, *args)``, a scalar.
+      params: the parameters.
+      *args: further arguments.
 
     Returns:
       An array [n, n].
@@ -64,7 +81,8 @@ def dense_hessian(loss_fn, params, *args) -> jax.Array:
     Examples:
       >>> import jax.numpy as jnp
       >>> from optax_curv import testing
-      >>> testing.dense_hessian(lambda p: p["a"] ** 2 * p["b"], {"a": jnp.float32(1), "b": jnp.float32(3)})
+      >>> params = {"a": jnp.float32(1), "b": jnp.float32(3)}
+      >>> testing.dense_hessian(lambda p: p["a"] ** 2 * p["b"], params)
       Array([[6., 2.],
              [2., 0.]], dtype=float32)
     """
@@ -73,8 +91,10 @@ def dense_hessian(loss_fn, params, *args) -> jax.Array:
 
 
 @jax.jit
-def dense_gauss_newton(objective, params, inputs, targets) -> jax.Array:
-    """The Gauss-Newton matrix Σ_r J_rᵀ H_r J_r / R of an objective, H_r the `jax.hessian` of its likelihood's `loss`.
+def dense_gauss_newton(objective: Objective, params: Tree, inputs: Tree, targets: Any) -> jax.Array:
+    """Computes the Gauss-Newton matrix Σ_r J_rᵀ H_r J_r / R of an objective.
+
+    H_r is the `jax.hessian` of its likelihood's `loss` in row r of the outputs.
 
     Args:
       objective: an `optax_curv.Objective`; its regularizer does not enter.
@@ -90,21 +110,27 @@ def dense_gauss_newton(objective, params, inputs, targets) -> jax.Array:
       >>> import optax_curv
       >>> from optax_curv import testing
       >>> objective = optax_curv.Objective(lambda w, x: x @ w, "normal")
-      >>> testing.dense_gauss_newton(objective, jnp.zeros((2, 1)), jnp.diag(jnp.array([1.0, 2.0])), jnp.ones((2, 1)))
+      >>> x = jnp.diag(jnp.array([1.0, 2.0]))
+      >>> testing.dense_gauss_newton(objective, jnp.zeros((2, 1)), x, jnp.ones((2, 1)))
       Array([[0.5, 0. ],
              [0. , 2. ]], dtype=float32)
     """
     outputs, jacobian, leading = _flat_jacobian(objective, params, inputs)
     targets = jnp.reshape(targets, (len(outputs), *jnp.shape(targets)[leading:]))
     hessians = jax.vmap(jax.hessian(objective.likelihood.loss))(outputs, targets)
-    return jnp.einsum("rin,rij,rjm->nm", jacobian, hessians, jacobian, precision="highest") / len(
-        outputs
-    )
+    total = jnp.einsum("rin,rij,rjm->nm", jacobian, hessians, jacobian, precision="highest")
+    return total / len(outputs)
 
 
 @functools.partial(jax.jit, static_argnames="kind")
-def dense_fisher(objective, params, inputs, targets=None, kind="exact") -> jax.Array:
-    """The Fisher matrix of an objective.
+def dense_fisher(
+    objective: Objective,
+    params: Tree,
+    inputs: Tree,
+    targets: Any = None,
+    kind: Literal["exact", "empirical"] = "exact",
+) -> jax.Array:
+    """Computes the Fisher matrix of an objective.
 
     - "exact": Σ_r J_rᵀ B_r B_rᵀ J_r / R, with B_r the likelihood's `hessian_sqrt`: the expectation
       over targets drawn from the model, on the scale of the mean loss; `dense_gauss_newton` where
@@ -129,7 +155,8 @@ def dense_fisher(objective, params, inputs, targets=None, kind="exact") -> jax.A
       >>> import optax_curv
       >>> from optax_curv import testing
       >>> objective = optax_curv.Objective(lambda w, x: x @ w, "bernoulli")
-      >>> float(testing.dense_fisher(objective, jnp.zeros((1, 1)), jnp.full((2, 1), 2.0))[0, 0])  # x² p (1 − p)
+      >>> fisher = testing.dense_fisher(objective, jnp.zeros((1, 1)), jnp.full((2, 1), 2.0))
+      >>> float(fisher[0, 0])  # x² p (1 − p)
       1.0
     """
     if kind == "exact":
@@ -152,8 +179,8 @@ def dense_fisher(objective, params, inputs, targets=None, kind="exact") -> jax.A
 
 
 @functools.partial(jax.jit, static_argnames="centered")
-def dense_covariance(branches, centered=True) -> jax.Array:
-    """The covariance of K samples that branch methods take.
+def dense_covariance(branches: Tree, centered: bool = True) -> jax.Array:
+    """Computes the covariance of K samples that branch methods take.
 
     Args:
       branches: an array [K, D], or a tree whose leaves have a leading axis K.
@@ -176,8 +203,8 @@ def dense_covariance(branches, centered=True) -> jax.Array:
 
 
 @jax.jit
-def matrix_with_spectrum(key, eigenvalues) -> jax.Array:
-    """U diag(eigenvalues) Uᵀ, U a random rotation.
+def matrix_with_spectrum(key: jax.Array, eigenvalues: ArrayLike) -> jax.Array:
+    """Draws a matrix U diag(eigenvalues) Uᵀ, with U a random rotation.
 
     Args:
       key: PRNG key.
@@ -201,14 +228,18 @@ def matrix_with_spectrum(key, eigenvalues) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("n", "dtype"))
-def random_spd(key, n, condition=10.0, *, dtype=None) -> jax.Array:
-    """A random symmetric positive definite matrix, its eigenvalues from 1 / condition to 1, even in the logarithm.
+def random_spd(
+    key: jax.Array, n: int, condition: Number = 10.0, *, dtype: DTypeLike | None = None
+) -> jax.Array:
+    """Draws a symmetric positive definite matrix with eigenvalues from 1 / condition to 1.
+
+    The eigenvalues are evenly spaced in the logarithm.
 
     Args:
       key: PRNG key.
-      n: size.
+      n: size of the matrix.
       condition: the largest eigenvalue over the smallest.
-      dtype: None: JAX's default float.
+      dtype: dtype of the matrix; None: JAX's default float.
 
     Returns:
       The matrix, [n, n].

@@ -1,4 +1,4 @@
-"""Losses of many architectures, small: name -> builder of (loss, params, *arrays), all in the default precision."""
+"""Small losses of many architectures: name -> builder of (loss, params, *arrays)."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""More architectures for `architectures.ARCHITECTURES`: where examples, kernels and scalars lie in unusual places."""
+"""More architectures: where examples, kernels and scalars lie in unusual places."""
 
 import jax
 import jax.numpy as jnp

@@ -1,13 +1,15 @@
 """Branches in parameter space: per-example gradients, Jacobian rows, weighted residuals."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from optax_curv.typing import Number, Tree
+
 
 def per_example_grads(loss_fn: Callable, *, chunk_size: int | None = None) -> Callable:
-    """The gradient of every example's own loss, as branches of the empirical Fisher.
+    """Makes a function that returns the gradient of every example's own loss, as branches.
 
     Their mean is the batch's gradient; `scale_by_branch_fisher(centered=False)` takes the empirical
     Fisher Σ_n g_n g_nᵀ / N from them.
@@ -27,7 +29,8 @@ def per_example_grads(loss_fn: Callable, *, chunk_size: int | None = None) -> Ca
     Examples:
       >>> import jax.numpy as jnp, optax_curv
       >>> loss = lambda w, x, y: 0.5 * jnp.mean((x @ w - y) ** 2)
-      >>> rows = optax_curv.per_example_grads(loss)(jnp.zeros(2), jnp.eye(2), jnp.array([1.0, 2.0]))
+      >>> x, y = jnp.eye(2), jnp.array([1.0, 2.0])
+      >>> rows = optax_curv.per_example_grads(loss)(jnp.zeros(2), x, y)
       >>> print(-rows)
       [[1. 0.]
        [0. 2.]]
@@ -38,9 +41,10 @@ def per_example_grads(loss_fn: Callable, *, chunk_size: int | None = None) -> Ca
 
 
 def jacobian_rows(fn: Callable, *, chunk_size: int | None = None) -> Callable:
-    """The Jacobian of a network's outputs, one row an output of an example, as branches of a Gauss-Newton matrix.
+    """Makes a function that returns the Jacobian of a network's outputs, as branches.
 
-    By reverse mode. `scale_by_branch_fisher(centered=False)` divides by the number of rows K = N O:
+    There is one row for each output of an example, by reverse mode.
+    `scale_by_branch_fisher(centered=False)` divides by the number of rows K = N O:
     for the Gauss-Newton matrix Σ_n J_nᵀ J_n / N of a sum over O outputs multiply rows by √O.
 
     Args:
@@ -65,8 +69,12 @@ def jacobian_rows(fn: Callable, *, chunk_size: int | None = None) -> Callable:
     return lambda params, *batch: _jacobian("jacobian_rows", fn, params, batch, chunk_size)[1]
 
 
-def residual_rows(*residual_fns: Callable, weights=None, chunk_size: int | None = None) -> Callable:
-    r"""Loss, gradient and Gauss-Newton rows of least squares over several blocks (a PDE's interior and its boundary).
+def residual_rows(
+    *residual_fns: Callable, weights: Sequence[Number] | None = None, chunk_size: int | None = None
+) -> Callable:
+    r"""Makes a function that returns loss, gradient and rows of least squares over several blocks.
+
+    Blocks are, for instance, the interior and the boundary of a PDE.
 
     .. math::
       L = \frac12 \sum_b w_b \frac{1}{N_b} \sum_{n \in b} \|r_{bn}\|^2
@@ -93,7 +101,8 @@ def residual_rows(*residual_fns: Callable, weights=None, chunk_size: int | None 
       >>> import jax.numpy as jnp, optax, optax_curv
       >>> fit, pin = (lambda w, x: x[:, 0] * w - x[:, 1]), (lambda w, x: w - x)
       >>> points, ends = jnp.array([[1.0, 2.0], [2.0, 4.0]]), jnp.array([2.0])
-      >>> loss, grad, rows = optax_curv.residual_rows(fit, pin, weights=(1.0, 10.0))(jnp.float32(0), points, ends)
+      >>> take = optax_curv.residual_rows(fit, pin, weights=(1.0, 10.0))
+      >>> loss, grad, rows = take(jnp.float32(0), points, ends)
       >>> tx = optax_curv.scale_by_branch_fisher(1e-6, centered=False, solver="auto")
       >>> step, _ = tx.update({"w": grad}, tx.init({"w": grad}), branches={"w": rows})
       >>> print(-step["w"].round(3))  # linear least squares in one step
@@ -102,13 +111,15 @@ def residual_rows(*residual_fns: Callable, weights=None, chunk_size: int | None 
     weights = (1.0,) * len(residual_fns) if weights is None else tuple(weights)
     if not residual_fns or len(weights) != len(residual_fns):
         raise ValueError(
-            f"residual_rows: expected one weight a block, got {len(weights)} for {len(residual_fns)}."
+            f"residual_rows: expected one weight a block, got {len(weights)} for "
+            f"{len(residual_fns)}."
         )
 
     def rows(params, *batches):
         if len(batches) != len(residual_fns):
             raise ValueError(
-                f"residual_rows: expected one batch a block, got {len(batches)} batches for {len(residual_fns)} blocks."
+                f"residual_rows: expected one batch a block, got {len(batches)} batches for "
+                f"{len(residual_fns)} blocks."
             )
         found = [
             _jacobian("residual_rows", fn, params, (batch,), chunk_size)
@@ -134,7 +145,9 @@ def residual_rows(*residual_fns: Callable, weights=None, chunk_size: int | None 
     return rows
 
 
-def _jacobian(method, fn, params, batch, chunk_size):
+def _jacobian(
+    method: str, fn: Callable, params: Tree, batch: tuple, chunk_size: int | None
+) -> tuple[jax.Array, Tree]:
     """Outputs [N, O] of the examples, and the tree of their gradients [N O, *shape]."""
 
     def of_one(*one):
@@ -143,8 +156,8 @@ def _jacobian(method, fn, params, batch, chunk_size):
         rows = jax.vmap(pullback)(one_hot)[0]
         if not jnp.iscomplexobj(outputs):
             return outputs, rows
-        # A real parameter takes the real part of what is pulled back: of J from 1, of -iJ, J's
-        # imaginary part, from -i.
+        # A real parameter takes the real part of what is pulled back: from 1 the real part of J,
+        # from -i that of -iJ, which is J's imaginary part.
         imaginary = jax.vmap(pullback)(-1j * one_hot)[0]
         return outputs, jax.tree.map(
             lambda a, b: a if jnp.iscomplexobj(a) else a + 1j * b, rows, imaginary
@@ -154,8 +167,8 @@ def _jacobian(method, fn, params, batch, chunk_size):
     return outputs, jax.tree.map(lambda row, leaf: row.reshape(-1, *jnp.shape(leaf)), rows, params)
 
 
-def _map_examples(method, function, batch, chunk_size):
-    """`function` of every example as a batch of one, stacked."""
+def _map_examples(method: str, function: Callable, batch: tuple, chunk_size: int | None) -> Tree:
+    """Calls `function` on every example as a batch of one, and stacks the results."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
     counts = {shape[:1] for shape in shapes}
     if len(counts) != 1 or counts <= {(), (0,)}:

@@ -4,22 +4,23 @@ import jax
 import jax.numpy as jnp
 
 from optax_curv.curvature import FactorRows, RawSamples
+from optax_curv.typing import Number, Tree
 
 
-def average_curvature(mean, curvature, mini_step):
-    """The mean of the curvatures of micro-batches of equal size, one after the other.
+def average_curvature(mean: Tree, curvature: Tree, mini_step: Number) -> Tree:
+    """Adds a micro-batch to the mean of the curvatures of micro-batches of equal size.
 
     `optax.MultiSteps` averages gradients, but hands the inner transformation the extra arguments of
     the last micro-batch alone. With this mean as `curvature=` these have the factors of the whole
     batch, each loss being a mean over its own micro-batch.
 
     Args:
-      mean: the mean so far, a tree like `curvature`; of any values in the first mini-step.
+      mean: the mean so far, a tree like `curvature`; its values do not matter in mini-step 0.
       curvature: factors, moments or diagonals of this micro-batch.
       mini_step: how many micro-batches the mean has, `MultiStepsState.mini_step`.
 
     Returns:
-      The mean with this one in it.
+      The mean with this micro-batch in it.
 
     Raises:
       ValueError: for rows or raw samples, which cannot be averaged.
@@ -27,10 +28,12 @@ def average_curvature(mean, curvature, mini_step):
     Examples:
       >>> import jax.numpy as jnp, optax_curv
       >>> params, x, mean = {"w": jnp.ones((3, 1))}, jnp.arange(24.0).reshape(8, 3), None
-      >>> take = optax_curv.value_grad_and_curvature(lambda params, x: jnp.mean((x @ params["w"]) ** 2))
+      >>> loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
+      >>> take = optax_curv.value_grad_and_curvature(loss)
       >>> for mini_step, micro_batch in enumerate(jnp.split(x, 2)):
       ...     curvature = take(params, micro_batch)[2]
-      ...     mean = curvature if mean is None else optax_curv.average_curvature(mean, curvature, mini_step)
+      ...     mean = curvature if mean is None else mean
+      ...     mean = optax_curv.average_curvature(mean, curvature, mini_step)
       >>> bool(jnp.allclose(mean["w"].input_factor, x.T @ x / 8))
       True
     """
@@ -40,14 +43,15 @@ def average_curvature(mean, curvature, mini_step):
 
     if any(map(has_rows, jax.tree.leaves(curvature, is_leaf=has_rows))):
         raise ValueError(
-            "average_curvature: expected factors, moments or diagonals, got rows of layers, which cannot be averaged; "
-            'take statistic="kronecker".'
+            "average_curvature: expected factors, moments or diagonals, got rows of layers, which "
+            'cannot be averaged; take statistic="kronecker".'
         )
 
     def average(old, new):
         if not jnp.issubdtype(new.dtype, jnp.inexact):
             return new
-        return jnp.where(mini_step == 0, new, old + (new - old) / (mini_step + 1).astype(new.dtype))
+        share = 1 / (step + 1).astype(new.dtype)
+        return jnp.where(step == 0, new, old + (new - old) * share)
 
-    mini_step = jnp.asarray(mini_step)
+    step = jnp.asarray(mini_step)
     return jax.tree.map(average, mean, curvature)

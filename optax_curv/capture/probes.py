@@ -1,27 +1,40 @@
 """A loss with the product of its Hessian and a random probe."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from optax_curv.linalg._checks import widen
+from optax_curv.typing import Key, Tree
 
 
-def hessian_probe(loss_fn, params, *args, key, has_aux=False, finite_difference=False, **kwargs):
-    """Value, gradient, a random probe v ~ N(0, I) and the Hessian-vector product Hv, in one linearisation.
+def hessian_probe(
+    loss_fn: Callable,
+    params: Tree,
+    *args: Any,
+    key: Key,
+    has_aux: bool = False,
+    finite_difference: bool = False,
+    **kwargs: Any,
+) -> tuple[Any, Tree, Tree, Tree]:
+    """Computes value, gradient, a random probe v ~ N(0, I) and Hv in one linearisation.
 
-    As E[v vᵀ] = I, E[Hv (Hv)ᵀ] = H², to which Newton-type preconditioners are fitted.
-    Forward-over-reverse, at about the cost of three gradients. `finite_difference=True` is for
-    losses without a second derivative (custom rules, integer tables): Hv ≈ (∇f(θ + εv) - ∇f(θ)) / ε
-    with ε = √eps(dtype) · max(1, rms(θ)), two gradients, and a relative error of about √eps.
+    H is the Hessian of the loss. As E[v vᵀ] = I, E[Hv (Hv)ᵀ] = H², to which Newton-type
+    preconditioners are fitted. Forward-over-reverse differentiation costs about three gradients.
+    `finite_difference=True` is for losses without a second derivative (custom rules, integer
+    tables): Hv ≈ (∇f(θ + εv) - ∇f(θ)) / ε with ε = √eps(dtype) · max(1, rms(θ)) costs two gradients
+    and has a relative error of about √eps.
 
     Args:
       loss_fn: scalar function of (params, *args, **kwargs).
       params: pytree of floating-point leaves.
-      *args: passed to the loss.
-      key: PRNG key of the probe.
+      *args: further arguments of the loss.
+      key: PRNG key of the probe, or a seed.
       has_aux: whether the loss returns (value, aux).
-      finite_difference: see above.
-      **kwargs: passed to the loss.
+      finite_difference: whether Hv is a difference of gradients.
+      **kwargs: further arguments of the loss by name.
 
     Returns:
       (value, grads, probe, hvp), or ((value, aux), grads, probe, hvp); the last three are like the
@@ -29,6 +42,7 @@ def hessian_probe(loss_fn, params, *args, key, has_aux=False, finite_difference=
       the steepest ascent.
 
     Raises:
+      ValueError: for a flag that is no boolean.
       TypeError: from jax.grad, for integer parameters or a loss that is not scalar.
 
     Examples:
@@ -42,6 +56,10 @@ def hessian_probe(loss_fn, params, *args, key, has_aux=False, finite_difference=
     References:
       Pearlmutter, *Fast exact multiplication by the Hessian*, Neural Computation 6, 1994.
     """
+    for name, given in (("has_aux", has_aux), ("finite_difference", finite_difference)):
+        if not isinstance(given, bool):
+            raise ValueError(f"hessian_probe: expected True or False as {name}, got {given!r}.")
+    key = jax.random.key(key) if isinstance(key, int) else key
     leaves, treedef = jax.tree.flatten(params)
     probes = [
         jax.random.normal(jax.random.fold_in(key, i), jnp.shape(leaf), jnp.result_type(leaf))
@@ -66,8 +84,8 @@ def hessian_probe(loss_fn, params, *args, key, has_aux=False, finite_difference=
     return value, treedef.unflatten(grads), treedef.unflatten(probes), treedef.unflatten(products)
 
 
-def _difference_step(leaves):
-    """√eps · max(1, rms of all parameters): balances rounding and the second-order error."""
+def _difference_step(leaves: list) -> jax.Array:
+    """The step √eps · max(1, rms of all parameters), which balances rounding and curvature."""
     size = max(1, sum(map(jnp.size, leaves)))
     rms = jnp.sqrt(sum(jnp.sum(jnp.square(jnp.abs(widen(x)))) for x in leaves) / size)
     coarsest = max([float(jnp.finfo(jnp.result_type(x)).eps) for x in leaves], default=1.0)

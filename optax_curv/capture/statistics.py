@@ -1,51 +1,167 @@
-"""What is measured at a layer: the probe that collects a statistic, what one use adds to it, and what the sum becomes.
+"""Statistics of a layer: one small class for each, the table of them, and how they are collected.
 
-Rows are inputs a and output gradients ḡ of the loss of the batch.
+Rows are inputs a and output gradients ḡ of the loss of the batch. A probe of zeros collects a
+statistic (`probe`); each use of the layer adds its part in the backward pass (`contribution`); and
+`finish` makes the statistic of the sum.
 """
+
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optax_curv.capture._graph.uses import Use
 from optax_curv.curvature import (
     EigenbasisMoments,
     FactorRows,
     KroneckerFactors,
     RawSamples,
-    quadratic_sums,
+    factor_sums,
+    moment_sums,
 )
-from optax_curv.layers import ELEMENTWISE
+from optax_curv.layers import Layer
 from optax_curv.linalg._checks import widen
+from optax_curv.typing import StatisticName
+
+Arrays = dict[str, jax.Array]
+Basis = tuple[jax.Array | None, jax.Array | None]  # (U_A, U_G), None for the identity
 
 
-def rows_of(use, operands, grad) -> tuple[jax.Array | None, jax.Array]:
-    """Inputs and output gradients of one use, [*stack, examples, positions, features]."""
-    # one-hot inputs have no features; a scale or shift has no inputs, and its own gradient
-    found = use.found
-    grad = _part(grad, found.windows[1])
-    if use.layer.kind in ELEMENTWISE:
-        grad = widen(grad) * use.gain
-        if found.choice is not None:
-            operands = (operands[0] == found.choice, *operands[1:])
-        for operand in operands:
-            grad = grad * operand
-        rows = use.outputs(grad)
-        if use.positions is not None:
-            rows = (
-                jnp.zeros((*rows.shape[:-1], use.layer.out_dim), rows.dtype)
-                .at[..., use.positions]
-                .set(rows)
-            )
-        return None, rows
-    x = _part(operands[0], found.windows[0])
-    if found.conv is not None:
-        x = lax.conv_general_dilated_patches(x, *found.conv, precision=lax.Precision.HIGHEST)
-    inputs, grads = use.inputs(x if found.kind != "embedding" else x[..., 0]), use.outputs(grad)
-    if (
-        inputs.shape[:-1] != grads.shape[:-1]
-    ):  # the same for all examples, or members of an ensemble
+class Statistic(Protocol):
+    """One kind of curvature, a row of `STATISTICS`."""
+
+    def keeps_rows(self, layer: Layer) -> bool:
+        """Whether the statistic of this layer is the rows of every use, which are not summed."""
+        ...
+
+    def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is summed over rows, by name."""
+        ...
+
+    def sums(self, layer: Layer, inputs: jax.Array, grads: jax.Array, basis: Basis) -> Arrays:
+        """The sums over rows [*stack, R, ·]."""
+        ...
+
+    def finish(self, sums: Arrays) -> Any:
+        """The statistic of a layer from the sums, A already divided by R, all else times N."""
+        ...
+
+    def finish_rows(self, uses: list[Use], samples: list[Arrays]) -> Any:
+        """The statistic of a layer whose rows are kept, from those of each use."""
+        ...
+
+
+class Kronecker:
+    """A = Σ a aᵀ / R and G = N Σ ḡ ḡᵀ."""
+
+    def keeps_rows(self, layer: Layer) -> bool:
+        """Returns False: rows are summed."""
+        return False
+
+    def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of A and G."""
+        return dict(zip(("input", "output"), layer.factor_shapes, strict=True))
+
+    def sums(self, layer: Layer, inputs: jax.Array, grads: jax.Array, basis: Basis) -> Arrays:
+        """Returns Σ a aᵀ and Σ ḡ ḡᵀ."""
+        return factor_sums(layer, inputs, grads)
+
+    def finish(self, sums: Arrays) -> Any:
+        """Returns the factors, of one batch."""
+        return KroneckerFactors(sums["input"], sums["output"], jnp.ones([], jnp.int32))
+
+    def finish_rows(self, uses: list[Use], samples: list[Arrays]) -> Any:
+        """Is not called, as no rows are kept."""
+        raise NotImplementedError
+
+
+class Diagonal(Kronecker):
+    """The diagonal of the Fisher, N Σ a² (ḡ²)ᵀ."""
+
+    def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of the layer as a matrix."""
+        return {"moments": (*layer.stack, layer.rows_of_matrix, layer.out_dim)}
+
+    def sums(self, layer: Layer, inputs: jax.Array, grads: jax.Array, basis: Basis) -> Arrays:
+        """Returns Σ a² (ḡ²)ᵀ."""
+        return moment_sums(layer, inputs, grads, (None, None))
+
+    def finish(self, sums: Arrays) -> Any:
+        """Returns the diagonal."""
+        return sums["moments"]
+
+
+class Eigenbasis(Kronecker):
+    """Kronecker factors, and second moments of the gradient in a given eigenbasis."""
+
+    def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of A, G and the moments."""
+        return super().shapes(layer) | Diagonal().shapes(layer)
+
+    def sums(self, layer: Layer, inputs: jax.Array, grads: jax.Array, basis: Basis) -> Arrays:
+        """Returns the sums of both."""
+        return factor_sums(layer, inputs, grads) | moment_sums(layer, inputs, grads, basis)
+
+    def finish(self, sums: Arrays) -> Any:
+        """Returns factors and moments."""
+        input_factor, output_factor, count = super().finish(sums)
+        return EigenbasisMoments(input_factor, output_factor, count, sums["moments"])
+
+
+class Raw(Kronecker):
+    """All rows, with output gradients of one example's own loss."""
+
+    def keeps_rows(self, layer: Layer) -> bool:
+        """Returns True."""
+        return True
+
+    def finish_rows(self, uses: list[Use], samples: list[Arrays]) -> Any:
+        """Returns the rows of all uses, one after the other."""
+        rows = rows_together(uses, samples)
+        return rows._replace(output_grads=rows.output_grads * uses[0].batch)
+
+
+class Rows(Kronecker):
+    """All rows with their weights, of which factors are made later; of scales the factors."""
+
+    def keeps_rows(self, layer: Layer) -> bool:
+        """Returns whether the layer has rows: a scale or shift has one gradient an example."""
+        return not layer.is_elementwise
+
+    def finish_rows(self, uses: list[Use], samples: list[Arrays]) -> Any:
+        """Returns the rows of all uses, and the weights 1 / R and N."""
+        rows, one = rows_together(uses, samples), uses[0]
+        weights = jnp.array([1 / one.rows, one.batch], rows.output_grads.dtype)
+        return FactorRows(*rows, weights)
+
+
+STATISTICS: dict[StatisticName, Statistic] = {
+    "kronecker": Kronecker(),
+    "diagonal": Diagonal(),
+    "eigenbasis": Eigenbasis(),
+    "raw": Raw(),
+    "rows": Rows(),
+}
+
+
+def rows_of(use: Use, operands: tuple, grad: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+    """Inputs and output gradients of one use, [*stack, examples, positions, features].
+
+    One-hot inputs are row numbers, without features. A scale or shift has no inputs, and its own
+    gradient in place of its output's.
+    """
+    grad = _part(grad, use.found.windows[1])
+    if use.layer.is_elementwise:
+        return None, _own_gradient(use, operands, grad)
+    x = _part(operands[0], use.found.windows[0])
+    if use.found.conv is not None:
+        x = lax.conv_general_dilated_patches(x, *use.found.conv, precision=lax.Precision.HIGHEST)
+    inputs, grads = use.inputs(x[..., 0] if use.one_hot else x), use.outputs(grad)
+    # Inputs may be shared by all examples, or by the members of an ensemble.
+    if inputs.shape[:-1] != grads.shape[:-1]:
         inputs = jnp.broadcast_to(inputs, (*grads.shape[:-1], inputs.shape[-1]))
-    if found.kind == "embedding":
+    if use.one_hot:
         return inputs[..., 0], grads
     if use.gain != 1.0:
         inputs = inputs * use.gain
@@ -57,79 +173,104 @@ def rows_of(use, operands, grad) -> tuple[jax.Array | None, jax.Array]:
     return inputs, grads
 
 
-def _part(x, window):
+def _own_gradient(use: Use, operands: tuple, grad: jax.Array) -> jax.Array:
+    """The gradient of a scale or shift in each row, its coefficients included."""
+    grad = widen(grad) * use.gain
+    if use.found.choice is not None:
+        operands = (operands[0] == use.found.choice, *operands[1:])
+    for operand in operands:
+        grad = grad * operand
+    rows = use.outputs(grad)
+    if use.positions is None:
+        return rows
+    zeros = jnp.zeros((*rows.shape[:-1], use.layer.out_dim), rows.dtype)
+    return zeros.at[..., use.positions].set(rows)
+
+
+def _part(x: jax.Array, window: tuple[int, int, int] | None) -> jax.Array:
     """A part (axis, start, size) of an array; None: all of it."""
-    return (
-        x
-        if window is None
-        else lax.slice_in_dim(x, window[1], window[1] + window[2], axis=window[0])
-    )
+    if window is None:
+        return x
+    axis, start, size = window
+    return lax.slice_in_dim(x, start, start + size, axis=axis)
 
 
-def _flat(x, stack: int):
-    """Every row an example: [*stack, examples · positions, ...]."""
+def _flat(x: jax.Array, stack: int) -> jax.Array:
+    """Every row as an example: [*stack, examples · positions, ...]."""
     return x.reshape(*x.shape[:stack], -1, *x.shape[stack + 2 :])
 
 
-def is_linear(layer, sharing: str) -> bool:
+def sums_examples(layer: Layer, reduces: bool) -> bool:
     """Whether rows are summed for each example before they are squared."""
-    return sharing == "reduce" or layer.kind in ELEMENTWISE
+    return reduces or layer.is_elementwise
 
 
-def keeps_rows(statistic: str, layer) -> bool:
-    """Whether a statistic is the rows of every use on its own; "rows" has the factors of scales and shifts."""
-    return statistic == "raw" or (statistic == "rows" and not is_linear(layer, "expand"))
+def probe(statistic: Statistic, reduces: bool, use: Use, dtype: Any) -> Arrays:
+    """The zeros that collect a statistic: of a whole layer, or for kept rows of one use.
 
-
-def probe(statistic: str, sharing: str, use, dtype) -> dict[str, jax.Array]:
-    """The zeros that collect a statistic: of a whole layer, or for rows of one use inside its scans."""
+    Args:
+      statistic: the statistic.
+      reduces: whether `sharing` is "reduce".
+      use: a use of the layer; the one measured, where rows are kept.
+      dtype: of the zeros.
+    """
     layer = use.layer
-    rows, out = layer.rows_of_matrix, layer.out_dim
-    if keeps_rows(statistic, layer):
-        examples, positions = use.outputs.shape[-3:-1]
-        stacked, elementwise = sum(use.loops), layer.kind in ELEMENTWISE
-        loops = (length for length, _ in use.found.loops)
-        lead = (*loops, *layer.stack[stacked : stacked + len(use.slots)], *use.outputs.shape[:-3])
-        lead = (*lead, examples * (1 if elementwise else positions))
-        ids = use.found.kind == "embedding" or elementwise
-        shapes = {"inputs": lead if ids else (*lead, rows), "output_grads": (*lead, out)}
-    elif is_linear(layer, sharing):
-        lead = (*layer.stack, use.examples)
-        if use.example_loop is not None:  # along which the probe is sliced too
-            outer = sum(use.loops[: use.example_loop])
-            lead = (*layer.stack[:outer], use.examples, *layer.stack[outer:], 1)
-        shapes = {"inputs": (*lead, rows), "grads": (*lead, out)}
-        if layer.kind in ELEMENTWISE:
-            del shapes["inputs"]
+    if statistic.keeps_rows(layer):
+        shapes = _shapes_of_rows(use)
+    elif sums_examples(layer, reduces):
+        shapes = _shapes_by_example(use)
     else:
-        input_shape, output_shape = layer.factor_shapes
-        shapes = {} if statistic == "diagonal" else {"input": input_shape, "output": output_shape}
-        shapes |= {} if statistic == "kronecker" else {"moments": (*layer.stack, rows, out)}
+        shapes = statistic.shapes(layer)
     return {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
 
 
+def _shapes_of_rows(use: Use) -> dict[str, tuple[int, ...]]:
+    layer, (examples, positions) = use.layer, use.outputs.shape[-3:-1]
+    stacked = sum(use.loops)
+    lead = (
+        *(length for length, _ in use.found.loops),
+        *layer.stack[stacked : stacked + len(use.slots)],
+        *use.outputs.shape[:-3],
+        examples * (1 if layer.is_elementwise else positions),
+    )
+    numbers = use.one_hot or layer.is_elementwise
+    inputs = lead if numbers else (*lead, layer.rows_of_matrix)
+    return {"inputs": inputs, "output_grads": (*lead, layer.out_dim)}
+
+
+def _shapes_by_example(use: Use) -> dict[str, tuple[int, ...]]:
+    layer = use.layer
+    lead = (*layer.stack, use.examples)
+    if use.example_loop is not None:  # the probe is sliced along that loop, too
+        outer = sum(use.loops[: use.example_loop])
+        lead = (*layer.stack[:outer], use.examples, *layer.stack[outer:], 1)
+    shapes = {"grads": (*lead, layer.out_dim)}
+    return shapes if layer.is_elementwise else shapes | {"inputs": (*lead, layer.rows_of_matrix)}
+
+
 def contribution(
-    statistic: str, sharing: str, use, operands, grad, zeros, basis
-) -> dict[str, jax.Array]:
-    """What one use adds to its probe."""
+    statistic: Statistic,
+    reduces: bool,
+    use: Use,
+    operands: tuple,
+    grad: jax.Array,
+    zeros: Arrays,
+    basis: Basis,
+) -> Arrays:
+    """What one use adds to its probe, given its operands and its output's gradient."""
     inputs, grads = rows_of(use, operands, grad)
     stack = grads.ndim - 3
-    if keeps_rows(statistic, use.layer):
+    if statistic.keeps_rows(use.layer):
         if inputs is None:
             grads = jnp.sum(grads, axis=-2, keepdims=True)
             inputs = jnp.ones(grads.shape[:-1], grads.dtype)
-        grads = widen(_flat(grads, stack))
-        found = {
-            "inputs": _flat(inputs, stack),
-            "output_grads": grads * use.batch if statistic == "raw" else grads,
-        }
-    elif is_linear(use.layer, sharing):
+        found = {"inputs": _flat(inputs, stack), "output_grads": widen(_flat(grads, stack))}
+    elif inputs is None or sums_examples(use.layer, reduces):
         found = _example_sums(use, inputs, grads)
     else:
-        basis = tuple(u if u is None else u[use.slots] for u in basis)
-        found = quadratic_sums(
-            statistic, use.layer, _flat(inputs, stack), _flat(grads, stack), basis
-        )
+        left, right = (u if u is None else u[use.slots] for u in basis)
+        rows = _flat(inputs, stack), _flat(grads, stack)
+        found = statistic.sums(use.layer, *rows, (left, right))
     placed = {}
     for name, value in found.items():
         value = value.astype(zeros[name].dtype)
@@ -137,51 +278,43 @@ def contribution(
     return placed
 
 
-def _example_sums(use, inputs, grads):
+def _example_sums(use: Use, inputs: jax.Array | None, grads: jax.Array) -> Arrays:
     """Sums over the positions of each example."""
     sums = {"grads": jnp.sum(widen(grads), axis=-2)}
     if inputs is not None:
-        if use.found.kind == "embedding":
+        if use.one_hot:
             inputs = jax.nn.one_hot(inputs, use.layer.in_dim, dtype=jnp.float32)
         sums["inputs"] = jnp.sum(widen(inputs), axis=-2)
     merge = use.examples == 1
     return {name: jnp.sum(x, axis=-2, keepdims=True) if merge else x for name, x in sums.items()}
 
 
-def finish(statistic: str, sharing: str, use, sums: dict, basis):
+def finish(statistic: Statistic, reduces: bool, use: Use, sums: Arrays, basis: Basis) -> Any:
     """The statistic of a layer from the sum over all its uses, of which one is given.
 
     A = Σ a aᵀ / R and G = N Σ ḡ ḡᵀ; where rows were summed for each example first, inputs are
     averaged, and R = N.
     """
     layer, rows = use.layer, use.rows
-    if is_linear(layer, sharing):
+    if sums_examples(layer, reduces):
         if use.example_loop is not None:
             outer = sum(use.loops[: use.example_loop])
             sums = {name: jnp.moveaxis(x, outer, -3)[..., 0, :] for name, x in sums.items()}
-        inputs, grads, rows = sums.get("inputs"), sums["grads"], use.examples
-        inputs = (
-            jnp.ones((*grads.shape[:-1], 1), grads.dtype)
-            if inputs is None
-            else inputs * (use.examples / use.rows)
-        )
-        sums = quadratic_sums(statistic, layer, inputs, grads, basis)
-    scaled = {name: x * (1 / rows if name == "input" else use.batch) for name, x in sums.items()}
-    if statistic == "diagonal":
-        return scaled["moments"]
-    factors = KroneckerFactors(scaled["input"], scaled["output"], jnp.ones([], jnp.int32))
-    return EigenbasisMoments(*factors, scaled["moments"]) if statistic == "eigenbasis" else factors
+        grads, rows = sums["grads"], use.examples
+        if "inputs" in sums:
+            inputs = sums["inputs"] * (use.examples / use.rows)
+        else:
+            inputs = jnp.ones((*grads.shape[:-1], 1), grads.dtype)
+        sums = statistic.sums(layer, inputs, grads, basis)
+    return statistic.finish(
+        {name: x * (1 / rows if name == "input" else use.batch) for name, x in sums.items()}
+    )
 
 
-def finish_rows(uses, samples) -> FactorRows:
-    """All rows of a layer with their weights."""
-    raw = finish_raw(uses, samples)
-    return FactorRows(*raw, jnp.array([1 / uses[0].rows, uses[0].batch], raw.output_grads.dtype))
-
-
-def finish_raw(uses, samples) -> RawSamples:
-    """All rows of a layer, from the samples of each of its uses."""
-    layer, stack, joined = uses[0].layer, len(uses[0].layer.stack), {}
+def rows_together(uses: list[Use], samples: list[Arrays]) -> RawSamples:
+    """All rows of a layer [*stack, R, ·], from the samples of each of its uses."""
+    layer, stack = uses[0].layer, len(uses[0].layer.stack)
+    together: dict[str, list[jax.Array]] = {"inputs": [], "output_grads": []}
     for use, sample in zip(uses, samples, strict=True):
         own = [axis for axis, stacked in enumerate(use.loops) if stacked]
         shared = [axis for axis, stacked in enumerate(use.loops) if not stacked]
@@ -189,26 +322,22 @@ def finish_raw(uses, samples) -> RawSamples:
         rows = first + stack - len(own)
         for name, x in sample.items():
             x = x.transpose([*own, *range(first, rows), *shared, *range(rows, x.ndim)])
-            joined.setdefault(name, []).append(
-                x.reshape(*x.shape[:stack], -1, *x.shape[stack + len(shared) + 1 :])
-            )
-    one_hot = [use.found.kind == "embedding" for use in uses]
-    inputs = joined["inputs"]
-    if layer.kind == "embedding" and not all(one_hot):
+            last = x.shape[stack + len(shared) + 1 :]
+            together[name].append(x.reshape(*x.shape[:stack], -1, *last))
+    inputs, numbers = together["inputs"], [use.one_hot for use in uses]
+    if any(numbers) and not all(numbers):  # a tied table: as rows, like those of its other uses
         inputs = [
             jax.nn.one_hot(x.astype(jnp.int32), layer.in_dim, dtype=x.dtype) if own else x
-            for own, x in zip(one_hot, inputs, strict=True)
+            for own, x in zip(numbers, inputs, strict=True)
         ]
-    inputs = jnp.concatenate(inputs, axis=stack)
-    grads = jnp.concatenate(joined["output_grads"], axis=stack)
-    return RawSamples(inputs.astype(jnp.int32) if all(one_hot) else inputs, grads)
+    joined = jnp.concatenate(inputs, axis=stack)
+    grads = jnp.concatenate(together["output_grads"], axis=stack)
+    return RawSamples(joined.astype(jnp.int32) if all(numbers) else joined, grads)
 
 
-def joined(rows):
-    """Rows of all cotangents [positions, columns, *stack, R, ·] as rows of one."""
-    if isinstance(
-        rows, KroneckerFactors
-    ):  # of a scale or shift, whose A does not depend on cotangents
+def joined(rows: Any) -> Any:
+    """Takes rows of all cotangents, [positions, columns, *stack, R, ·], as rows of one."""
+    if isinstance(rows, KroneckerFactors):  # of a scale or shift, whose A is the same for all
         return KroneckerFactors(
             rows.input_factor[0, 0], jnp.sum(rows.output_factor, (0, 1)), rows.count[0, 0]
         )
@@ -222,6 +351,5 @@ def joined(rows):
     inputs, output_grads = join(rows.inputs), join(rows.output_grads)
     if isinstance(rows, RawSamples):
         return RawSamples(inputs, output_grads * jnp.sqrt(float(count)))
-    return FactorRows(
-        inputs, output_grads, rows.weights[0, 0] / jnp.array([count, 1], rows.weights.dtype)
-    )
+    weights = rows.weights[0, 0] / jnp.array([count, 1], rows.weights.dtype)
+    return FactorRows(inputs, output_grads, weights)

@@ -1,4 +1,4 @@
-"""Every architecture: full coverage, exact gradients, and factors equal to those of single examples.
+"""Every architecture: full coverage, exact gradients, and factors equal to single examples'.
 
 The oracle is `jax.grad` of one example at a time: the rows of a layer must sum to its gradient, and
 with the rows of each example apart the factors follow from their definitions, without any of the
@@ -33,7 +33,7 @@ def assert_equal_up_to_rounding(given, expected, what, rounding=ROUNDING):
 
 
 def everything(loss, params, args):
-    """All that is compared, in one compilation; the raw rows and gradients of single examples lead with an axis N."""
+    """Computes all that is compared in one compilation; single examples lead with an axis N."""
 
     def single(*example):
         example = [x[None] for x in example]
@@ -94,7 +94,7 @@ def test_architecture(x64, name):
 
 
 def assert_factors(layer, measured, a, g, matrix, rounding):
-    """Both sharings' factors from the rows [N, *stack, R of one example, ·] and gradients of single examples."""
+    """Both sharings' factors from rows and gradients of single examples [N, *stack, R, ·]."""
     expand, reduce = measured["expand"][2][layer.name], measured["reduce"][layer.name]
     assert (expand.input_factor.shape, expand.output_factor.shape) == layer.factor_shapes
     made = measured["rows"][layer.name]

@@ -70,7 +70,7 @@ def curvature(objective, params, data, **options):
 
 
 def block(matrix, params, layer):
-    """The block of a layer in a matrix over flat parameters, the layer seen as [rows of the kernel, bias]."""
+    """Takes a layer's block out of a matrix over flat parameters, as [rows of the kernel, bias]."""
     flat, unravel = ravel_pytree(params)
     where = unravel(jnp.arange(float(flat.size)))[layer]
     where = np.concatenate([where["kernel"], where["bias"][None]]).astype(int).ravel()
@@ -82,7 +82,7 @@ def kron(statistic):
 
 
 # ---- exact
-# -------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("leading", [(6,), (3, 2), (2, 3, 2)])
@@ -201,7 +201,7 @@ def test_exact_keeps_the_positions_of_an_example_apart_where_the_network_mixes_t
 
 
 # ---- scale
-# -------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fisher", ["empirical", "exact"])

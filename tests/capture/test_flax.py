@@ -1,4 +1,4 @@
-"""Flax models: nnx modules and states as first argument, linen variables with several collections."""
+"""Flax models: nnx modules and states as first argument, linen variables with collections."""
 
 import flax.linen as nn
 import jax

@@ -1,12 +1,13 @@
-"""The one file that touches JAX internals: what equations are called, where their bodies are, how to run them again.
+"""The one file that touches JAX internals: names, parameters and bodies of equations, and runs.
 
-Names and parameters of primitives change between releases of JAX: `tests/capture/test_jaxpr.py`
-fails when one did.
+Names and parameters of primitives change between releases of JAX. So only this file reads
+`eqn.params`: other files ask the readers below (`product`, `convolution`, `look_up`, `sliced`, …),
+which return small named tuples. `tests/capture/test_jaxpr.py` fails when a release changed one.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 REMAT = {"remat2", "checkpoint"}
-# Primitives that run one body on their own operands.
+# Primitives that run one body on their own operands, unchanged.
 CALLS = {"jit", "pjit", "closed_call", "core_call", *REMAT}
 # Primitives whose one result has the entries of their one array operand in the same places.
 SAME_PLACES = {
@@ -58,21 +59,20 @@ def shape_of(variable) -> tuple[int, ...]:
 
 
 def inlined(jaxpr) -> Any:
-    """The same jaxpr, with the contents of calls such as `jnp.take` and `jnp.einsum` in place of the calls.
+    """Returns a closed jaxpr in which thin calls, as of `jnp.take`, are replaced by their contents.
 
-    Only where nothing is lost: a call that computes a single array of floating-point numbers has
-    nothing to fuse.
+    A call is thin if it computes at most one array of floating-point numbers: then it holds nothing
+    that the compiler could fuse, and nothing is lost.
     """
     core = _core()
-    jaxpr = (
-        jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
-    )  # as the bodies of remat come
+    if not isinstance(jaxpr, core.ClosedJaxpr):  # the bodies of `jax.checkpoint` are open
+        jaxpr = core.ClosedJaxpr(jaxpr, ())
     eqns = [inner for eqn in jaxpr.jaxpr.eqns for inner in _spliced(eqn)]
     return core.ClosedJaxpr(jaxpr.jaxpr.replace(eqns=eqns), jaxpr.consts)
 
 
 def _spliced(eqn):
-    """The equations that do what a thin call does; the equation itself if it is no thin call."""
+    """The equations in a thin call; the equation alone if it is no thin call."""
     if eqn.primitive.name not in ("jit", "pjit"):
         return [eqn]
     (body,) = bodies(eqn)
@@ -107,7 +107,7 @@ def _is_float(variable) -> bool:
 
 
 def bodies(eqn) -> tuple:
-    """The bodies of a call, a scan or a cond, which can be run again with taps inside."""
+    """Returns the bodies of a call, a scan or a cond, which can run again with taps inside."""
     if eqn.primitive.name == "cond":
         return tuple(map(inlined, eqn.params["branches"]))
     if eqn.primitive.name in (*CALLS, "scan"):
@@ -116,7 +116,7 @@ def bodies(eqn) -> tuple:
 
 
 def hidden_bodies(eqn) -> list:
-    """Bodies that cannot: a derivative rule, or a loop of unknown length, would be lost."""
+    """Returns bodies that cannot run with taps inside, as a derivative rule would be lost."""
     if bodies(eqn):
         return []
     params = [
@@ -147,7 +147,7 @@ def run_call(eqn, operands, body: Callable) -> list[Any]:
 
 
 def scan_sizes(eqn) -> tuple[int, int]:
-    """How many operands of a scan are the same at every step, and how many are carried from one to the next."""
+    """Counts the operands of a scan that stay the same at every step, and those it carries on."""
     if "num_consts" in eqn.params:  # before JAX 0.11
         return eqn.params["num_consts"], eqn.params["num_carry"]
     consts, carry, _ = eqn.params["ft_in"].unpack()
@@ -155,7 +155,7 @@ def scan_sizes(eqn) -> tuple[int, int]:
 
 
 def run_scan(eqn, operands, probes, body: Callable) -> list[Any]:
-    """Runs a scan with `body(operands of one step, slice of probes) -> results` in place of its own."""
+    """Runs a scan with `body(operands of a step, slice of probes) -> results` as its body."""
     consts, carry = scan_sizes(eqn)
 
     def step(state, slices):
@@ -170,13 +170,16 @@ def run_scan(eqn, operands, probes, body: Callable) -> list[Any]:
 
 
 def counters_carried(eqn) -> set[int]:
-    """Places of a scan's carry that hold the number of the step, 0, 1, …, by which `fori_loop` picks slices."""
+    """Returns the places of a scan's carry that count its steps 0, 1, …, as in `fori_loop`."""
     body, (consts, carry) = eqn.params["jaxpr"].jaxpr, scan_sizes(eqn)
 
     def counts(k):
-        maker = _maker(body, body.outvars[k], "add")
+        step = maker(body, body.outvars[k])
         next_one = (
-            maker and maker.invars[0] is body.invars[consts + k] and _is_number(maker.invars[1], 1)
+            step is not None
+            and step.primitive.name == "add"
+            and step.invars[0] is body.invars[consts + k]
+            and _is_number(step.invars[1], 1)
         )
         return next_one and _is_number(eqn.invars[consts + k], 0) and not eqn.params["reverse"]
 
@@ -185,26 +188,32 @@ def counters_carried(eqn) -> set[int]:
 
 def is_range(jaxpr, variable) -> bool:
     """Whether a variable is 0, 1, … along its only axis."""
-    maker = _maker(jaxpr, variable, "iota")
-    return maker is not None and len(maker.params["shape"]) == 1
+    made_by = maker(jaxpr, variable)
+    return (
+        made_by is not None
+        and made_by.primitive.name == "iota"
+        and len(made_by.params["shape"]) == 1
+    )
 
 
 def same_integers(jaxpr, eqn) -> int | None:
-    """Which operand's non-negative integers the result has too."""
+    """Returns the operand whose non-negative integers the result has too, or None."""
     if eqn.primitive.name == "convert_element_type":
         return 0
     if eqn.primitive.name == "select_n":  # as in x[i], which adds the size to a negative index
-        test = _maker(jaxpr, eqn.invars[0], "lt")
-        if test and test.invars[0] is eqn.invars[1] and _is_number(test.invars[1], 0):
+        test = maker(jaxpr, eqn.invars[0])
+        if test is None or test.primitive.name != "lt":
+            return None
+        if test.invars[0] is eqn.invars[1] and _is_number(test.invars[1], 0):
             return 1
     return None
 
 
-def _maker(jaxpr, variable, name: str):
-    """The equation that makes a variable, if its primitive has this name."""
-    return next(
-        (eqn for eqn in jaxpr.eqns if variable in eqn.outvars and eqn.primitive.name == name), None
-    )
+def maker(jaxpr, variable):
+    """The equation of a jaxpr that makes a variable, or None for operands and literals."""
+    if is_literal(variable):
+        return None
+    return next((eqn for eqn in jaxpr.eqns if variable in eqn.outvars), None)
 
 
 def _is_number(variable, number) -> bool:
@@ -212,19 +221,21 @@ def _is_number(variable, number) -> bool:
 
 
 def varying_like(tree, arrays):
-    """The tree, in its types varying over the devices of a `jax.shard_map` as all of `arrays` do."""
+    """Returns the tree with types that vary over the devices of a `shard_map` as `arrays` do."""
     if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
         return tree
     numbers = [x for x in arrays if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
     nothing = [jnp.any(jnp.ravel(x)[:0] != 0) for x in numbers]
-    # a choice between equals varies as all that it depends on; JAX's own casts change names
+    # A choice between equals varies as everything it depends on. JAX has casts for this, but their
+    # names change from release to release.
     return jax.tree.map(lambda x: jnp.where(functools.reduce(jnp.logical_or, nothing), x, x), tree)
 
 
 def with_automatic_sharding(function: Callable, *args):
-    """`function(*args)`, its results the same on all devices, with shardings of the compiler's choice.
+    """Runs `function(*args)` with shardings of the compiler's choice; its results are replicated.
 
-    Explicit ones, which are part of types, would have to be given at reshapes and products.
+    Explicit shardings are part of an array's type and would have to be given at every reshape and
+    product.
     """
     meshes = {jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args)}
     mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
@@ -237,3 +248,173 @@ def with_automatic_sharding(function: Callable, *args):
     ]
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.sharding.auto_axes(function, axes=tuple(explicit), out_sharding=replicated)(*args)
+
+
+# --- parameters of primitives -----------------------------------------------------------------
+
+
+class Reshape(NamedTuple):
+    """The parameters of `reshape`: the axes are first put in `order`, None where they stay."""
+
+    sizes: tuple[int, ...]
+    order: tuple[int, ...] | None
+
+
+def reshaped(eqn) -> Reshape:
+    """Reads a `reshape`."""
+    order = eqn.params.get("dimensions")
+    return Reshape(tuple(eqn.params["new_sizes"]), None if order is None else tuple(order))
+
+
+def permutation(eqn) -> tuple[int, ...]:
+    """Reads the order of axes of a `transpose`."""
+    return tuple(eqn.params["permutation"])
+
+
+class Broadcast(NamedTuple):
+    """The parameters of `broadcast_in_dim`: operand axis k becomes axis `dimensions[k]`."""
+
+    shape: tuple[int, ...]
+    dimensions: tuple[int, ...]
+
+
+def broadcast(eqn) -> Broadcast:
+    """Reads a `broadcast_in_dim`."""
+    return Broadcast(tuple(eqn.params["shape"]), tuple(eqn.params["broadcast_dimensions"]))
+
+
+def axes_of(eqn) -> tuple[int, ...] | None:
+    """Reads the axes that `squeeze`, `rev` or a reduction names; None where none are named."""
+    axes = eqn.params.get("axes", eqn.params.get("dimensions"))
+    return None if axes is None else tuple(axes)
+
+
+def reduced(eqn) -> tuple[int, ...] | None:
+    """The axes that a reduction sums, maximises, … over; None for other primitives."""
+    name = eqn.primitive.name
+    return axes_of(eqn) if name.startswith("reduce_") or name in ("argmax", "argmin") else None
+
+
+def repetitions(eqn) -> tuple[int, ...]:
+    """Reads how often a `tile` repeats each axis."""
+    return tuple(eqn.params["reps"])
+
+
+def axis_of(eqn) -> int:
+    """Reads the axis of `stack`, `unstack`, `split` and `concatenate`."""
+    return eqn.params["dimension" if "dimension" in eqn.params else "axis"]
+
+
+def pieces_of(eqn) -> tuple[int, ...]:
+    """Reads the sizes of the results of a `split`."""
+    return tuple(map(int, eqn.params["sizes"]))
+
+
+class Slice(NamedTuple):
+    """The parameters of `slice`, one entry an axis."""
+
+    starts: tuple[int, ...]
+    limits: tuple[int, ...]
+    steps: tuple[int, ...]
+
+
+def sliced(eqn) -> Slice:
+    """Reads a `slice`."""
+    starts, limits = tuple(eqn.params["start_indices"]), tuple(eqn.params["limit_indices"])
+    return Slice(starts, limits, tuple(eqn.params["strides"] or (1,) * len(starts)))
+
+
+def window_of(eqn) -> tuple[int, ...]:
+    """Reads the sizes of what a `dynamic_slice` takes."""
+    return tuple(eqn.params["slice_sizes"])
+
+
+class Product(NamedTuple):
+    """The parameters of `dot_general`, a pair (left, right) of axes each."""
+
+    contracted: tuple[tuple[int, ...], tuple[int, ...]]
+    batched: tuple[tuple[int, ...], tuple[int, ...]]
+
+    def free(self, side: int, rank: int) -> list[int]:
+        """The axes of one operand that stay, in order."""
+        gone = (*self.contracted[side], *self.batched[side])
+        return [axis for axis in range(rank) if axis not in gone]
+
+
+def product(eqn) -> Product:
+    """Reads a `dot_general`."""
+    contracted, batched = eqn.params["dimension_numbers"]
+    left, right = (tuple(map(tuple, pair)) for pair in (contracted, batched))
+    return Product((left[0], left[1]), (right[0], right[1]))
+
+
+class Convolution(NamedTuple):
+    """The parameters of `conv_general_dilated`; a spec is (batch or outputs, channels, *space)."""
+
+    input_spec: tuple[int, ...]
+    kernel_spec: tuple[int, ...]
+    output_spec: tuple[int, ...]
+    feature_groups: int
+    batch_groups: int
+    geometry: tuple  # strides, padding, input dilation, kernel dilation
+    numbers: Any  # JAX's own, for `conv_general_dilated_patches`
+
+
+def convolution(eqn) -> Convolution:
+    """Reads a `conv_general_dilated`."""
+    params, numbers = eqn.params, eqn.params["dimension_numbers"]
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
+    return Convolution(
+        tuple(numbers.lhs_spec),
+        tuple(numbers.rhs_spec),
+        tuple(numbers.out_spec),
+        params["feature_group_count"],
+        params["batch_group_count"],
+        tuple(tuple(params[name]) for name in names),
+        numbers,
+    )
+
+
+class LookUp(NamedTuple):
+    """The parameters of `gather`, named as in `jax.lax.GatherDimensionNumbers`."""
+
+    offset_dims: tuple[int, ...]
+    collapsed: tuple[int, ...]
+    start_index_map: tuple[int, ...]
+    operand_batching: tuple[int, ...]
+    indices_batching: tuple[int, ...]
+    sizes: tuple[int, ...]
+    clips: bool  # whether ids outside the operand are moved to its border
+
+
+def look_up(eqn) -> LookUp:
+    """Reads a `gather`."""
+    numbers, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
+    return LookUp(
+        tuple(numbers.offset_dims),
+        tuple(numbers.collapsed_slice_dims),
+        tuple(numbers.start_index_map),
+        tuple(numbers.operand_batching_dims),
+        tuple(numbers.start_indices_batching_dims),
+        tuple(eqn.params["slice_sizes"]),
+        mode is not None and lax.GatherScatterMode.from_any(mode) == lax.GatherScatterMode.CLIP,
+    )
+
+
+def scan_length(eqn) -> int:
+    """Reads the number of steps of a scan."""
+    return eqn.params["length"]
+
+
+class While(NamedTuple):
+    """The parts of a `while`: operands of the condition, of the body, and the body."""
+
+    condition_consts: int
+    body_consts: int
+    body: Any
+
+
+def while_loop(eqn) -> While:
+    """Reads a `while`."""
+    params = eqn.params
+    return While(params["cond_nconsts"], params["body_nconsts"], inlined(params["body_jaxpr"]))

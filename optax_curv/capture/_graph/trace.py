@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_curv.capture._graph import views as layouts
+from optax_curv.capture._graph import views
 from optax_curv.capture._graph.jaxpr import inlined
 from optax_curv.capture._graph.marks import UNKNOWN, Batch, Mark, Node
 from optax_curv.capture._graph.uses import Use, group
@@ -19,16 +19,28 @@ from optax_curv.layers import Layers
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trace:
-    """See `trace`."""
+    """A traced function.
+
+    Attributes:
+      layers: its layers.
+      node: the function of flat parameters and array arguments.
+      uses: every use of a layer that has a tap, by number.
+      leaves: the parameters as given.
+      arrays: the array arguments as given.
+      restore: takes flat results to (the function's own result, what `update` wants).
+      grads: takes the gradients of the leaves to a tree like the parameters.
+      update: writes other state back into an nnx module, see `Model`.
+      batch: number of examples.
+    """
 
     layers: Layers
-    node: Node  # the function of flat parameters and array arguments
+    node: Node
     uses: dict[int, Use]
-    leaves: list  # the parameters as given
+    leaves: list
     arrays: list
-    restore: Callable  # takes flat results to (the function's own result, what `update` wants)
-    grads: Callable  # takes the leaves' gradients to a tree like the parameters
-    update: Callable  # see `Model`
+    restore: Callable
+    grads: Callable
+    update: Callable
     batch: int
 
 
@@ -40,25 +52,28 @@ def _is_numeric(x) -> bool:
     return _is_array(x) or isinstance(x, bool | int | float | complex)
 
 
-def trace(function: Callable, params, args, kwargs, batch_size: int | None = None) -> Trace:
-    """Traces `function(params, *args, **kwargs)`, where leaves of arguments that are no arrays are static."""
+def trace(
+    caller: str, function: Callable, params: Any, args: tuple, kwargs: dict, batch_size: Any = None
+) -> Trace:
+    """Traces `function(params, *args, **kwargs)`; arguments that are no arrays are static.
+
+    Args:
+      caller: name of the public function that asks, for messages.
+      function: a loss, or a function of loss and outputs.
+      params: parameters.
+      args: further arguments.
+      kwargs: further arguments by name.
+      batch_size: number of examples, or None.
+    """
     model = take_apart(params)
     grads_tree = jax.tree.structure(model.grads_like if model else params)
+    whole = params
     if model:
         function, params = model.wrap(function), model.params
     leaves, tree = jax.tree.flatten(params)
     paths = [path for path, _ in jax.tree.leaves_with_path(params)]
     for path, leaf in zip(paths, leaves, strict=True):
-        if not _is_numeric(leaf) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            got = (
-                f"has dtype {jnp.result_type(leaf)}"
-                if _is_numeric(leaf)
-                else f"is a {type(leaf).__name__}"
-            )
-            raise ValueError(
-                f"value_grad_and_curvature: the parameter {jax.tree_util.keystr(path) or 'at the root'} {got}, "
-                "expected a floating-point array; pass what is not trained as another argument."
-            )
+        _require_array(caller, whole, path, leaf)
     others, other_tree = jax.tree.flatten((args, kwargs))
     arrays = [x for x in others if _is_array(x)]
 
@@ -84,24 +99,43 @@ def trace(function: Callable, params, args, kwargs, batch_size: int | None = Non
     batch = _number_of_examples((args, kwargs)) if batch_size is None else batch_size
     if not isinstance(batch, int | np.integer) or batch < 1:
         raise ValueError(
-            "value_grad_and_curvature: the number of examples (batch_size, or the leading axis of the first array "
+            f"{caller}: the number of examples (batch_size, or the leading axis of the first array "
             f"after the parameters) is {batch!r}; expected at least one, known at trace time."
         )
     batch = int(batch)
     walk = Walk([jax.tree_util.keystr(path) for path in paths], batch)
     node = Node(jaxpr)
-    results = walk.node(
-        node, *_initial_marks(shapes, [*map(jnp.shape, jaxpr.consts)], len(leaves), batch)
-    )
-    walk.seeds.settle(walk.uses, results)
+    constants = [*map(jnp.shape, jaxpr.consts)]
+    results = walk.node(node, *_initial_marks(shapes, constants, len(leaves), batch))
+    walk.seeds.settle(walk.found, results)
     unused = {leaf: reason for mark in results for leaf, reason in mark.derived}
-    layers, uses = group(walk.uses, walk.refused, unused, paths, shapes[: len(leaves)], batch)
+    layers, uses = group(walk.found, walk.refused, unused, paths, shapes[: len(leaves)], batch)
     update = model.update if model else lambda after: None
     return Trace(layers, node, uses, leaves, arrays, restore, grads_tree.unflatten, update, batch)
 
 
+def _require_array(caller: str, params: Any, path: tuple, leaf: Any):
+    """Refuses a parameter that is no floating-point array, and says what to pass."""
+    if _is_numeric(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        return
+    got = f"has dtype {leaf.dtype}" if _is_array(leaf) else f"is a {type(leaf).__name__}"
+    advice = "pass what is not trained as another argument"
+    equinox, nnx = sys.modules.get("equinox"), sys.modules.get("flax.nnx")
+    if equinox is not None and isinstance(params, equinox.Module):
+        advice = (
+            "take the module apart, arrays, rest = eqx.partition(model, eqx.is_inexact_array), and "
+            "put it together in the loss, eqx.combine(arrays, rest)"
+        )
+    elif nnx is not None and isinstance(params, nnx.State | nnx.Module):
+        advice = "pass nnx.state(model, nnx.Param), and the rest as another argument"
+    raise ValueError(
+        f"{caller}: the parameter {jax.tree_util.keystr(path) or 'at the root'} {got}, expected a "
+        f"floating-point array; {advice}."
+    )
+
+
 def _number_of_examples(args_and_kwargs) -> int:
-    """See `value_grad_and_curvature`."""
+    """Reads the number of examples off the arguments, see `value_grad_and_curvature`."""
     leading = {
         len(path) > 3: x.shape[0]  # args or kwargs, the argument, and one key into it
         for path, x in reversed(jax.tree.leaves_with_path(args_and_kwargs))
@@ -111,10 +145,13 @@ def _number_of_examples(args_and_kwargs) -> int:
 
 
 def _initial_marks(shapes, constants, parameters: int, batch: int) -> tuple[list[Mark], list[Mark]]:
-    """Marks of the arguments and of the constants: whole leaves, and arrays whose leading axis holds the examples."""
-    # Constants count only where no argument has such an axis; where nothing has, all may depend on
-    # the examples.
-    leaves = [Mark(leaves=(layouts.whole(leaf, shapes[leaf]),)) for leaf in range(parameters)]
+    """Marks of the arguments and of the constants.
+
+    Parameters are whole leaves; arrays with a leading axis of this size hold the examples.
+    Constants count only where no argument has such an axis. Where nothing has one, everything may
+    depend on the examples.
+    """
+    leaves = [Mark(leaves=(views.whole(leaf, shapes[leaf]),)) for leaf in range(parameters)]
     given, closed_over = (
         [shape[:1] == (batch,) for shape in group] for group in (shapes[parameters:], constants)
     )
@@ -128,22 +165,30 @@ def _initial_marks(shapes, constants, parameters: int, batch: int) -> tuple[list
 
 
 class Model(NamedTuple):
-    """A module taken apart."""
+    """An nnx module taken apart.
 
-    params: Any  # pure arrays
-    grads_like: Any  # an `nnx.State`, the structure of its gradients
-    wrap: Callable  # makes a function of the module one of `params` that also returns the other state after the call
-    update: Callable  # writes that state (batch statistics, random counters) back into the module
+    Attributes:
+      params: pure arrays.
+      grads_like: an `nnx.State`, the structure of its gradients.
+      wrap: makes a function of the module one of `params` that also returns the other state after
+        the call.
+      update: writes that state (batch statistics, random counters) back into the module.
+    """
+
+    params: Any
+    grads_like: Any
+    wrap: Callable
+    update: Callable
 
 
-def as_pure(tree):
-    """A tree with the arrays of its `nnx.Variable`s in their places."""
+def as_pure(tree: Any) -> Any:
+    """Puts the arrays of `nnx.Variable`s in their places in a tree."""
     nnx = sys.modules["flax.nnx"]
     return nnx.as_pure(tree) if hasattr(nnx, "as_pure") else nnx.pure(tree)  # before Flax 0.12.7
 
 
-def take_apart(params) -> Model | None:
-    """The module's parts, or None if `params` is no nnx module."""
+def take_apart(params: Any) -> Model | None:
+    """Takes an nnx module apart; returns None for other parameters."""
     nnx = sys.modules.get("flax.nnx")  # which is not imported for others
     if nnx is None or not isinstance(params, nnx.Module):
         return None

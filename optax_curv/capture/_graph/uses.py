@@ -1,4 +1,4 @@
-"""From uses of parameters to layers: which belong to one layer, and what is measured at each."""
+"""From uses of parameters to layers: which uses make one layer, and what is measured at each."""
 
 import collections
 import dataclasses
@@ -9,11 +9,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from optax_curv.capture._graph import views as layouts
+from optax_curv.capture._graph import views
 from optax_curv.capture._graph.marks import LOST, Found
 from optax_curv.capture._graph.products import without_own_stack
 from optax_curv.capture._graph.views import Arrangement, Piece, size_of
-from optax_curv.layers import ELEMENTWISE, Layer, Layers
+from optax_curv.layers import KINDS, Layer, Layers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,7 +21,10 @@ class Use:
     """One use of a layer: everything static that its statistics need.
 
     Attributes:
-      inputs, outputs: how input and output become [*stack, examples, positions, features].
+      layer: the layer.
+      found: the use as the walk found it.
+      inputs: how the input becomes [*stack, examples, positions, features].
+      outputs: how the output does.
       swapped: whether the input lies on the side of the layer's outputs, as where a tied embedding
         makes logits.
       bias: whether the bias is added to the output.
@@ -29,6 +32,7 @@ class Use:
       gain: number that multiplies the leaf.
       loops: for each scan around it, whether the layer's stack runs along it.
       positions: entries of the leaf that a shift or scale touches, None for all.
+      batch: number of examples.
       examples: how many can be told apart, `batch` or 1.
       example_loop: depth of the scan that walks from example to example; None: they are in the
         rows.
@@ -50,9 +54,17 @@ class Use:
     example_loop: int | None
     rows: int
 
+    @property
+    def one_hot(self) -> bool:
+        """Whether the input comes as row numbers; a table may be used as a kernel, too."""
+        return KINDS[self.found.kind].one_hot
+
+
+SCALE, SHIFT = "scale", "shift"
+
 
 class Matrix(NamedTuple):
-    """One leaf as a matrix [*stack, inputs, outputs], and whether each use has its sides swapped."""
+    """A leaf as a matrix [*stack, inputs, outputs], and whether each use swaps its sides."""
 
     stack: tuple[Piece, ...]
     inputs: tuple[Piece, ...]
@@ -61,12 +73,12 @@ class Matrix(NamedTuple):
 
 
 def _loops(found: Found) -> tuple[Piece, ...]:
-    """What scans walk along, in the order they took it."""
+    """The pieces that scans walk along, in the order they took them."""
     return tuple((slot.stride, slot.size) for slot in found.view.slots if slot.loop is not None)
 
 
 def _stack(found: Found) -> tuple[Piece, ...]:
-    """Its pieces: scans from the outside in, slices, then the equation's own."""
+    """The pieces of the stack: scans from the outside in, slices, then the equation's own."""
     slots = sorted(found.view.slots, key=lambda slot: math.inf if slot.loop is None else slot.loop)
     return (*((slot.stride, slot.size) for slot in slots), *_own_stack(found))
 
@@ -76,12 +88,12 @@ def _own_stack(found: Found) -> list[Piece]:
 
 
 def _matrix(uses: list[Found], size: int) -> Matrix | str:
-    """The matrix that all uses of a kernel agree on; the reason why not if there is none."""
-    first = next((f for f in uses if f.kind == "embedding"), uses[0])
-    stack, sides = _stack(first), (layouts.in_order(first.inputs), layouts.in_order(first.outputs))
+    """The matrix that all uses of a kernel agree on, or the reason why there is none."""
+    first = next((f for f in uses if KINDS[f.kind].one_hot), uses[0])
+    stack, sides = _stack(first), (views.in_order(first.inputs), views.in_order(first.outputs))
     swapped = []
     for found in uses:
-        given = (layouts.in_order(found.inputs), layouts.in_order(found.outputs))
+        given = (views.in_order(found.inputs), views.in_order(found.outputs))
         if not found.view.aligned:
             return "it is cut into unequal slices"
         if _stack(found) != stack or given not in (sides, sides[::-1]):
@@ -104,7 +116,7 @@ def _split(pieces, size: int) -> list[Piece] | None:
 
 
 def _axes(pieces, shape):
-    """`kernel_split` and `kernel_axes` of pieces in a wanted order; None where the leaf lies so already."""
+    """`kernel_split` and `kernel_axes` for pieces in a wanted order; None where they lie so."""
     ordered = _split(pieces, math.prod(shape)) or []
     split, axes = (
         tuple(size for _, size in ordered),
@@ -116,12 +128,12 @@ def _axes(pieces, shape):
 
 
 def _bias_axes(found: Found, shape) -> tuple[int, ...] | None:
-    """The axes of a bias leaf in the order stack, outputs: () if they lie so, None if that is no permutation."""
-    pieces = layouts.merged(piece for piece in (*_stack(found), *found.outputs) if piece[1] > 1)
+    """The axes of a bias leaf in the order stack, outputs: () if they lie so; None: impossible."""
+    pieces = views.merged(piece for piece in (*_stack(found), *found.outputs) if piece[1] > 1)
     ordered = _split(pieces, math.prod(shape))
     if ordered is None or list(pieces) == ordered:
         return None if ordered is None else ()
-    own = [axis[0] for axis in layouts.whole(0, shape).axes if axis]
+    own = [axis[0] for axis in views.whole(0, shape).axes if axis]
     if len(own) != len(shape) or sorted(own) != sorted(pieces):
         return None
     return tuple(own.index(piece) for piece in pieces)
@@ -130,8 +142,16 @@ def _bias_axes(found: Found, shape) -> tuple[int, ...] | None:
 def group(
     uses: list[Found], refused: dict[int, str], unused: dict[int, str], paths, shapes, batch: int
 ):
-    """The layers that the uses of the leaves make, and the `Use` of each use that has a tap, by its number."""
-    # reasons: refused, for leaves that met the examples otherwise; unused, for those without a use
+    """Makes layers of the uses of the leaves, and a `Use` of each use that has a tap, by number.
+
+    Args:
+      uses: the uses as the walk found them.
+      refused: reasons, by leaf, for leaves that met the examples in a way no layer describes.
+      unused: reasons for leaves without a use.
+      paths: key paths of the leaves.
+      shapes: their shapes.
+      batch: number of examples.
+    """
     keys = [jax.tree_util.keystr(path) for path in paths]
     by_leaf: dict[int, list[int]] = {}  # in the order of first use
     for number, found in enumerate(uses):
@@ -139,7 +159,7 @@ def group(
     uncovered, matrices = dict(refused), {}
     for leaf, numbers in by_leaf.items():
         own, size = [uses[n] for n in numbers], math.prod(shapes[leaf])
-        kinds = {found.kind in ELEMENTWISE for found in own}
+        kinds = {KINDS[found.kind].is_elementwise for found in own}
         if leaf in uncovered or kinds == {True}:
             continue
         matrix = (
@@ -208,7 +228,7 @@ def _biases(uses, by_leaf, matrices, uncovered, shapes) -> dict[int, tuple[int, 
 
 
 def _total(uses: list[Found], count) -> int:
-    """The sum of `count` over uses and steps of scans that share the leaf; of a cond one branch runs."""
+    """Sums `count` over uses, and over steps of scans that share the leaf; of a cond one branch."""
     total, conds = 0, {}
     for found in uses:
         counted = count(found) * math.prod(length for length, own in found.loops if not own)
@@ -257,17 +277,17 @@ def _elementwise_layer(uses: list[Found], shape, key: str) -> Layer | str:
             return "the examples cannot be told apart where it is used"
         if _loops(found) != loops or any(stride < 0 for stride, _ in found.outputs):
             return "its uses run along different axes"
-        if loops and _split((*loops, *layouts.in_order(found.outputs)), math.prod(shape)) is None:
+        if loops and _split((*loops, *views.in_order(found.outputs)), math.prod(shape)) is None:
             return "only a part of it is used in a scan"
     split, axes = (
-        _axes((*loops, *layouts.in_order(uses[0].outputs)), shape) if loops else (None, None)
+        _axes((*loops, *views.in_order(uses[0].outputs)), shape) if loops else (None, None)
     )
-    scale = any(found.kind == "scale" for found in uses)
+    scale = any(found.kind == SCALE for found in uses)
     if split is not None and not scale:
         return "a scan walks along an inner axis of it"
     return Layer(
         name="?",
-        kind="scale" if scale else "shift",
+        kind=SCALE if scale else SHIFT,
         kernel=key if scale else None,
         bias=None if scale else key,
         in_dim=1 if scale else 0,
@@ -282,7 +302,7 @@ def _elementwise_layer(uses: list[Found], shape, key: str) -> Layer | str:
 
 
 def _uses(uses, numbers, layer, matrix, shifts, batch) -> dict[int, Use]:
-    """What is measured at each use of one layer, whose bias has the uses `shifts`."""
+    """Describes what is measured at each use of a layer, whose bias has the uses `shifts`."""
     own = [uses[n] for n in numbers]
     rows, (told_apart, example_loop) = _total(own, _rows), _told_apart(own)
     biased, measured = {uses[n].partner for n in shifts}, {}
@@ -292,8 +312,8 @@ def _uses(uses, numbers, layer, matrix, shifts, batch) -> dict[int, Use]:
         measured[number] = Use(
             layer=layer,
             found=found,
-            inputs=layouts.arrangement(found.input_segments, stack, examples, batch),
-            outputs=layouts.arrangement(found.output_segments, stack, examples, batch),
+            inputs=views.arrangement(found.input_segments, stack, examples, batch),
+            outputs=views.arrangement(found.output_segments, stack, examples, batch),
             swapped=matrix is not None and matrix.swapped[place],
             bias=number in biased,
             slots=()
@@ -329,7 +349,7 @@ def _positions(found: Found, layer: Layer) -> np.ndarray | None:
 
 
 def _names(paths) -> list[str]:
-    """A short unique name for each layer: the module's path, or the leaf's where that is not unique."""
+    """Finds short unique names: the module's path, or the leaf's where that is not unique."""
     # those of an nnx.State end in .value
     paths = [
         path[:-1] if len(path) > 1 and getattr(path[-1], "name", "") == "value" else path

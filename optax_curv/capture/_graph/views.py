@@ -1,21 +1,29 @@
-"""Strided views: which entry of a parameter leaf (or of a layer's output) an array holds at each of its indices.
+"""Strided views: which entry of a leaf, or of a layer's output, an array holds at each index.
 
-What is reshaped, transposed, cast or sliced stays one, which tells which axes of the leaf its axes
-are.
+An array that is reshaped, transposed, cast or sliced out of a leaf stays a strided view of it, and
+the strides tell which axes of the leaf the array's axes are.
 """
 
 import math
 from typing import Any, NamedTuple
 
-from optax_curv.capture._graph.jaxpr import SAME_PLACES
+from optax_curv.capture._graph.jaxpr import (
+    SAME_PLACES,
+    axes_of,
+    permutation,
+    repetitions,
+    reshaped,
+    sliced,
+)
+from optax_curv.capture._graph.jaxpr import broadcast as broadcast_of
 
-# Stride and size; an axis is several, outermost first. Stride 0 repeats the same entries; a
-# negative one reverses.
+# A stride and a size; an axis has several, outermost first. Stride 0 repeats the same entries, a
+# negative stride reverses them.
 Piece = tuple[Any, int]
 
 
 class Slot(NamedTuple):
-    """A part of an axis of the leaf that a scan at depth `loop` walks along, or that a slice has fixed at `index`."""
+    """A part of an axis of the leaf: a scan at depth `loop` walks it, or a slice fixes `index`."""
 
     stride: int
     size: int
@@ -72,7 +80,7 @@ def regroup(pieces, shape) -> tuple[tuple[Piece, ...], ...] | None:
 
 
 def _take(pieces: list[Piece], size: int) -> Piece:
-    """Takes as much off the front."""
+    """Takes a piece of `size` entries off the front of the list."""
     stride, length = pieces.pop(0)
     if length != size:
         pieces.insert(0, (stride, length // size))
@@ -80,7 +88,7 @@ def _take(pieces: list[Piece], size: int) -> Piece:
 
 
 def merged(pieces) -> tuple[Piece, ...]:
-    """With neighbouring pieces that together are one longer piece joined."""
+    """Joins neighbouring pieces that together are one longer piece."""
     joined: list[Piece] = []
     for stride, size in pieces:
         if joined and joined[-1][0] == stride * size:
@@ -91,7 +99,7 @@ def merged(pieces) -> tuple[Piece, ...]:
 
 
 def in_order(pieces) -> tuple[Piece, ...]:
-    """The pieces as the leaf itself orders them, merged."""
+    """Sorts the pieces as the leaf itself orders them, and merges them."""
     return merged(sorted(((abs(stride), size) for stride, size in pieces), reverse=True))
 
 
@@ -157,41 +165,52 @@ def is_plain(view: View) -> bool:
 
 
 def moved(eqn, view: View) -> View | None:
-    """The view after one layout operation; None if that is not a view."""
-    name, params = eqn.primitive.name, eqn.params
+    """The view after one equation; None if the result is not a view."""
+    name = eqn.primitive.name
     if name in SAME_PLACES:
         return view
     if name == "reshape":
-        if params.get("dimensions") is not None:
-            view = transpose(view, params["dimensions"])
-        return reshape(view, params["new_sizes"])
+        sizes, order = reshaped(eqn)
+        return reshape(view if order is None else transpose(view, order), sizes)
     if name == "transpose":
-        return transpose(view, params["permutation"])
+        return transpose(view, permutation(eqn))
     if name == "squeeze":
-        return without(view, params["dimensions"])
+        return without(view, axes_of(eqn))
     if name in ("broadcast_in_dim", "expand_dims"):
-        return broadcast(view, params["shape"], params["broadcast_dimensions"])
+        return broadcast(view, *broadcast_of(eqn))
     if name == "tile":
-        copies = zip(view.axes, params["reps"], strict=True)
+        copies = zip(view.axes, repetitions(eqn), strict=True)
         return view._replace(
             axes=tuple(((0, count), *axis) if count != 1 else axis for axis, count in copies)
         )
     if name == "rev":
-        axes, offset = list(view.axes), view.offset
-        for axis in params["dimensions"]:
-            offset += sum(stride * (size - 1) for stride, size in axes[axis])
-            axes[axis] = tuple((-stride, size) for stride, size in axes[axis])
-        return view._replace(axes=tuple(axes), offset=offset)
-    if name == "slice" and all(step == 1 for step in params["strides"] or (1,)):
-        after: View | None = view
-        for axis, start in enumerate(params["start_indices"]):
-            after = after and cut(after, axis, start, params["limit_indices"][axis] - start)
-        return after
+        return _reversed(view, axes_of(eqn))
+    if name == "slice":
+        return _sliced(view, *sliced(eqn))
     return None
 
 
+def _reversed(view: View, reversed_axes) -> View:
+    """The view with some axes from their end to their start."""
+    axes, offset = list(view.axes), view.offset
+    for axis in reversed_axes:
+        offset += sum(stride * (size - 1) for stride, size in axes[axis])
+        axes[axis] = tuple((-stride, size) for stride, size in axes[axis])
+    return view._replace(axes=tuple(axes), offset=offset)
+
+
+def _sliced(view: View, starts, limits, steps) -> View | None:
+    """The view after a `slice`; None where it takes every other entry, or cuts across pieces."""
+    if any(step != 1 for step in steps):
+        return None
+    after: View | None = view
+    for axis, (start, limit) in enumerate(zip(starts, limits, strict=True)):
+        after = after and cut(after, axis, start, limit - start)
+    return after
+
+
 class Arrangement(NamedTuple):
-    """How an array becomes [*stack, examples, positions, features]."""
+    """An array's way to [*stack, examples, positions, features]: split, reverse, order, shape."""
 
     split: tuple[int, ...]
     reverse: tuple[int, ...]
@@ -199,7 +218,7 @@ class Arrangement(NamedTuple):
     shape: tuple[int, ...]
 
     def __call__(self, array):
-        """Applies it."""
+        """Returns the array so arranged."""
         array = array.reshape(self.split)
         if self.reverse:
             array = array[
@@ -209,7 +228,7 @@ class Arrangement(NamedTuple):
 
 
 def arrangement(segments, stack, examples, batch: int) -> Arrangement:
-    """The arrangement of an array; without a row of examples it has one example.
+    """Finds the arrangement of an array; without a row of examples it has one example.
 
     Args:
       segments: the array's axes, or parts of them, in order: pairs of a role ("stack", "row" or
@@ -251,7 +270,7 @@ def arrangement(segments, stack, examples, batch: int) -> Arrangement:
 
 
 def matched(view: View, other: View) -> list[tuple[Piece, Piece]] | None:
-    """Pairs of pieces of equal size that run together through two views of one shape, if they match."""
+    """Pairs the pieces that run together through two views of one shape; None without a match."""
     pairs = []
     for axes in zip(view.axes, other.axes, strict=True):
         left, right = map(list, axes)
@@ -266,7 +285,7 @@ def matched(view: View, other: View) -> list[tuple[Piece, Piece]] | None:
 
 
 def role_at(segments, stride: int) -> tuple[str, int]:
-    """Role of the piece that moves by `stride` entries, and its stride in the leaf or the row's number."""
+    """Finds the role of the piece that moves by `stride` entries, and its stride or row number."""
     inner = 1
     for role, pieces in reversed(segments):
         for leaf_stride, size in reversed(pieces):
