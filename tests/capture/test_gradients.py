@@ -146,3 +146,38 @@ def test_errors_say_what_to_do():
     others = find_layers(lambda p, x: jnp.mean(x @ p["w"]), {"w": jnp.ones((3, 2))}, x)
     with pytest.raises(ValueError, match="another model"):
         value_grad_and_curvature(loss, layers=others)(params, x, y)
+
+
+def test_a_string_for_a_boolean_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"unknown has_aux='no'; expected one of \(True, False\)"):
+        value_grad_and_curvature(lambda p, x: jnp.mean(x @ p), has_aux="no")  # type: ignore[call-overload]
+
+
+def test_modules_of_other_libraries_are_told_what_to_pass():
+    import equinox as eqx
+    from flax import nnx
+
+    network = eqx.nn.MLP(3, 2, 4, 1, activation=jax.nn.softplus, key=jax.random.key(1))
+    for call in (find_layers, lambda *args: value_grad_and_curvature(args[0])(*args[1:])):
+        with pytest.raises(ValueError, match=r"activation.*eqx\.partition\(model, eqx\.is_inexact"):
+            call(lambda model, x: jnp.mean(jax.vmap(model)(x)), network, jnp.ones((4, 3)))
+    state = nnx.state(nnx.BatchNorm(3, rngs=nnx.Rngs(0))) | {"count": jnp.int32(0)}
+    with pytest.raises(
+        ValueError, match=r"int32, expected a floating-point array; pass nnx\.state"
+    ):
+        find_layers(lambda p, x: jnp.mean(x), nnx.State(dict(state)), jnp.ones((4, 3)))
+
+
+def test_layers_are_found_at_a_batch_size_given():
+    def loss(p, x):
+        def step(h, x):
+            h = jnp.tanh(x @ p["w"] + h @ p["h"]) * p["scale"]
+            return h, h
+
+        return jnp.mean(jax.lax.scan(step, jnp.zeros((x.shape[1], 4)), x)[1] ** 2)
+
+    params = {"w": jnp.ones((2, 4)), "h": jnp.eye(4), "scale": jnp.ones(4)}
+    x = jnp.ones((5, 3, 2))  # [time, examples, features]
+    layers = find_layers(loss, params, x, batch_size=3)
+    measure = value_grad_and_curvature(loss, layers=layers, batch_size=3)
+    assert list(measure(params, x)[2]) == [layer.name for layer in layers] and not layers.uncovered

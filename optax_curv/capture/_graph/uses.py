@@ -156,21 +156,8 @@ def group(
     by_leaf: dict[int, list[int]] = {}  # in the order of first use
     for number, found in enumerate(uses):
         by_leaf.setdefault(found.view.source, []).append(number)
-    uncovered, matrices = dict(refused), {}
-    for leaf, numbers in by_leaf.items():
-        own, size = [uses[n] for n in numbers], math.prod(shapes[leaf])
-        kinds = {KINDS[found.kind].is_elementwise for found in own}
-        if leaf in uncovered or kinds == {True}:
-            continue
-        matrix = (
-            "it is used both as a kernel and element-wise" if len(kinds) > 1 else _matrix(own, size)
-        )
-        if isinstance(matrix, str) and len(kinds) == 1 and any(found.far for found in own):
-            matrix = _matrix([without_own_stack(found) for found in own], size)
-        if isinstance(matrix, str):
-            uncovered[leaf] = matrix
-        else:
-            matrices[leaf] = matrix
+    uses, uncovered = list(uses), dict(refused)
+    matrices = _matrices(uses, by_leaf, uncovered, shapes)
     biases = _biases(uses, by_leaf, matrices, uncovered, shapes)
     layers: dict[int, Layer] = {}
     for leaf, numbers in by_leaf.items():
@@ -201,6 +188,35 @@ def group(
     return Layers(
         layers.values(), {keys[leaf]: reason for leaf, reason in sorted(uncovered.items())}
     ), taps
+
+
+def _matrices(
+    uses: list[Found], by_leaf: dict[int, list[int]], uncovered: dict[int, str], shapes
+) -> dict[int, Matrix]:
+    """Finds the matrix of each kernel leaf; notes in `uncovered` why there is none.
+
+    Where uses only agree without a stack of their own, `uses` is changed so.
+    """
+    matrices = {}
+    for leaf, numbers in by_leaf.items():
+        own, size = [uses[n] for n in numbers], math.prod(shapes[leaf])
+        elementwise = {KINDS[found.kind].is_elementwise for found in own}
+        if leaf in uncovered or elementwise == {True}:
+            continue
+        if len(elementwise) > 1:
+            uncovered[leaf] = "it is used both as a kernel and element-wise"
+            continue
+        matrix = _matrix(own, size)
+        if isinstance(matrix, str) and any(found.far for found in own):
+            own = [without_own_stack(found) for found in own]
+            for number, found in zip(numbers, own, strict=True):
+                uses[number] = found
+            matrix = _matrix(own, size)
+        if isinstance(matrix, str):
+            uncovered[leaf] = matrix
+        else:
+            matrices[leaf] = matrix
+    return matrices
 
 
 def _biases(uses, by_leaf, matrices, uncovered, shapes) -> dict[int, tuple[int, tuple[int, ...]]]:
