@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from optax_curv.linalg import _lapack as lapack
 from optax_curv.linalg._checks import per_matrix, require_square, symmetric_part, widen
+from optax_curv.linalg._compiler import full_matmul
 
 # From eps · max|a| to n · max|a|, where it is positive definite (Gershgorin), lie 16 + log10(n)
 # steps in float64.
@@ -140,9 +141,12 @@ def cholesky_solve(factor, b) -> jax.Array:
 
 
 def damped_inverse(a, damping) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(a + d I)⁻¹ of symmetric [batch, n, n] by `cholesky`, d [batch], and a bound below the condition, [batch]."""
-    inverse, used, ratio = _damped_inverse(a, damping[:, None, None])
-    return inverse, used[:, 0, 0], ratio[:, 0, 0]
+    """Returns (a + d I)⁻¹ of Hermitian [*batch, n, n], d, and a bound below the condition number.
+
+    The factorisation is that of `cholesky`, which raises the `damping` d [*batch] where it must.
+    """
+    inverse, used, ratio = _damped_inverse(a, damping[..., None, None])
+    return inverse, used[..., 0, 0], ratio[..., 0, 0]
 
 
 def _inverse_by(factorize, a, damping):
@@ -151,13 +155,13 @@ def _inverse_by(factorize, a, damping):
         factor, jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape), lower=True
     )
     ratio = jnp.square(jnp.max(pivots, -1) / jnp.min(pivots, -1))
-    inverse = jnp.matmul(root.mT, root, precision=jax.lax.Precision.HIGHEST)
+    inverse = full_matmul(root.mT.conj(), root)
     return inverse, used[..., None, None], ratio[..., None, None]
 
 
 def _derivable(a, damping):
     factor, used = _factorize(a, damping)
-    return factor, used, jnp.diagonal(factor, axis1=-2, axis2=-1)
+    return factor, used, jnp.diagonal(factor, axis1=-2, axis2=-1).real
 
 
 _plain = functools.partial(jax.lax.linalg.cholesky, symmetrize_input=False)

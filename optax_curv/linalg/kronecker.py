@@ -1,13 +1,22 @@
 """Products with Kronecker products."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from optax_curv.linalg.factors import Dense, Diagonal, Factor
 
 
 @functools.partial(jax.jit, static_argnames="precision")
-def kron_matvec(factors, x, *, precision=jax.lax.Precision.HIGHEST) -> jax.Array:
+def kron_matvec(
+    factors: Sequence[ArrayLike | Factor],
+    x: ArrayLike,
+    *,
+    precision: jax.lax.PrecisionLike = jax.lax.Precision.HIGHEST,
+) -> jax.Array:
     """Multiplies `x` by a Kronecker product, one factor for each of its trailing axes.
 
     With row-major `vec`, `vec(y) = (F_1 ⊗ F_2 ⊗ …) vec(x)`; for a matrix, `y = F_1 x F_2ᵀ`. Nothing
@@ -35,19 +44,23 @@ def kron_matvec(factors, x, *, precision=jax.lax.Precision.HIGHEST) -> jax.Array
     batch = x.ndim - len(factors)
     if batch < 0:
         raise ValueError(
-            f"kron_matvec: got {len(factors)} factors for x of shape {x.shape}, which has fewer axes."
+            f"kron_matvec: got {len(factors)} factors for x of shape {x.shape}, which has fewer "
+            "axes."
         )
-    axes, leading = list(range(x.ndim)), x.shape[:batch]
-    for axis, factor in enumerate(factors, start=batch):
-        factor, d = jnp.asarray(factor), x.shape[axis]
-        if factor.shape == (*leading, d):
-            x = x * factor.reshape(*leading, *(d if i == axis else 1 for i in axes[batch:]))
-        elif factor.shape == (*leading, d, d):
-            out = [*axes[:axis], x.ndim, *axes[axis + 1 :]]
-            x = jnp.einsum(factor, [*axes[:batch], x.ndim, axis], x, axes, out, precision=precision)
+    leading = x.shape[:batch]
+    for axis, given in enumerate(factors):
+        d = x.shape[batch + axis]
+        if isinstance(given, Dense | Diagonal):
+            factor = given
         else:
+            array = jnp.asarray(given)
+            factor = Diagonal(array) if array.ndim == batch + 1 else Dense(array)
+        (array,) = factor
+        expected = (*leading, d, d) if isinstance(factor, Dense) else (*leading, d)
+        if array.shape != expected:
             raise ValueError(
-                f"kron_matvec: factor {axis - batch} of shape {factor.shape} does not fit axis {axis} of x of shape "
-                f"{x.shape}; expected {(*leading, d, d)} or the diagonal {(*leading, d)}."
+                f"kron_matvec: factor {axis} of shape {array.shape} does not fit axis {axis} of x "
+                f"of shape {x.shape}; expected {(*leading, d, d)} or the diagonal {(*leading, d)}."
             )
+        x = factor.apply_along(x, axis, precision=precision)
     return x

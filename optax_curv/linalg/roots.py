@@ -98,9 +98,7 @@ def _inverse_root(a, p, damping, relative, method):
         )
         return hermitian(_power_in_basis(a, basis, -1 / p, damping, relative)[0])
     return (
-        hermitian(_relative_power(a, -1 / p, damping)[0])
-        if relative
-        else _power(a, -1 / p, damping)
+        hermitian(relative_power(a, -1 / p, damping)[0]) if relative else _power(a, -1 / p, damping)
     )
 
 
@@ -117,7 +115,7 @@ def factor_roots(factors: list, bases: list, exponent, damping, method) -> list:
         if method == "newton":
             found = inverse_root(a, 1 / exponent, damping=damping, relative=True, method=method)
             return found, jnp.sum((a * found.conj()).real, axis=(-2, -1))
-        return _relative_power(a, *numbers(a))
+        return relative_power(a, *numbers(a))
 
     def tracked(a, basis):
         basis, _ = orthogonal_iteration(a, basis.astype(a.dtype))
@@ -172,7 +170,7 @@ def _power_in_basis(a, basis, exponent, damping, relative):
 
 
 @jax.jit
-def _relative_power(a, exponent, damping):
+def relative_power(a, exponent, damping):
     """The power, with rounding in its symmetry, and its product's trace with `a`."""
     values, vectors = lapack.eigh(
         a.mT.conj()

@@ -1,4 +1,4 @@
-"""The hints for XLA on CPU change no value, and one kernel cuts out of all places of a stack."""
+"""The hints for XLA change no value, and each has a test that fails where it is not needed."""
 
 import re
 
@@ -7,43 +7,122 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_curv.linalg._compiler import cut_out, laid_out
+from optax_curv.linalg import _compiler as compiler
 
 PLACES = [(0, 1), (1, 2), (3, 1), (0, 4)]
+seen_on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA does on CPU")
+seen_from_0_10 = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="seen in the XLA of JAX 0.10"
+)
+
+
+def optimised(function, *arrays) -> str:
+    return jax.jit(function).lower(*arrays).compile().as_text()
 
 
 @pytest.mark.parametrize(("start", "size"), PLACES)
-def test_a_cut_is_a_slice(start, size):
+def test_a_slice_of_a_stack_is_a_slice(start, size):
     x = jnp.arange(12.0).reshape(4, 3)
-    for cut in (
-        lambda x: cut_out(x, start, (size,)),
-        jax.jit(lambda x: cut_out(x, start, (size,))),
-    ):
-        np.testing.assert_array_equal(cut(x), x[start : start + size])
-    batched = jax.vmap(lambda x: cut_out(x, start, (size,)), in_axes=2)(jnp.stack([x, -x], axis=2))
+
+    def cut(x):
+        return compiler.slice_of_stack(x, start, (size,))
+
+    for function in (cut, jax.jit(cut)):
+        np.testing.assert_array_equal(function(x), x[start : start + size])
+    batched = jax.vmap(cut, in_axes=2)(jnp.stack([x, -x], axis=2))
     np.testing.assert_array_equal(batched, jnp.stack([x, -x])[:, start : start + size])
-    gradient = jax.grad(lambda x: jnp.sum(cut_out(x, start, (size,))))(x)
+    gradient = jax.grad(lambda x: jnp.sum(cut(x)))(x)
     np.testing.assert_array_equal(gradient, jnp.zeros_like(x).at[start : start + size].set(1))
 
 
-def test_what_is_laid_out_keeps_its_values():
-    x = jnp.arange(12.0).reshape(4, 3)
-    np.testing.assert_array_equal(jax.jit(lambda x: laid_out(x.T) + 1)(x), x.T + 1)
+def test_a_slice_takes_the_shape_of_its_stack():
+    x = jnp.arange(24.0).reshape(6, 4)
+    np.testing.assert_array_equal(compiler.slice_of_stack(x, 2, ()), x[2])
+    np.testing.assert_array_equal(compiler.slice_of_stack(x, 2, (2, 2)), x[2:].reshape(2, 2, 4))
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere a cut is a plain slice")
-@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="seen in the XLA of JAX 0.10")
-def test_one_kernel_serves_all_places():
+@seen_on_cpu
+@seen_from_0_10
+def test_one_kernel_serves_all_slices_of_a_stack():
     def kernels(cut):
-        text = (
-            jax.jit(lambda x: [cut(x, i) * 2 for i in range(6)])
-            .lower(jnp.zeros((6, 5)))
-            .compile()
-            .as_text()
-        )
+        text = optimised(lambda x: [cut(x, i) * 2 for i in range(6)], jnp.zeros((6, 5)))
         bodies = re.findall(r"^%(\S*fused\S*) \([^\n]*\n(.*?)^}", text, re.MULTILINE | re.DOTALL)
         plain = (re.sub(r"%[\w.\-]+|, metadata=\{[^\n]*", "", body) for _, body in bodies)
         return len(set(plain)), len(bodies)
 
-    assert kernels(lambda x, i: x[i : i + 1]) == (6, 6)
-    assert kernels(lambda x, i: cut_out(x, i, (1,))) == (1, 6)
+    assert kernels(lambda x, i: x[i : i + 1]) == (6, 6)  # else `slice_of_stack` may go
+    assert kernels(lambda x, i: compiler.slice_of_stack(x, i, (1,))) == (1, 6)
+
+
+def test_what_is_materialized_keeps_its_values():
+    x = jnp.arange(12.0).reshape(4, 3)
+    found = jax.jit(lambda x: compiler.materialize(x.T) + 1)(x)
+    np.testing.assert_array_equal(found, x.T + 1)
+    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(compiler.materialize(x)))(x), 1)
+    np.testing.assert_array_equal(jax.vmap(compiler.materialize)(x), x)
+
+
+@seen_on_cpu
+def test_a_transposition_is_folded_into_a_product_unless_it_is_materialized():
+    def transposes(prepare):
+        def gram(x):
+            x = prepare(x.mT)
+            return compiler.full_matmul(x, x.mT)
+
+        return len(re.findall(r" transpose\(", optimised(gram, jnp.zeros((4, 64, 32)))))
+
+    assert transposes(lambda x: x) == 0  # else `materialize` may go
+    assert transposes(compiler.materialize) > 0
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_flag_that_is_not_recomputed_keeps_its_value(flag):
+    assert bool(compiler.not_recomputed(jnp.bool_(flag))) is flag
+    assert bool(jax.jit(compiler.not_recomputed)(jnp.bool_(flag))) is flag
+    flags = jnp.array([flag, not flag])
+    np.testing.assert_array_equal(jax.vmap(compiler.not_recomputed)(flags), flags)
+
+
+@seen_on_cpu
+def test_a_flag_is_derived_in_every_kernel_that_uses_it_unless_it_is_kept():
+    def size(keep):
+        def guarded(grads):
+            sound = keep(jnp.stack([jnp.all(jnp.isfinite(g)) for g in grads]).all())
+            return [jnp.where(sound, 2 * g, 0) for g in grads]
+
+        return len(optimised(guarded, [jnp.zeros((64, 64))] * 30))
+
+    plain, kept = size(lambda flag: flag), size(compiler.not_recomputed)
+    assert plain > 1.5 * kept  # else `not_recomputed` may go
+
+
+def test_a_function_compiled_once_is_traced_once():
+    traced = []
+
+    def function(x):
+        traced.append(x.shape)
+        return 2 * x
+
+    once = compiler.compiled_once(function)
+
+    def program(x):
+        return once(x) + once(2 * x) + once(3 * x)
+
+    np.testing.assert_array_equal(jax.jit(program)(jnp.ones(3)), 12)
+    assert traced == [(3,)]
+
+
+def test_each_platform_has_its_own_function():
+    def chosen(x):
+        return compiler.per_platform(x, cpu=lambda x: x + 1, other=lambda x: x + 2)
+
+    expected = 1 if jax.default_backend() == "cpu" else 2
+    assert float(jax.jit(chosen)(jnp.float32(0))) == expected
+    for platform, number in (("cpu", "1.0"), ("cuda", "2.0")):  # whatever this machine has
+        exported = jax.export.export(jax.jit(chosen), platforms=[platform])(jnp.float32(0))
+        assert re.findall(r"dense<(\d\.\d)", exported.mlir_module()) == [number]
+
+
+def test_products_are_of_full_precision():
+    jaxpr = str(jax.make_jaxpr(compiler.full_matmul)(jnp.ones((2, 2)), jnp.ones((2, 2))))
+    assert "HIGHEST" in jaxpr
