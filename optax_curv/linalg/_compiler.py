@@ -52,11 +52,11 @@ def _as_it_is(x: Any) -> Any:
 def materialize(x: Any) -> Any:
     """Makes XLA on CPU store an array, or all arrays of a tree, in their own order before any use.
 
-    XLA on CPU computes what is used in several kernels anew in each, and folds a transposition into
-    the matrix product that follows. Its fast product of a
-    batch takes no transposed operand: X Xᵀ of transposed [4, 256, 256] takes 2.3 ms folded and 1.7
-    ms stored; products of two matrices gain nothing (JAX 0.10.2). It costs one pass over `x` where
-    that was stored already. It may go when the folded product is as fast.
+    XLA on CPU computes anew, in every kernel, what several kernels use, and folds a transposition
+    into the matrix product that follows. Its fast product of a batch takes no transposed operand:
+    X Xᵀ of transposed [4, 256, 256] takes 2.3 ms folded and 1.7 ms stored; products of two matrices
+    gain nothing (JAX 0.10.2). It costs one pass over `x` where that was stored already. Elsewhere
+    it does nothing. It may go when the folded product is as fast.
     """
     return per_platform(x, cpu=jax.lax.optimization_barrier, other=_as_it_is)
 
