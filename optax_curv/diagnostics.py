@@ -1,14 +1,48 @@
-"""What optimizer states know of curvature, as a table and as a plot. Outside `jax.jit` only."""
+"""Diagnostics show what optimizer states know of curvature, as a table and as a plot.
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+They run outside `jax.jit` only, and read states through the protocol `CurvatureState`.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from optax_curv import layers
-from optax_curv.linalg import _checks as checks
+from optax_curv.linalg.factors import Dense, Diagonal
+from optax_curv.preconditioners._stacks.names import parts_of
+
+Factor: TypeAlias = jax.Array | Dense | Diagonal
+Factors: TypeAlias = tuple[Factor, ...] | Mapping[str, Factor]
+
+
+@runtime_checkable
+class CurvatureState(Protocol):
+    """What diagnostics read of a state; the state of every method of this package is one.
+
+    Attributes:
+      count: steps taken, int32 [].
+      total_notfinite: steps skipped because a number was not finite, int32 [].
+    """
+
+    count: Any  # a named tuple's own method in the eyes of a type checker
+    total_notfinite: Any
+
+    def spectra(self) -> Mapping[str, Factors]:
+        """The factors that the state keeps, by stack.
+
+        Returns:
+          A mapping from a stack's name, which lists its members, to its factors: a tuple with one
+          entry an axis, or a mapping from their names. A factor of N tensors is a `linalg.factors`
+          `Dense` or `Diagonal`, or an array, [N, d, d] if dense and [N, d] if diagonal. A state
+          without factors returns an empty mapping.
+        """
+        ...
+
+
+COLUMNS = ("name", "factor", "size", "mean", "largest", "smallest", "condition", "effective rank")
 
 
 class FactorSpectrum(NamedTuple):
@@ -18,9 +52,9 @@ class FactorSpectrum(NamedTuple):
       state: name of the state's type.
       name: the layer, or the key path of the leaf.
       factor: "input_factor", "output_factor" of a layer, "axis 0", … of a leaf, "block 1, axis 0"
-        of a cut one, "diagonal", "low_rank" of a whole tree.
-      eigenvalues: magnitudes in falling order, float [*stack, d]; singular values where the factor
-        is not symmetric, as the Q of Kronecker PSGD.
+        of a cut one, or another name that the method gives.
+      eigenvalues: magnitudes in falling order, float64 [d], or [slices, d] of a stacked leaf or
+        layer; singular values where the factor is not symmetric, as the Q of Kronecker PSGD.
     """
 
     state: str
@@ -29,48 +63,88 @@ class FactorSpectrum(NamedTuple):
     eigenvalues: np.ndarray
 
 
-def _is_ours(x) -> bool:
-    return (
-        hasattr(x, "_fields")
-        and hasattr(x, "total_notfinite")
-        and type(x).__module__.startswith("optax_curv.")
+def _is_ours(x: Any) -> bool:
+    return isinstance(x, CurvatureState)
+
+
+def _holds_an_array(x: Any) -> bool:
+    """Whether `x` is a variable in which `flax.nnx.Optimizer` keeps an array of the state."""
+    return hasattr(x, "get_value") and hasattr(x, "set_value")
+
+
+def _states(opt_state: Any) -> list[CurvatureState]:
+    """The states of this package within a state, outer before inner."""
+    opt_state = jax.tree.map(
+        lambda x: x.get_value() if _holds_an_array(x) else x, opt_state, is_leaf=_holds_an_array
     )
-
-
-def _states(opt_state) -> list:
-    """Those of this package within a state, outer before inner."""
     found = []
 
     def visit(x):
         if _is_ours(x):
             found.append(x)
-            for field in x:
+            for field in x:  # a named tuple: a method may keep the state of another one within
                 jax.tree.map(visit, field, is_leaf=_is_ours)
 
     jax.tree.map(visit, opt_state, is_leaf=_is_ours)
     return found
 
 
-def _magnitudes(factor) -> np.ndarray:
-    """Of a factor [*stack, d, d] or a diagonal one [*stack, d]; a square stack of diagonals looks dense."""
-    factor = np.asarray(checks.widen(factor))
-    if factor.ndim >= 2 and factor.shape[-1] == factor.shape[-2]:
-        return np.linalg.svd(factor, compute_uv=False)
-    return -np.sort(-np.abs(factor), axis=-1)
+def _magnitudes(rows: np.ndarray, dense: bool) -> np.ndarray:
+    """The magnitudes [N, d] of factors [N, d, d] or [N, d], in falling order and in float64."""
+    # In the factors' own float32 an eigenvalue below 1e-7 of the largest would be rounding.
+    wide = np.complex128 if np.iscomplexobj(rows) else np.float64
+    if dense:
+        return np.linalg.svd(rows.astype(wide), compute_uv=False)
+    return -np.sort(-np.abs(rows.astype(wide)), axis=-1)
 
 
-def _place(path) -> tuple[str, str]:
-    """(layer or leaf, factor) of an array among a state's factors."""
-    last = path[-1]
-    if isinstance(last, jax.tree_util.GetAttrKey):
-        return path[0].key, last.name
-    if len(path) > 1 and isinstance(path[-2], jax.tree_util.SequenceKey):
-        return jax.tree_util.keystr(path[:-2]), f"block {path[-2].idx}, axis {last.idx}"
-    return jax.tree_util.keystr(path[:-1]) or "the root", f"axis {last.idx}"
+def _array_of(factor: Factor) -> tuple[jax.Array, bool]:
+    """The array of a factor, and whether it is dense: by its type, or by its rank beside [N]."""
+    if isinstance(factor, Dense):
+        return factor.matrix, True
+    if isinstance(factor, Diagonal):
+        return factor.vector, False
+    if jnp.ndim(factor) not in (2, 3):
+        raise ValueError(
+            f"diagnostics: expected factors [N, d, d] or [N, d], got {jnp.shape(factor)}. Of the "
+            "states of a sweep take one, jax.tree.map(lambda x: x[0], state)."
+        )
+    return factor, jnp.ndim(factor) == 3
 
 
-def factor_spectra(opt_state) -> list[FactorSpectrum]:
-    """The eigenvalues of every factor in a state.
+def _spectra_of(state: CurvatureState) -> Iterator[FactorSpectrum]:
+    """The spectra of one state, not of those within it."""
+    method = type(state).__name__
+    blocks_before: dict[str, int] = {}
+    for stack, factors in state.spectra().items():
+        named = dict(factors) if isinstance(factors, Mapping) else dict(_by_axis(factors))
+        blocks_here: dict[str, int] = {}
+        found = []
+        for factor, array in named.items():
+            array, dense = _array_of(array)
+            for name, block, rows in parts_of(stack, np.asarray(array)):  # pyright: ignore[reportArgumentType]
+                values = _magnitudes(rows, dense)  # pyright: ignore[reportArgumentType]
+                values = values[0] if len(values) == 1 else values
+                if block is not None:
+                    blocks_here[name] = block + 1
+                    block += blocks_before.get(name, 0)
+                found.append((name, block, factor, values))
+        for name, count in blocks_here.items():
+            blocks_before[name] = blocks_before.get(name, 0) + count
+        # Members and blocks one after the other, each with all its factors.
+        places = list(dict.fromkeys((name, block) for name, block, _, _ in found))
+        for name, block, factor, values in sorted(found, key=lambda x: places.index(x[:2])):
+            label = factor if block is None else f"block {block}, {factor}"
+            yield FactorSpectrum(method, name, label, values)
+
+
+def _by_axis(factors: tuple[Factor, ...]) -> Iterator[tuple[str, Factor]]:
+    for axis, factor in enumerate(factors):
+        yield f"axis {axis}", factor
+
+
+def factor_spectra(opt_state: Any) -> list[FactorSpectrum]:
+    """Computes the eigenvalues of every factor in a state, on the host and in float64.
 
     Args:
       opt_state: a state of this package, or any that holds some.
@@ -86,32 +160,17 @@ def factor_spectra(opt_state) -> list[FactorSpectrum]:
       ['w'] axis 0 [1.41 1.41 1.41]
       ['w'] axis 1 [1.41 1.41]
     """
-    spectra = []
-    for state in _states(opt_state):
-        method = type(state).__name__
-        factors = getattr(state, "factors", None)
-        factors = dict(factors) if isinstance(factors, Mapping) else factors
-        for path, factor in jax.tree.leaves_with_path(factors):
-            if jnp.issubdtype(factor.dtype, jnp.inexact):  # a layer's factors carry their count
-                spectra.append(FactorSpectrum(method, *_place(path), _magnitudes(factor)))
-        if hasattr(state, "diagonal"):
-            r_u, r_v = (np.asarray(jnp.linalg.qr(x, mode="r")) for x in (state.u, state.v))
-            low_rank = np.linalg.svd(r_u @ r_v.T, compute_uv=False)
-            for factor, values in (
-                ("diagonal", _magnitudes(state.diagonal)),
-                ("low_rank", low_rank),
-            ):
-                spectra.append(FactorSpectrum(method, "all parameters", factor, values))
-    return spectra
+    return [spectrum for state in _states(opt_state) for spectrum in _spectra_of(state)]
 
 
-def curvature_table(opt_state) -> str:
-    """A table of the states of this package: one line a state, one for each of its factors.
+def curvature_table(opt_state: Any) -> str:
+    """Writes a table of the states of this package, with a line for each of their factors.
 
     The condition is the largest over the smallest eigenvalue; the effective rank is their sum over
     the largest, from 1 (one direction has all curvature) to the size (all alike). Of a stack of
-    slices the worst condition and the least rank are given. `layer_diagnostics` tells of K-FAC's
-    damping.
+    slices the worst condition and the least rank are given, and the mean, largest and smallest of
+    all. Of a factor that is not symmetric they are those of its singular values.
+    `layer_diagnostics` tells of K-FAC's damping.
 
     Args:
       opt_state: a state of this package, or any that holds some.
@@ -127,14 +186,15 @@ def curvature_table(opt_state) -> str:
       >>> tx = optax.chain(optax_curv.scale_by_kron_psgd(init_scale=1.0), optax.scale(-0.1))
       >>> print(optax_curv.diagnostics.curvature_table(tx.init({"w": jnp.ones((3, 2))})))
       ScaleByKronPsgdState: 0 steps, 0 skipped
-        name   factor  size  mean  largest  condition  effective rank
-        ['w']  axis 0  3     1     1        1          3
-        ['w']  axis 1  2     1     1        1          2
+        name   factor  size  mean  largest  smallest  condition  effective rank
+        ['w']  axis 0  3     1     1        1         1          3
+        ['w']  axis 1  2     1     1        1         1          2
     """
     states = _states(opt_state)
     if not states:
         raise ValueError(
-            f"curvature_table: expected an optimizer state that holds a state of optax_curv, got {type(opt_state)}."
+            "curvature_table: expected an optimizer state that holds a state of optax_curv, got "
+            f"{type(opt_state)}."
         )
     lines = []
     for state in states:
@@ -146,18 +206,9 @@ def curvature_table(opt_state) -> str:
             if hasattr(state, name):
                 figures.append(f"{name} {float(getattr(state, name)):.3g}")
         lines.append(f"{type(state).__name__}: {', '.join(figures)}")
-        nested = {"inner", "fallback"}.intersection(state._fields)
-        rows = [
-            _row(spectrum) for spectrum in factor_spectra(state._replace(**dict.fromkeys(nested)))
-        ]
+        rows = [_row(spectrum) for spectrum in _spectra_of(state)]
         if rows:
-            table = layers.aligned(
-                [
-                    ("name", "factor", "size", "mean", "largest", "condition", "effective rank"),
-                    *rows,
-                ]
-            )
-            lines += ["  " + line for line in table]
+            lines += ["  " + line for line in layers.aligned([COLUMNS, *rows])]
     return "\n".join(lines)
 
 
@@ -167,15 +218,16 @@ def _row(spectrum: FactorSpectrum) -> tuple[str, ...]:
     condition = np.divide(largest, smallest, out=np.full(largest.shape, np.inf), where=smallest > 0)
     rank = np.divide(values.sum(-1), largest, out=np.zeros(largest.shape), where=largest > 0)
     size = "×".join(map(str, values.shape))
-    figures = (values.mean(), largest.max(), condition.max(), rank.min())
+    figures = (values.mean(), largest.max(), smallest.min(), condition.max(), rank.min())
     return spectrum.name, spectrum.factor, size, *(f"{float(figure):.3g}" for figure in figures)
 
 
-def plot_curvature(opt_state, axes: Any = None):
-    """Draws the spectrum of every factor with matplotlib: eigenvalues over the largest, in falling order, logarithmic.
+def plot_curvature(opt_state: Any, axes: Any = None) -> Any:
+    """Draws the spectrum of every factor with matplotlib.
 
-    A flat line treats all directions alike; the steeper it falls, the more there is to
-    precondition.
+    A line shows the eigenvalues of one factor over its largest one, in falling order, on a
+    logarithmic scale. A flat line treats all directions alike; the steeper it falls, the more there
+    is to precondition.
 
     Args:
       opt_state: a state of this package, or any that holds some.
@@ -196,7 +248,8 @@ def plot_curvature(opt_state, axes: Any = None):
     spectra = factor_spectra(opt_state)
     if not spectra:
         raise ValueError(
-            "plot_curvature: expected an optimizer state with factors of curvature, found none in it."
+            "plot_curvature: expected an optimizer state with factors of curvature, found none in "
+            f"{type(opt_state)}."
         )
     if axes is None:
         from matplotlib.figure import Figure
