@@ -1,4 +1,4 @@
-"""Shampoo: momentum multiplied on every axis of a leaf by a root of the gradients' second moment."""
+"""Shampoo: momentum multiplied on every axis by a root of the gradients' second moment."""
 
 import dataclasses
 import functools
@@ -89,8 +89,8 @@ class _Shampoo(LeafRule):
         require_choice(self.method, ROOTS, root=self.root)
         require_flags(self.method, nesterov=self.nesterov, kl=self.kl)
         require_dtype(self.method, precond_dtype=self.precond_dtype)
-        averaging = {"decay": self.decay, "b1": self.b1}
-        require_numbers(self.method, **averaging, at_least=0, at_most=1, schedule=True)
+        fractions: Any = {"at_least": 0, "at_most": 1, "schedule": True}
+        require_numbers(self.method, decay=self.decay, b1=self.b1, **fractions)
         require_numbers(self.method, exponent=self.exponent, above=0)
         require_numbers(self.method, damping=self.damping, at_least=0)
         require_numbers(self.method, refresh_growth=self.refresh_growth, above=1)

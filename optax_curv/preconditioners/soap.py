@@ -76,8 +76,8 @@ class _Soap(LeafRule):
         """Refuses options that cannot be, by name."""
         require_choice(self.method, BASES, basis=self.basis)
         require_dtype(self.method, precond_dtype=self.precond_dtype)
-        averaging = {"b1": self.b1, "b2": self.b2, "decay": self.decay}
-        require_numbers(self.method, **averaging, at_least=0, at_most=1, schedule=True)
+        fractions: Any = {"at_least": 0, "at_most": 1, "schedule": True}
+        require_numbers(self.method, b1=self.b1, b2=self.b2, decay=self.decay, **fractions)
         require_numbers(self.method, eps=self.eps, at_least=0)
         require_numbers(self.method, basis_every=self.basis_every, at_least=1)
         sizes = {"max_dim": self.max_dim, "block_size": self.block_size}

@@ -44,9 +44,7 @@ class Blocks(NamedTuple):
         return {name: self._whole(name, parts) for name, parts in found.items()}
 
     def _whole(self, name: str, parts: dict[tuple[int, ...], jax.Array]) -> jax.Array:
-        ordered = [
-            parts[start] for start in sorted(parts)
-        ]  # neighbours on the last axis come first
+        ordered = [parts[start] for start in sorted(parts)]  # the last axis' neighbours first
         starts = list(zip(*sorted(parts), strict=True))
         for axis in reversed(range(len(starts))):
             count = len(set(starts[axis]))
@@ -72,7 +70,7 @@ def _shape(struct: jax.ShapeDtypeStruct) -> tuple[int, ...]:
 
 
 def _cut(length: int, block_size: Any) -> list[slice]:
-    """The fewest runs of at most `block_size`, of nearly equal lengths, so that nothing is padded."""
+    """The fewest runs of at most `block_size`, of nearly equal lengths: nothing is padded."""
     count = 1 if block_size is None else max(1, -(-length // int(block_size)))
     edges = [length * i // count for i in range(count + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(edges)]

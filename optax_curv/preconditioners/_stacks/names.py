@@ -1,4 +1,4 @@
-"""Names of stacks. A name lists its members in order, so that a state alone tells what lies where."""
+"""Names of stacks. A name lists the members in order, so that a state tells what lies where."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,11 @@ BLOCKS = " in blocks of "
 
 
 def member_name(path: str, rows: int) -> str:
-    """The name of a member; one of several rows carries their number."""
+    """The name of a member; one of several rows carries their number.
+
+    A variable of Flax NNX ends its path in `.value`, but `nnx.Optimizer` hands over pure arrays.
+    """
+    path = path.removesuffix(".value")
     return path if rows == 1 else f"{path} ×{rows}"
 
 

@@ -62,7 +62,9 @@ class Fallback(NamedTuple):
         """(updates by stack, new state) for gradients by stack and the tree of parameters."""
         shown = None if params is None else view.take(params, is_other)
         if self.by_stack:
-            return self.tx.update(grads, state, shown)
+            updates: Any
+            updates, state = self.tx.update(grads, state, shown)
+            return updates, state
         tx = optax.with_extra_args_support(self.tx)
         shown = None if shown is None else view.alone(shown)
         updates, state = tx.update(view.alone(grads), state, shown, **extra_args)

@@ -79,7 +79,7 @@ class Stacks(Mapping[str, Stack]):
 
     def __init__(self, tree: Any, members: Iterable[tuple[Member, Hashable]]):
         self._treedef = jax.tree.structure(tree)
-        groups: dict[Hashable, list[Member]] = {}
+        groups: dict[tuple, list[Member]] = {}
         for member, kind in members:
             key = (kind, member.shape, jnp.dtype(member.dtype))
             groups.setdefault(key, []).append(member)

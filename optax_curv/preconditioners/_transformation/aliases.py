@@ -20,7 +20,7 @@ from optax_curv.preconditioners._transformation.transformation import Piece, tra
 
 
 def by_rows(function: Any) -> optax.GradientTransformation:
-    """A stateless piece that acts on every tensor of a stack, as on a leaf, where it is the method's.
+    """A stateless piece that acts on every tensor of the method's stacks as it would on a leaf.
 
     Args:
       function: of one tensor.
@@ -63,7 +63,7 @@ def matrices_and_adam(
     weight_decay: Any,
     weight_decay_mask: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """The alias of a method for matrices: their size, Adam for the rest, decay and learning rate."""
+    """The alias of a method for matrices: their size, Adam for the rest, decay, learning rate."""
     require_learning_rate(rule.method, learning_rate)
     require_numbers(rule.method, rms=rms, above=0, or_none=True)
     require_numbers(rule.method, weight_decay=weight_decay)
@@ -77,7 +77,7 @@ def matrices_and_adam(
 
 
 def with_rms(u: jax.Array, target: Any) -> jax.Array:
-    """u · target / rms(u) of one tensor; zeros stay zero, and no square underflows or overflows."""
+    """One tensor u as u · target / rms(u); zeros stay zero, and no square underflows."""
     peak = jnp.max(jnp.abs(u), initial=0)
     relative = u / jnp.where(peak == 0, 1, peak)
     rms = jnp.sqrt(jnp.mean(jnp.square(jnp.abs(relative)))) if u.size else jnp.ones([])

@@ -11,7 +11,7 @@ from optax_curv.preconditioners._transformation.numbers import COUNTER_LIMIT, va
 def running_weight(decay: jax.Array, count: jax.Array) -> jax.Array:
     """The weight w of the newest of count + 1 values in m ← m + w (new - m).
 
-    It is w = (1 - decay) / (1 - decay^(count + 1)), which keeps m free of the bias of its start: the
+    It is w = (1 - decay) / (1 - decay^(count + 1)), which keeps m free of the bias of its start: a
     first value is no heavier than any other of its age. For decay 1 it is 1 / (count + 1), that of
     a plain mean.
     """
@@ -28,11 +28,11 @@ def weight_at(decay: Any, count: jax.Array, sound: jax.Array | bool = True) -> j
 
 
 def averaged(old: jax.Array, weight: jax.Array, new: jax.Array) -> jax.Array:
-    """old + weight (new - old); `old` itself where the weight is zero, whatever `new` is."""
+    """The average old + weight (new - old); `old` where the weight is zero, whatever `new` is."""
     weight = jnp.asarray(weight, jnp.finfo(old.dtype).dtype)
     return jnp.where(weight > 0, old + weight * (new - old), old)
 
 
 def is_due(count: jax.Array, every: Any) -> jax.Array:
-    """Whether what is done every so many steps is due at this one; always once counters saturate."""
+    """Whether what is done every so many steps is due now; always once counters saturate."""
     return (count % every == 0) | (count >= COUNTER_LIMIT)

@@ -1,7 +1,6 @@
 """Arguments that are numbers, choices, flags, dtypes or keys: what is refused, and their values."""
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ COUNTER_LIMIT = 2**31 - 1  # int32 counters stay there, see `optax.safe_incremen
 
 
 class StaticInt(np.int32):
-    """A default that decides shapes. `optax.inject_hyperparams` traces Python's own numbers only."""
+    """A default that decides shapes; `optax.inject_hyperparams` traces Python's numbers only."""
 
     def __repr__(self) -> str:
         return str(int(self))
@@ -60,7 +59,11 @@ def require_numbers(
     Arrays and tracers pass unseen, as their values are not known while tracing; so do functions of
     the step count where `schedule` allows them, and None where `or_none` does.
     """
-    limits = (above, ">", operator.gt), (at_least, ">=", operator.ge), (at_most, "<=", operator.le)
+    limits: Any = (
+        (above, ">", operator.gt),
+        (at_least, ">=", operator.ge),
+        (at_most, "<=", operator.le),
+    )
     for name, value in numbers.items():
         if (value is None and or_none) or (schedule and callable(value)):
             continue
@@ -92,8 +95,8 @@ def require_learning_rate(method: str, learning_rate: Any):
     if learning_rate is None:
         raise ValueError(
             f"{method}: expected learning_rate to be a number or a function of the step count, got "
-            "learning_rate=None. Only optax_curv.kfac and optax_curv.gauss_newton choose the length "
-            "of a step themselves."
+            "learning_rate=None. Only optax_curv.kfac and optax_curv.gauss_newton choose a step's "
+            "length themselves."
         )
     require_numbers(method, learning_rate=learning_rate, schedule=True)
 
@@ -111,9 +114,7 @@ def require_flags(method: str, **flags: Any):
     """Refuses what is not a bool: the string "no" would count as True."""
     for name, value in flags.items():
         if not isinstance(value, bool | np.bool_):
-            raise ValueError(
-                f"{method}: expected {name} to be True or False, got {name}={value!r}."
-            )
+            raise ValueError(f"{method}: expected {name} to be a bool, got {name}={value!r}.")
 
 
 def require_dtype(method: str, **dtypes: Any):
@@ -135,8 +136,8 @@ def structural(method: str, **numbers: Any):
     for name, value in numbers.items():
         if isinstance(value, Tracer):
             raise ValueError(
-                f"{method}: {name} decides the shapes of the state and must be a Python number, got "
-                f"a traced {value}; with optax.inject_hyperparams pass static_args=({name!r},)."
+                f"{method}: {name} decides the shapes of the state and must be a Python number, "
+                f"got a traced {value}; with optax.inject_hyperparams pass static_args=({name!r},)."
             )
         if value is not None and not isinstance(value, int | float | np.number):
             raise ValueError(

@@ -1,7 +1,7 @@
-"""`transformation`: the only maker of transformations, which keeps every promise that holds for all.
+"""`transformation`: the only maker of transformations, which keeps the promises of all methods.
 
-A method is a `Rule`. It sees the tree through a `View`, as stacks or as a tree, in float32 at least,
-and returns a `Step`. Around the rule, and around the whole chain of an alias, the factory
+A method is a `Rule`. It sees the tree through a `View`, as stacks or as a tree, in float32 at
+least, and returns a `Step`. Around the rule, and around the whole chain of an alias, the factory
 
 * refuses trees that do not fit each other or the state, by path;
 * decides whether the step is sound, gives a zero update and the old state where it is not, and
@@ -90,7 +90,7 @@ class Rule:
         return TreeView()
 
     def check(self, updates: Any, params: Any, extra_args: Mapping[str, Any]) -> Any:
-        """Refuses extra arguments that do not fit, and returns those whose numbers must be sound."""
+        """Refuses extra arguments that do not fit; returns those whose numbers must be sound."""
         del updates, params, extra_args
         return ()
 
