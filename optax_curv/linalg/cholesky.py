@@ -100,18 +100,11 @@ def _attempts(kernel, a, damping):
 
 @_factorize.defjvp
 def _factorize_jvp(primals, tangents):
-    # dL = L Φ(L⁻¹ dA L⁻ᴴ), where Φ takes the lower triangle and half of the diagonal
     (_, damping), (a_dot, damping_dot) = primals, tangents
     factor, used = _factorize(*primals)
     used_dot = jnp.where(used == damping, damping_dot, 0)
-    inner = a_dot + used_dot[..., None, None] * jnp.eye(factor.shape[-1], dtype=factor.dtype)
-    inner = _solve(factor, inner, lower=True)
-    inner = _solve(factor, inner, lower=True, left_side=False, transpose_a=True, conjugate_a=True)
-    phi = jnp.tril(inner, -1) + inner * jnp.eye(factor.shape[-1], dtype=factor.dtype) / 2
-    return (factor, used), (jnp.matmul(factor, phi, precision=jax.lax.Precision.HIGHEST), used_dot)
-
-
-_solve = functools.partial(jax.lax.linalg.triangular_solve, left_side=True)  # which has a transpose
+    a_dot = a_dot + used_dot[..., None, None] * jnp.eye(factor.shape[-1], dtype=factor.dtype)
+    return (factor, used), (lapack.cholesky_tangent(factor, a_dot), used_dot)
 
 
 @jax.jit
@@ -149,25 +142,29 @@ def damped_inverse(a, damping) -> tuple[jax.Array, jax.Array, jax.Array]:
     return inverse, used[..., 0, 0], ratio[..., 0, 0]
 
 
-def _inverse_by(factorize, a, damping):
+def _inverse_by(factorize, solve, a, damping):
     factor, used, pivots = factorize(a, damping[..., 0, 0])
-    root = _solve(
-        factor, jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape), lower=True
-    )
+    eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
+    root = solve(factor, eye, left_side=True, lower=True)
     ratio = jnp.square(jnp.max(pivots, -1) / jnp.min(pivots, -1))
     inverse = full_matmul(root.mT.conj(), root)
     return inverse, used[..., None, None], ratio[..., None, None]
 
 
-def _derivable(a, damping):
+def _derivable_attempts(a, damping):
     factor, used = _factorize(a, damping)
     return factor, used, jnp.diagonal(factor, axis1=-2, axis2=-1).real
 
 
-_plain = functools.partial(jax.lax.linalg.cholesky, symmetrize_input=False)
+_plain_cholesky = functools.partial(jax.lax.linalg.cholesky, symmetrize_input=False)
+_plain_inverse = functools.partial(
+    _inverse_by,
+    functools.partial(_attempts, _plain_cholesky),
+    jax.lax.linalg.triangular_solve,
+)
+_derivable_inverse = functools.partial(_inverse_by, _derivable_attempts, lapack.triangular_solve)
 _damped_inverse = lapack.in_small_calls(
-    functools.partial(_inverse_by, functools.partial(_attempts, _plain)),
-    functools.partial(_inverse_by, _derivable),
+    _plain_inverse, functools.partial(jax.jvp, _derivable_inverse)
 )
 
 
