@@ -1,224 +1,675 @@
-"""One registry of every method: how it is made, a number it takes, and the extra arguments its update needs."""
+"""The one registry: every method, alias and piece, what it needs, and which suites it leaves out.
 
+Each suite of this folder runs over `CASES` (or over `ALL`, with every other choice of a geometry,
+solver or rule, where it only traces). What a suite cannot do with a case is a sentence in the place
+of the field that the suite reads.
+"""
+
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
+from conformance import adapters, problems, regression
+from conformance.problems import SHAPES as SHAPES
+from conformance.problems import TREE, Problem
+from conformance.problems import tree as tree
 
 import optax_curv
 
-SHAPES = {"w": (4, 2), "b": (2,), "scalar": (), "tensor": (1, 2, 1, 3, 2)}
-LAYERS = optax_curv.Layers(
-    [optax_curv.Layer("dense", "dense", "['w']", "['b']", in_dim=4, out_dim=2)]
-)
-OBJECTIVE = optax_curv.Objective(
-    lambda params, inputs: inputs @ params["w"] + params["b"], "normal"
-)
+Reason = str
+
+
+class Fault(NamedTuple):
+    """How a method runs on the regression that faults strike.
+
+    Attributes:
+      make: damping -> transformation.
+      extras_of: (parameters, inputs, targets, errors) -> extra arguments of `update`.
+      damping: of the undisturbed run.
+    """
+
+    make: Callable[..., Any]
+    extras_of: Callable[..., Any] = regression.nothing
+    damping: float = 1e-2
+
+
+class Suite(NamedTuple):
+    """How a method enters the lists of Optax's own suites.
+
+    Attributes:
+      make: (learning_rate, ...) -> transformation.
+      options: its arguments there.
+      by_default: whether it runs by default; otherwise another one of its kind does.
+    """
+
+    make: Callable[..., Any]
+    options: dict[str, Any]
+    by_default: bool = False
 
 
 class Case(NamedTuple):
-    """One method."""
+    """One method, alias or piece.
 
-    make: Callable  # (**numbers) -> transformation
-    number: str | None = None  # the name of a number which a sweep may trace
+    Attributes:
+      of: (problem, **numbers) -> transformation.
+      maker: the public function that makes it.
+      number: the name of a number that a sweep may trace.
+      value: of that number.
+      extras: (numpy generator, rows) -> arrays for `update`.
+      needs_objective: whether `update` needs `objective=`.
+      any_tree: False where what it is made of, or its extra arguments, belong to one tree.
+      complex: whether it takes complex leaves; otherwise `init` refuses them by name.
+      inject: arguments that its maker needs for `optax.inject_hyperparams`, or why it is not tried.
+      fault: how it runs while faults strike, or why it does not.
+      suite: how it enters Optax's suites, or why it does not.
+      devices: options with which eight devices are compared with one, or why they are not.
+      divides: whether `factor_sharding` divides its work.
+      factors: how many factors its state shows to diagnostics on the tree of the registry.
+      network: why some of its matrix products are not full ones.
+    """
+
+    of: Callable[..., Any]
+    maker: str
+    number: str | None = None
     value: float = 0.1
-    extras: Callable = lambda rng: {}  # (numpy generator) -> arrays for update
-    static: dict[str, Any] = {}  # noqa: RUF012 - extra arguments that are no arrays
-    any_tree: bool = (
-        True  # False: what it is made of, or its extra arguments, belong to the tree below
-    )
+    extras: Callable[..., Any] = problems.nothing
+    needs_objective: bool = False
+    any_tree: bool = True
+    complex: bool = False
+    inject: dict[str, Any] | Reason = "its maker was tried with another case"
+    fault: Fault | Reason = "not said"
+    suite: Suite | Reason = "not said"
+    devices: dict[str, Any] | Reason = "not said"
+    divides: bool = False
+    factors: int = 0
+    network: Reason | None = None
 
-    def transformation(self):
-        return self.make(**({self.number: self.value} if self.number else {}))
+    def make(self, problem: Problem = TREE, **numbers):
+        """The transformation for a problem, with numbers in the place of its own."""
+        return self.of(problem, **numbers)
 
+    def transformation(self, problem: Problem = TREE):
+        """The transformation with its own number."""
+        return self.make(problem, **({self.number: self.value} if self.number else {}))
 
-def tree(seed, dtype="float32"):
-    """Parameters or gradients of every rank, with a leaf that is None."""
-    rng = np.random.default_rng(seed)
-    return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in SHAPES.items()} | {
-        "none": None
-    }
-
-
-def _array(rng, *shape):
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-
-def _branches(rng):
-    return {"branches": _array(rng, 5, 3)}
-
-
-def _factors(rng):
-    inputs, grads = _array(rng, 8, 5), _array(rng, 8, 2)
-    factors = optax_curv.KroneckerFactors(inputs.T @ inputs / 8, grads.T @ grads / 8, jnp.int32(1))
-    return {"curvature": {"dense": factors}}
+    def static(self, problem: Problem = TREE):
+        """Extra arguments of `update` that are no arrays."""
+        return {"objective": problem.objective} if self.needs_objective else {}
 
 
-def _layer_rows(rng):
-    rows = optax_curv.FactorRows(_array(rng, 8, 5), _array(rng, 8, 2), jnp.full(2, 1 / 8))
-    return {"curvature": {"dense": rows}}
+BY_ALIAS = "its alias, which has the same rule, is struck"
+ALIAS_RUNS = "its alias runs in the suites"
+RULE_COMPARED = "its rule is compared under its scale_by_ name; what follows acts leaf by leaf"
+NO_NUMBERS = "it takes no numbers"
+BY_LEAF = "it acts leaf by leaf"
+NETWORK = "it runs the user's own network, in the user's own precision"
+RATE = {"learning_rate": 1e-3}
+
+# Steps that do not shrink with the gradient: their rate has to, once a tenfold one has been made
+# good.
+FADING = optax.exponential_decay(0.15, 1, 0.4, transition_begin=34)
+ADAM = {"b1": 0.7, "b2": 0.9}
 
 
-def _moments(rng):
-    factors = _factors(rng)["curvature"]["dense"]
-    moments = jnp.square(_array(rng, 5, 2))
-    return {"curvature": {"dense": optax_curv.EigenbasisMoments(*factors, moments)}}
+def _of(method, number, **options):
+    """A maker for one number, of a method that needs nothing else."""
+
+    def make(problem, **numbers):
+        del problem
+        return method(**options, **numbers)
+
+    return {"of": make, "maker": method.__name__, "number": number}
 
 
-def _batch(rng):
-    return {"batch": (_array(rng, 6, 4), _array(rng, 6, 2)), "value": jnp.float32(1.0)}
+def _layered(method, number="damping", **options):
+    def make(problem, **numbers):
+        return method(layers=problem.layers, **options, **numbers)
+
+    return {"of": make, "maker": method.__name__, "number": number, "any_tree": False}
 
 
-def _kfac(method, **options):
-    def make(damping=1e-3):
-        return method(LAYERS, damping, fallback=optax.identity(), **options)
+def _with_objective(make, extras_of=regression.batch_of, damping=1e-2):
+    """A method of the quadratic model of the regression's objective."""
 
-    return {"make": make, "number": "damping", "any_tree": False}
+    def of_objective(damping):
+        tx = make(damping)
+        update = functools.partial(tx.update, objective=regression.OBJECTIVE)
+        return optax.GradientTransformationExtraArgs(tx.init, update)
 
-
-def _psgd(method, **options):
-    def make(precond_lr=0.1):
-        return method(precond_lr, **options)
-
-    return Case(make, "precond_lr")
+    return Fault(of_objective, extras_of, damping)
 
 
-def _branch(method, **options):
-    def make(damping=1e-3):
-        return method(damping, **options)
+def _layerwise(method, extras_of, **options):
+    def make(damping):
+        # Without a bound, a first statistic of rank one makes steps of 1/damping in all other
+        # directions.
+        tx = method(TREE.layers, damping, kl_clip=1.0, fallback=optax.identity(), **options)
+        return optax.chain(tx, optax.scale_by_learning_rate(0.3))
 
-    return {"make": make, "number": "damping", "extras": _branches}
+    return Fault(make, extras_of)
 
 
-def _gauss_newton(damping=1e-3):
-    return optax_curv.scale_by_gauss_newton(damping, max_iters=3, backtrack=True)
+def _branches(method, extras_of, damping, **options):
+    def make(damping):
+        # The undamped metric of rows that have nearly vanished, as at a minimum, knows no bound
+        # either.
+        return optax.chain(
+            method(damping, **options),
+            optax.clip_by_global_norm(3.0),
+            optax.scale_by_learning_rate(0.7),
+        )
+
+    return Fault(make, extras_of, damping)
+
+
+def _kron_fault(**options):
+    return Fault(lambda damping: optax_curv.kron_psgd(0.25, 0.7, **options))
+
+
+def _basis_fault(damping):
+    method = optax_curv.scale_by_adam_in_basis(TREE.layers, **ADAM, fallback=optax.identity())
+    return optax.chain(method, optax.scale_by_learning_rate(FADING))
+
+
+def _soap_fault(damping):
+    return optax.chain(optax_curv.scale_by_soap(**ADAM), optax.scale_by_learning_rate(FADING))
 
 
 fisher, branch_kfac = optax_curv.scale_by_branch_fisher, optax_curv.scale_by_branch_kfac
+LAYERED = {"layers": TREE.layers, "fallback": optax.identity()}
+IDENTITY = {"fallback": optax.identity()}
+NO_BRANCHES = "the suites have no branches, without which it is branch_fisher"
+
 METHODS = {
-    "kron_psgd": _psgd(optax_curv.scale_by_kron_psgd),
-    "kron_psgd_sometimes": _psgd(
-        optax_curv.scale_by_kron_psgd, geometry="qeq", update_probability=0.5, b1=0.9
+    "scale_by_kron_psgd": Case(
+        **_of(optax_curv.scale_by_kron_psgd, "precond_lr"),
+        complex=True,
+        inject={"init_scale": 1.0, "block_size": 2},
+        fault=BY_ALIAS,
+        suite=ALIAS_RUNS,
+        devices={},
+        divides=True,
+        factors=9,
     ),
-    "dense_psgd": _psgd(optax_curv.scale_by_dense_psgd),
-    "lra_psgd": _psgd(optax_curv.scale_by_lra_psgd, rank=2),
-    "shampoo": Case(
-        lambda damping=1e-6: optax_curv.scale_by_shampoo(damping=damping, root_every=2), "damping"
+    "scale_by_kron_psgd_sometimes": Case(
+        **_of(
+            optax_curv.scale_by_kron_psgd,
+            "precond_lr",
+            geometry="qeq",
+            update_probability=0.5,
+            b1=0.9,
+        ),
+        complex=True,
+        fault=_kron_fault(geometry="qeq", update_probability=0.5),
+        suite="it runs as kron_psgd_qeq, whose rule it has",
+        devices={},
+        factors=9,
     ),
-    "soap": Case(lambda eps=1e-8: optax_curv.scale_by_soap(eps=eps, basis_every=2), "eps", 1e-6),
-    "adam_in_basis": Case(
-        lambda: optax_curv.scale_by_adam_in_basis(LAYERS, fallback=optax.identity()),
-        extras=_factors,
+    "scale_by_dense_psgd": Case(
+        **_of(optax_curv.scale_by_dense_psgd, "precond_lr"),
+        inject={},
+        fault=BY_ALIAS,
+        suite=ALIAS_RUNS,
+        devices={},
+        factors=1,
+    ),
+    "scale_by_lra_psgd": Case(
+        **_of(optax_curv.scale_by_lra_psgd, "precond_lr", rank=2),
+        inject={},
+        fault=BY_ALIAS,
+        suite=ALIAS_RUNS,
+        devices={},
+        factors=2,
+    ),
+    "scale_by_shampoo": Case(
+        **_of(optax_curv.scale_by_shampoo, "damping", root_every=2),
+        complex=True,
+        value=1e-6,
+        inject={},
+        fault=BY_ALIAS,
+        suite=ALIAS_RUNS,
+        devices={},
+        factors=9,
+    ),
+    "scale_by_soap": Case(
+        **_of(optax_curv.scale_by_soap, "eps", basis_every=2),
+        complex=True,
+        value=1e-6,
+        inject={},
+        fault=Fault(_soap_fault),
+        suite=ALIAS_RUNS,
+        # The first gradient of a matrix has no component along some axes of its square factor's
+        # basis, which are arbitrary: there SOAP divides rounding by its root, but for a large eps.
+        devices={"eps": 1.0},
+        factors=9,
+    ),
+    "scale_by_adam_in_basis": Case(
+        **_layered(optax_curv.scale_by_adam_in_basis, None, **IDENTITY),
+        extras=problems.factors,
+        inject=LAYERED,
+        fault=Fault(_basis_fault, regression.factors_of),
+        suite=Suite(adapters.adam_in_basis, {"learning_rate": 1e-2}),
+        devices={},
+        divides=True,
+        factors=2,
+    ),
+    "scale_by_branch_fisher": Case(
+        **_of(fisher, "damping"),
+        extras=problems.samples,
+        inject={},
+        fault=_branches(fisher, regression.features_of, 1.0),
+        suite=ALIAS_RUNS,
+        devices={},
+    ),
+    "scale_by_branch_fisher_complement": Case(
+        **_of(fisher, "damping", projection="orthonormal", complement=True),
+        extras=problems.samples,
+        fault=_branches(fisher, regression.samples_of, 1.0, complement=True),
+        suite=NO_BRANCHES,
+        devices={},
+    ),
+    "scale_by_branch_kfac": Case(
+        **_of(branch_kfac, "damping", blocks=2),
+        extras=problems.samples,
+        inject={},
+        fault=_branches(branch_kfac, regression.features_of, 1.0, blocks=2),
+        suite=ALIAS_RUNS,
+        devices={},
+    ),
+    "scale_by_kfac": Case(
+        **_layered(optax_curv.scale_by_kfac, invert_every=2, **IDENTITY),
+        extras=problems.factors,
+        inject=LAYERED,
+        fault=_layerwise(optax_curv.scale_by_kfac, regression.factors_of),
+        suite=ALIAS_RUNS,
+        devices={},
+        divides=True,
+        factors=2,
+    ),
+    "scale_by_gauss_newton": Case(
+        **_of(optax_curv.scale_by_gauss_newton, "damping", max_iters=3, backtrack=True),
+        extras=problems.batch,
+        needs_objective=True,
         any_tree=False,
+        inject={},
+        fault=BY_ALIAS,
+        suite=ALIAS_RUNS,
+        devices={},
+        network=NETWORK,
     ),
-    "branch_fisher": Case(**_branch(fisher)),
-    "branch_fisher_complement": Case(**_branch(fisher, projection="orthonormal", complement=True)),
-    "branch_kfac": Case(**_branch(branch_kfac, blocks=2)),
-    "kfac": Case(**_kfac(optax_curv.scale_by_kfac, invert_every=2), extras=_factors),
-    "gauss_newton": Case(
-        _gauss_newton, "damping", extras=_batch, static={"objective": OBJECTIVE}, any_tree=False
+    "scale_by_ekfac": Case(
+        **_layered(optax_curv.scale_by_ekfac, **IDENTITY),
+        extras=problems.moments,
+        inject=LAYERED,
+        fault=_layerwise(optax_curv.scale_by_ekfac, regression.moments_of),
+        suite=ALIAS_RUNS,
+        devices={},
+        divides=True,
+        factors=2,
     ),
-    "ekfac": Case(**_kfac(optax_curv.scale_by_ekfac), extras=_moments),
 }
-PIECES = {
-    "clip_by_max_abs": Case(optax_curv.clip_by_max_abs, "max_abs"),
-    "normalize_by_rms": Case(optax_curv.normalize_by_rms, "target"),
-    "normalize_by_reference": Case(
-        lambda: optax_curv.normalize_by_reference(optax.scale_by_adam())
+
+FIRST = {"learning_rate": 0.1}
+DECAYED = FIRST | {"weight_decay": 1e-2}
+ALIASES = {
+    "kron_psgd": Case(
+        **_of(optax_curv.kron_psgd, "precond_lr", **DECAYED),
+        complex=True,
+        inject=FIRST,
+        fault=_kron_fault(),
+        suite=Suite(optax_curv.kron_psgd, {"learning_rate": 1e-2}, True),
+        devices=RULE_COMPARED,
+        factors=9,
     ),
-    "keep_params_in_box": Case(optax_curv.keep_params_in_box, "bound"),
+    "dense_psgd": Case(
+        **_of(optax_curv.dense_psgd, "precond_lr", **DECAYED),
+        inject=FIRST,
+        fault=Fault(lambda damping: optax_curv.dense_psgd(0.2, 0.8)),
+        suite=Suite(optax_curv.dense_psgd, {"learning_rate": 1e-2}),
+        devices=RULE_COMPARED,
+        factors=1,
+    ),
+    "lra_psgd": Case(
+        **_of(optax_curv.lra_psgd, "precond_lr", rank=2, **DECAYED),
+        inject=FIRST,
+        fault=Fault(lambda damping: optax_curv.lra_psgd(0.2, 0.8, rank=2)),
+        suite=Suite(optax_curv.lra_psgd, {"learning_rate": 1e-2}, True),
+        devices=RULE_COMPARED,
+        factors=2,
+    ),
+    "shampoo": Case(
+        **_of(optax_curv.shampoo, "damping", root_every=2, **DECAYED),
+        complex=True,
+        value=1e-6,
+        inject=FIRST,
+        # Less damping spends most of a step's fixed size on whitening the noise at the minimum.
+        fault=Fault(
+            lambda damping: optax_curv.shampoo(
+                FADING, 0.7, rms=1.0, damping=damping, adam=optax.scale_by_adam(0.7, 0.9)
+            ),
+            damping=0.1,
+        ),
+        suite=Suite(optax_curv.shampoo, {"learning_rate": 1e-2}, True),
+        devices=RULE_COMPARED,
+        factors=2,
+    ),
+    "soap": Case(
+        **_of(optax_curv.soap, "eps", basis_every=2, **DECAYED),
+        complex=True,
+        value=1e-6,
+        inject=FIRST,
+        fault=Fault(
+            lambda damping: optax_curv.soap(FADING, 0.7, b2=0.9, adam=optax.scale_by_adam(0.7, 0.9))
+        ),
+        suite=Suite(optax_curv.soap, {"learning_rate": 1e-2}),
+        devices=RULE_COMPARED,
+        factors=2,
+    ),
+    "branch_fisher": Case(
+        **_of(optax_curv.branch_fisher, "damping", **DECAYED),
+        extras=problems.samples,
+        inject=FIRST,
+        fault="its rule is struck as scale_by_branch_fisher, within a bound",
+        suite=Suite(adapters.branch(optax_curv.branch_fisher), RATE, True),
+        devices=RULE_COMPARED,
+    ),
+    "branch_kfac": Case(
+        **_of(optax_curv.branch_kfac, "damping", blocks=2, param_bound=20.0, **DECAYED),
+        extras=problems.samples,
+        inject=FIRST,
+        fault="its rule is struck as scale_by_branch_kfac, within a bound",
+        suite=Suite(adapters.branch(optax_curv.branch_kfac, param_bound=20.0), RATE),
+        devices=RULE_COMPARED,
+    ),
+    "kfac": Case(
+        **_layered(optax_curv.kfac, fallback=optax.scale_by_adam(), **DECAYED),
+        extras=problems.factors,
+        inject=FIRST | LAYERED,
+        fault="its rule is struck as scale_by_kfac, within a bound",
+        suite=Suite(adapters.kfac, {"learning_rate": 0.1}, True),
+        devices=RULE_COMPARED,
+        factors=2,
+    ),
+    "kfac_adaptive": Case(
+        **_layered(optax_curv.kfac, learning_rate=None, **IDENTITY),
+        extras=problems.batch_and_factors,
+        needs_objective=True,
+        inject="learning_rate=None is no number",
+        fault=_with_objective(
+            lambda damping: optax_curv.kfac(None, TREE.layers, damping, **IDENTITY),
+            regression.batch_and_factors_of,
+        ),
+        suite="the suites' losses are plain functions, and it needs an Objective",
+        devices=RULE_COMPARED,
+        factors=2,
+        network=NETWORK,
+    ),
+    "ekfac": Case(
+        **_layered(optax_curv.ekfac, fallback=optax.scale_by_adam(), **DECAYED),
+        extras=problems.moments,
+        inject=FIRST | LAYERED,
+        fault="its rule is struck as scale_by_ekfac, within a bound",
+        suite=Suite(adapters.ekfac, {"learning_rate": 1e-2, "damping": 1.0}),
+        devices=RULE_COMPARED,
+        factors=2,
+    ),
+    "gauss_newton": Case(
+        **_of(optax_curv.gauss_newton, "damping", max_iters=3, **DECAYED),
+        extras=problems.batch,
+        needs_objective=True,
+        any_tree=False,
+        inject=FIRST,
+        fault=_with_objective(lambda damping: optax_curv.gauss_newton(1.0, damping)),
+        suite=Suite(adapters.gauss_newton, {"learning_rate": 0.15}, True),
+        devices=RULE_COMPARED,
+        network=NETWORK,
+    ),
+    "gauss_newton_adaptive": Case(
+        **_of(optax_curv.gauss_newton, "damping", max_iters=3, learning_rate=None),
+        extras=problems.batch,
+        needs_objective=True,
+        any_tree=False,
+        inject="learning_rate=None is no number",
+        fault=_with_objective(lambda damping: optax_curv.gauss_newton(None, damping)),
+        suite="the suites' losses are plain functions, and it needs an Objective",
+        devices=RULE_COMPARED,
+        network=NETWORK,
+    ),
+}
+
+
+def _doubled(params, **extra_args):
+    """An estimator of gradients."""
+    del extra_args
+    return optax.tree.scale(2, params)
+
+
+NO_CURVATURE = "it keeps no curvature that a fault could poison"
+PIECES = {
+    "clip_by_max_abs": Case(
+        **_of(optax_curv.clip_by_max_abs, "max_abs"),
+        complex=True,
+        inject={"max_abs": 1.0},
+        fault=NO_CURVATURE,
+        suite=Suite(
+            adapters.with_learning_rate(optax_curv.clip_by_max_abs(10.0), optax.trace(0.9)), RATE
+        ),
+        devices=BY_LEAF,
+    ),
+    "normalize_by_rms": Case(
+        **_of(optax_curv.normalize_by_rms, "target"),
+        complex=True,
+        inject={"target": 1.0},
+        fault=NO_CURVATURE,
+        suite=Suite(adapters.with_learning_rate(optax_curv.normalize_by_rms(1.0)), RATE, True),
+        devices=BY_LEAF,
+    ),
+    "normalize_by_reference": Case(
+        **_of(optax_curv.normalize_by_reference, None, tx=optax.scale_by_adam()),
+        complex=True,
+        inject=NO_NUMBERS,
+        fault=NO_CURVATURE,
+        suite=Suite(
+            adapters.with_learning_rate(optax_curv.normalize_by_reference(optax.scale_by_adam())),
+            {"learning_rate": 1e-2},
+        ),
+        devices=BY_LEAF,
+    ),
+    "keep_params_in_box": Case(
+        **_of(optax_curv.keep_params_in_box, "bound"),
+        inject={"bound": 1.0},
+        fault=NO_CURVATURE,
+        suite="it runs within branch_kfac, as param_bound",
+        devices=BY_LEAF,
+    ),
     "estimate_gradients": Case(
-        lambda: optax_curv.estimate_gradients(
-            lambda params, **_: jax.tree.map(lambda p: 2 * p, params)
-        )
+        **_of(optax_curv.estimate_gradients, None, estimator=_doubled),
+        complex=True,
+        inject=NO_NUMBERS,
+        fault=NO_CURVATURE,
+        suite="it replaces the gradients by an estimate from the loss, which the suites keep",
+        devices=BY_LEAF,
     ),
     "scale_by_quadratic_model": Case(
-        optax_curv.scale_by_quadratic_model,
-        "damping",
-        extras=_batch,
-        static={"objective": OBJECTIVE},
+        **_of(optax_curv.scale_by_quadratic_model, "damping"),
+        extras=problems.batch,
+        needs_objective=True,
         any_tree=False,
+        inject={},
+        fault=_with_objective(
+            lambda damping: optax.chain(
+                optax_curv.scale_by_quadratic_model(damping), optax.scale_by_learning_rate(1.0)
+            )
+        ),
+        suite="the suites' losses are plain functions, and it needs an Objective",
+        devices="its sums over all leaves are XLA's own",
+        network=NETWORK,
     ),
 }
-CASES = METHODS | PIECES
+CASES = METHODS | ALIASES | PIECES
 
 
-def _newton(method, **options):
-    def extras(rng):
-        trees = [
-            {name: _array(rng, *shape) for name, shape in SHAPES.items()} | {"none": None}
-            for _ in range(2)
-        ]
-        return dict(zip(("probe", "hvp"), trees, strict=True))
-
-    return _psgd(method, criterion="newton", **options)._replace(extras=extras)
-
-
-def _rows(rng):
-    return {
-        "branches": {name: _array(rng, 5, *shape) for name, shape in SHAPES.items()}
-        | {"none": None}
+def _variant(case, fault: Fault | Reason = "another choice of its rule is struck", **changes):
+    """Another choice of a case, which only runs through the tests that trace."""
+    said = {
+        "inject": "its maker was tried with another case",
+        "suite": "another choice of its rule runs there",
+        "devices": "another choice of its rule is compared",
+        "divides": False,
     }
+    return case._replace(**said | {"fault": fault} | changes)
 
 
-def _parameter_branches(**options):
-    return Case(**(_branch(fisher, **options) | {"extras": _rows, "any_tree": False}))
+def _options(case, method, number, **options):
+    return _variant(case, **_of(method, number, **options))
 
 
-# Every other choice of a geometry, solver, rule and the like: through the tests that only trace.
+KRON, SHAMPOO, SOAP = (METHODS[f"scale_by_{x}"] for x in ("kron_psgd", "shampoo", "soap"))
+DENSE, LRA = METHODS["scale_by_dense_psgd"], METHODS["scale_by_lra_psgd"]
+FISHER, BRANCH_KFAC = METHODS["scale_by_branch_fisher"], METHODS["scale_by_branch_kfac"]
+KFAC, EKFAC = METHODS["scale_by_kfac"], METHODS["scale_by_ekfac"]
+kron, dense, lra = (
+    *(optax_curv.scale_by_kron_psgd, optax_curv.scale_by_dense_psgd, optax_curv.scale_by_lra_psgd),
+)
+
+
+def _kron(fault: Fault | Reason = "another choice of its rule is struck", **options):
+    return _variant(KRON, fault, **_of(kron, "precond_lr", **options))
+
+
+def _geometry(geometry, **changes):
+    """A geometry of Kronecker PSGD, which runs in Optax's suites if these are asked for all."""
+
+    def make(learning_rate: optax.ScalarOrSchedule):
+        return optax.chain(
+            optax_curv.scale_by_kron_psgd(geometry=geometry),
+            optax_curv.clip_by_max_abs(10.0),
+            optax.trace(0.9),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    rate = 1e-3 if geometry == "right_triangular" else 1e-2
+    return _kron(geometry=geometry)._replace(suite=Suite(make, {"learning_rate": rate}), **changes)
+
+
+def _layered_variant(case, method, fault: Fault | Reason, extras, **options):
+    changes = _layered(method, **IDENTITY, **options)
+    return _variant(case, fault, extras=extras, **changes)
+
+
+def _gauss_newton_fault(extras_of, **options):
+    return _with_objective(
+        lambda damping: optax_curv.gauss_newton(1.0, damping, **options), extras_of
+    )
+
+
+TRACED = "another choice of its rule is struck"
+# Every other choice of a geometry, solver, rule and the like.
 VARIANTS = {
-    **{
-        f"kron_psgd_{geometry}": _psgd(optax_curv.scale_by_kron_psgd, geometry=geometry)
-        for geometry in ("eq", "qep", "qeq", "quad", "quad4p", "right_triangular")
-    },
-    "kron_psgd_newton": _newton(optax_curv.scale_by_kron_psgd),
-    "kron_psgd_newton_eq": _newton(optax_curv.scale_by_kron_psgd, geometry="eq"),
-    "kron_psgd_momentum": _psgd(optax_curv.scale_by_kron_psgd, whiten="momentum", b1=0.9),
-    "kron_psgd_bfloat16": _psgd(
-        optax_curv.scale_by_kron_psgd, precond_dtype="bfloat16", block_size=2
+    **{f"kron_psgd_{geometry}": _geometry(geometry) for geometry in ("qep", "qeq", "quad")},
+    "kron_psgd_eq": _geometry("eq", fault=_kron_fault(geometry="eq")),
+    "kron_psgd_quad4p": _geometry("quad4p", fault=_kron_fault(geometry="quad4p")),
+    "kron_psgd_right_triangular": _geometry("right_triangular", complex=False),
+    "kron_psgd_newton": _kron(criterion="newton")._replace(
+        extras=problems.probes, any_tree=False, complex=False
     ),
-    "dense_psgd_newton": _newton(optax_curv.scale_by_dense_psgd, geometry="quad"),
-    "lra_psgd_newton": _newton(optax_curv.scale_by_lra_psgd, rank=1),
+    "kron_psgd_newton_eq": _kron(criterion="newton", geometry="eq")._replace(
+        extras=problems.probes, any_tree=False, complex=False
+    ),
+    "kron_psgd_momentum": _kron(whiten="momentum", b1=0.9),
+    "kron_psgd_bfloat16": _kron(precond_dtype="bfloat16", block_size=2),
+    "dense_psgd_newton": _options(
+        DENSE, dense, "precond_lr", criterion="newton", geometry="quad"
+    )._replace(extras=problems.probes, any_tree=False),
+    "lra_psgd_newton": _options(LRA, lra, "precond_lr", criterion="newton", rank=1)._replace(
+        extras=problems.probes
+    ),
     **{
-        f"branch_fisher_{solver}": Case(**_branch(fisher, solver=solver))
+        f"branch_fisher_{solver}": _options(FISHER, fisher, "damping", solver=solver)
         for solver in ("woodbury", "cholesky", "auto")
     },
-    "branch_fisher_fixed": Case(**_branch(fisher, projection="fixed", centered=False)),
+    "branch_fisher_fixed": _options(FISHER, fisher, "damping", projection="fixed", centered=False),
     **{
-        f"branch_fisher_rows_{solver}": _parameter_branches(solver=solver)
-        for solver in ("cg", "woodbury", "cholesky", "auto")
+        f"branch_fisher_rows_{solver}": _options(FISHER, fisher, "damping", solver=solver)._replace(
+            extras=problems.parameter_rows, any_tree=False
+        )
+        for solver in ("cg", "woodbury", "cholesky")
     },
-    "branch_fisher_rows_momentum": _parameter_branches(solver="auto", momentum=0.9, centered=False),
-    "branch_kfac_complement": Case(
-        **_branch(branch_kfac, projection="orthonormal", complement=True)
+    "branch_fisher_rows_auto": _options(FISHER, fisher, "damping", solver="auto")._replace(
+        extras=problems.parameter_rows,
+        any_tree=False,
+        fault=_branches(fisher, regression.rows_of, 1.0, solver="auto", centered=False),
     ),
-    "branch_kfac_fixed": Case(**_branch(branch_kfac, projection="fixed")),
-    "kfac_trace": Case(
-        **_kfac(optax_curv.scale_by_kfac, damping_rule="trace", kl_clip=1.0), extras=_factors
+    "branch_fisher_rows_momentum": _options(
+        FISHER, fisher, "damping", solver="auto", momentum=0.9, centered=False
+    )._replace(extras=problems.parameter_rows, any_tree=False),
+    "branch_kfac_complement": _options(
+        BRANCH_KFAC, branch_kfac, "damping", projection="orthonormal", complement=True
     ),
-    "kfac_rows": Case(
-        **_kfac(optax_curv.scale_by_kfac, update_every=2, invert_every=4), extras=_layer_rows
+    "branch_kfac_fixed": _options(BRANCH_KFAC, branch_kfac, "damping", projection="fixed"),
+    "kfac_trace": _layered_variant(
+        KFAC,
+        optax_curv.scale_by_kfac,
+        TRACED,
+        problems.factors,
+        damping_rule="trace",
+        kl_clip=1.0,
     ),
-    "kfac_eigh": Case(
-        **_kfac(optax_curv.scale_by_kfac, inverse="eigh", update_every=2), extras=_factors
+    "kfac_rows": _layered_variant(
+        KFAC,
+        optax_curv.scale_by_kfac,
+        _layerwise(optax_curv.scale_by_kfac, regression.layer_rows_of, invert_every=4),
+        problems.factor_rows,
+        update_every=2,
+        invert_every=4,
     ),
-    "kfac_cg": Case(**_kfac(optax_curv.scale_by_kfac, inverse="cg"), extras=_factors),
-    "shampoo_qr": Case(
-        lambda damping=1e-6: optax_curv.scale_by_shampoo(damping=damping, root_every=2, root="qr"),
-        "damping",
+    "kfac_seldom": _layered_variant(
+        KFAC,
+        optax_curv.scale_by_kfac,
+        _layerwise(optax_curv.scale_by_kfac, regression.factors_of, invert_every=4),
+        problems.factors,
+        invert_every=4,
     ),
-    "soap_eigh": Case(
-        lambda eps=1e-8: optax_curv.scale_by_soap(eps=eps, basis_every=2, basis="eigh"), "eps", 1e-6
+    "kfac_eigh": _layered_variant(
+        KFAC,
+        optax_curv.scale_by_kfac,
+        _layerwise(
+            optax_curv.scale_by_kfac, regression.factors_of, inverse="eigh", damping_rule="trace"
+        ),
+        problems.factors,
+        inverse="eigh",
+        update_every=2,
     ),
-    "ekfac_seldom": Case(
-        **_kfac(optax_curv.scale_by_ekfac, invert_every=5, kl_clip=1.0), extras=_moments
+    "kfac_cg": _layered_variant(
+        KFAC,
+        optax_curv.scale_by_kfac,
+        _layerwise(optax_curv.scale_by_kfac, regression.factors_of, inverse="cg"),
+        problems.factors,
+        inverse="cg",
+    ),
+    "shampoo_qr": _options(
+        SHAMPOO, optax_curv.scale_by_shampoo, "damping", root_every=2, root="qr"
+    ),
+    "soap_eigh": _options(SOAP, optax_curv.scale_by_soap, "eps", basis_every=2, basis="eigh"),
+    "ekfac_seldom": _layered_variant(
+        EKFAC,
+        optax_curv.scale_by_ekfac,
+        TRACED,
+        problems.moments,
+        invert_every=5,
+        kl_clip=1.0,
+    ),
+    "gauss_newton_backtracking": _variant(
+        METHODS["scale_by_gauss_newton"],
+        _gauss_newton_fault(regression.batch_and_diagonal_of, backtrack=True),
+    ),
+    "gauss_newton_layers": _variant(
+        METHODS["scale_by_gauss_newton"],
+        _gauss_newton_fault(regression.batch_and_factors_of, layers=TREE.layers),
+        **_layered(optax_curv.scale_by_gauss_newton, max_iters=3),
+        extras=problems.batch_and_factors,
+        factors=2,
     ),
 }
-# What takes complex leaves; every other method refuses them in init, by name.
-COMPLEX = (
-    *("clip_by_max_abs", "normalize_by_rms", "normalize_by_reference", "estimate_gradients"),
-    *("kron_psgd", "kron_psgd_sometimes", "shampoo", "shampoo_qr", "soap", "soap_eigh"),
-)
+ALL = CASES | VARIANTS

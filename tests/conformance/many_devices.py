@@ -1,4 +1,6 @@
-"""Run by test_many_devices.py in a process with eight devices: prints "check method figure" for each result."""
+"""Eight devices against one: prints "check method figure" for each result.
+
+`test_many_devices.py` runs it in a process that has eight devices."""
 
 import sys
 
@@ -21,10 +23,6 @@ SPECS = {
     "none": None,
 }
 LAYERS, WIDTH = 16, 32
-# The first gradient of a matrix has no component along some axes of its square factor's basis,
-# which are arbitrary: there SOAP divides rounding by its own root, but for a large eps, and the
-# bases themselves are not compared.
-ARBITRARY_BASES = {"soap": 1.0}
 
 
 def report(check, name, figure):
@@ -41,7 +39,7 @@ def step_difference(step, reference):
 
 
 def difference(tree, reference):
-    """The largest difference of two trees of numbers, relative to the largest entry of each leaf."""
+    """The largest difference of two trees, relative to the largest entry of each leaf."""
 
     def of_leaf(x, y):
         x, y = np.asarray(x), np.asarray(y)
@@ -52,18 +50,17 @@ def difference(tree, reference):
 
 
 def compare_with_one_device(name):
-    """One step of a method with sharded leaves, and one inside shard_map, against the same step on one device."""
+    """One step with sharded leaves, and one inside shard_map, against the step on one device."""
     case = cases.CASES[name]
-    tx = case.make(eps=ARBITRARY_BASES[name]) if name in ARBITRARY_BASES else case.transformation()
+    tx = case.make(**case.devices) if case.devices else case.transformation()
     arrays = case.extras(np.random.default_rng(0))
     params, grads = cases.tree(0), cases.tree(1)
     state = tx.init(params)
 
     def update(grads, state, params, arrays):
-        updates, state = tx.update(grads, state, params, **arrays, **case.static)
-        return updates, state._replace(
-            bases=None, moments=None
-        ) if name in ARBITRARY_BASES else state
+        updates, state = tx.update(grads, state, params, **arrays, **case.static())
+        # Where SOAP's bases are arbitrary, see the registry, they are not compared.
+        return updates, state._replace(bases=None, moments=None) if case.devices else state
 
     expected = jax.jit(update)(grads, state, params, arrays)
     placed = {k: None if x is None else NamedSharding(MESH, SPECS[k]) for k, x in params.items()}
@@ -83,7 +80,7 @@ def compare_with_one_device(name):
 
 
 def compare_capture():
-    """Gradients and factors of a batch divided over the devices, against the same batch on one device; in float64."""
+    """Gradients and factors of a batch on all devices, against one device; in float64."""
     jax.config.update("jax_enable_x64", True)
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = {"w": (5, 6), "b": (5,), "s": (5,), "v": (2, 5)}
@@ -146,25 +143,28 @@ def equal_layers():
 
 
 def measure_division():
-    """FLOPs of one device with factor_sharding over those without, and whether results and shardings stay."""
+    """FLOPs of one device, with factor_sharding over without, and what changes with it."""
     grads, layers, factors = equal_layers()
     moments = {
         x: optax_curv.EigenbasisMoments(*f, jnp.square(grads[x])) for x, f in factors.items()
     }
     makers = {
-        "kfac": (
+        "scale_by_kfac": (
             lambda x: optax_curv.scale_by_kfac(layers, 1e-2, factor_sharding=x),
             {"curvature": factors},
         ),
-        "ekfac": (
+        "scale_by_ekfac": (
             lambda x: optax_curv.scale_by_ekfac(layers, 1e-2, factor_sharding=x),
             {"curvature": moments},
         ),
-        "adam_in_basis": (
+        "scale_by_adam_in_basis": (
             lambda x: optax_curv.scale_by_adam_in_basis(layers, factor_sharding=x),
             {"curvature": factors},
         ),
-        "kron_psgd": (lambda x: optax_curv.scale_by_kron_psgd(b1=0.9, factor_sharding=x), {}),
+        "scale_by_kron_psgd": (
+            lambda x: optax_curv.scale_by_kron_psgd(b1=0.9, factor_sharding=x),
+            {},
+        ),
     }
     for name, (make, arrays) in makers.items():
         flops, results = [], []
@@ -190,11 +190,13 @@ def measure_division():
         report("sharding", name, sum(moved))
 
 
+COMPARED = [x for x, case in cases.CASES.items() if not isinstance(case.devices, str)]
+
 if __name__ == "__main__":
     assert jax.device_count() == 8, "set XLA_FLAGS=--xla_force_host_platform_device_count=8"
     jax.config.update("jax_disable_most_optimizations", True)
     others = {"division": measure_division, "capture": compare_capture}
-    for name in sys.argv[1:] or [*cases.METHODS, *others]:
+    for name in sys.argv[1:] or [*COMPARED, *others]:
         if name in others:
             others[name]()
         else:

@@ -1,6 +1,7 @@
-"""What every transformation keeps, whatever its method."""
+"""What every transformation keeps, whatever its method: programs that are compiled and run."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -8,20 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conformance import cases
-from flax import nnx
+from conformance import cases, problems
 
 import optax_curv
 
 STEPS = 3
-ROUNDING = {
-    "rtol": 2e-3,
-    "atol": 1e-5,
-}  # a few steps of rounding through factorisations, in float32
-WRAPPED = ("w", "b")
+# A few steps of rounding through factorisations, in float32.
+ROUNDING = {"rtol": 2e-3, "atol": 1e-5}
+SHORT = 0.02  # of an update whose leaves have fewer digits, relative
+COUNTER_LIMIT = 2**31 - 1
 
-ANY_TREE = [name for name, case in cases.CASES.items() if case.any_tree]
+# A method whose alias runs the same rule on every leaf is compiled as its alias only.
+SAME_RULE = {
+    *("scale_by_kron_psgd", "scale_by_dense_psgd", "scale_by_lra_psgd", "scale_by_branch_fisher"),
+    *("scale_by_branch_kfac", "scale_by_kfac", "scale_by_ekfac", "scale_by_gauss_newton"),
+}
+COMPILED = [name for name in cases.CASES if name not in SAME_RULE]
+GUARDED = [name for name in COMPILED if name not in cases.PIECES]
+WITHIN = {"adapt_damping": "it wraps another transformation, and runs within kfac_adaptive"}
 every = pytest.mark.parametrize("name", cases.CASES)
+every_compiled = pytest.mark.parametrize("name", COMPILED)
+every_guarded = pytest.mark.parametrize("name", GUARDED)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -32,15 +40,15 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def extras(name, step=0):
-    return cases.CASES[name].extras(np.random.default_rng(100 + step))
+def extras(name, step=0, **rows):
+    return cases.CASES[name].extras(np.random.default_rng(100 + step), **rows)
 
 
 def updater(name, tx):
     """The transformation's update with its static and some unknown extra arguments filled in."""
 
     def update(grads, state, params, arrays):
-        return tx.update(grads, state, params, **arrays, **cases.CASES[name].static, unknown=1)
+        return tx.update(grads, state, params, **arrays, **cases.CASES[name].static(), unknown=1)
 
     update.__name__ = name  # traces are counted by name
     return update
@@ -67,9 +75,21 @@ def walk(name, update, state, steps=STEPS):
     return updates, states
 
 
+def is_floating(x):
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
 def numbers(state):
-    """A state's floating-point leaves: fingerprints of them hash the rounding."""
-    return [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    """A state's floating-point leaves."""
+    return [leaf for leaf in jax.tree.leaves(state) if is_floating(leaf)]
+
+
+def named(state):
+    """A state's leaves by the name of their field, with their place."""
+    return [
+        (getattr(path[-1], "name", ""), jax.tree_util.keystr(path), leaf)
+        for path, leaf in jax.tree.leaves_with_path(state)
+    ]
 
 
 @functools.cache
@@ -78,7 +98,7 @@ def jitted_walk(name):
     return walk(name, update, tx.init(cases.tree(0)))
 
 
-@every
+@every_compiled
 def test_nothing_changes_shape_or_dtype_from_step_to_step(name):
     updates, states = jitted_walk(name)
     for step, new in enumerate(updates):
@@ -88,7 +108,7 @@ def test_nothing_changes_shape_or_dtype_from_step_to_step(name):
     chex.assert_tree_all_finite((updates, states))
 
 
-@every
+@every_compiled
 def test_jit_changes_nothing(name):
     tx, _ = compiled(name)
     updates, states = walk(name, updater(name, tx), tx.init(cases.tree(0)), steps=1)
@@ -97,7 +117,7 @@ def test_jit_changes_nothing(name):
     chex.assert_trees_all_close(numbers(states[1]), numbers(expected_states[1]), **ROUNDING)
 
 
-@every
+@every_compiled
 def test_a_sweep_over_a_number_is_a_vmapped_scan(name):
     case = cases.CASES[name]
     arrays = jax.tree.map(lambda *x: jnp.stack(x), *(extras(name, step) for step in range(STEPS)))
@@ -120,7 +140,7 @@ def test_a_sweep_over_a_number_is_a_vmapped_scan(name):
 
 @every
 def test_init_takes_shapes_and_its_state_shares_nothing_with_the_parameters(name):
-    tx, _ = compiled(name)
+    tx = cases.CASES[name].transformation()
     params = cases.tree(0)
     state = tx.init(params)
     chex.assert_trees_all_equal_shapes_and_dtypes(tx.init(jax.eval_shape(lambda: params)), state)
@@ -129,23 +149,114 @@ def test_init_takes_shapes_and_its_state_shares_nothing_with_the_parameters(name
     assert not owned & held
 
 
-@pytest.mark.parametrize("name", cases.METHODS)
+def skipped_once(state, after):
+    """Asserts that a step has changed nothing of a state but its counters of skipped steps."""
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    counters = 0
+    for (field, path, old), (_, _, new) in zip(named(state), named(after), strict=True):
+        if field == "total_notfinite":
+            counters += 1
+            assert new == old + 1, path
+        else:
+            np.testing.assert_array_equal(new, old, err_msg=path)
+    assert counters >= 1
+
+
+@every_guarded
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_a_gradient_that_is_not_finite_is_skipped_and_counted(name, bad):
+def test_a_gradient_that_is_not_finite_moves_no_leaf_and_no_state(name, bad):
+    """Not through weight decay, momentum or the transformation of other leaves either."""
     _, update = compiled(name)
     state = jitted_walk(name)[1][-1]
     grads = cases.tree(1) | {"w": jnp.full(cases.SHAPES["w"], bad, jnp.float32)}
-    new, skipped = update(grads, copied(state), cases.tree(0), extras(name))
+    new, after = update(grads, copied(state), cases.tree(0), extras(name))
     assert all(jnp.all(u == 0) for u in jax.tree.leaves(new))
-    chex.assert_trees_all_equal(skipped, state._replace(total_notfinite=state.total_notfinite + 1))
+    skipped_once(state, after)
+
+
+@every_guarded
+def test_a_statistic_that_is_not_finite_moves_no_leaf_and_no_state(name):
+    arrays = jax.tree.map(
+        lambda x: jnp.full_like(x, jnp.nan) if is_floating(x) else x, extras(name)
+    )
+    if not arrays:
+        return  # a method of gradients alone
+    _, update = compiled(name)
+    state = jitted_walk(name)[1][-1]
+    new, after = update(cases.tree(1), copied(state), cases.tree(0), arrays)
+    assert all(jnp.all(u == 0) for u in jax.tree.leaves(new))
+    skipped_once(state, after)
+
+
+@every_guarded
+def test_counters_stay_at_the_largest_number(name):
+    _, update = compiled(name)
+    state, params = jitted_walk(name)[1][-1], cases.tree(0)
+
+    def late(path, leaf):
+        is_count = getattr(path[-1], "name", "") in ("count", "since", "total_notfinite")
+        return jnp.full_like(leaf, COUNTER_LIMIT - 1) if is_count else leaf
+
+    state = jax.tree.map_with_path(late, state)
+    before = jitted_walk(name)[0][-1]
+    for step in range(4):
+        new, state = update(cases.tree(step + 1), copied(state), params, extras(name, step))
+        assert 0 < optax.tree.norm(new) < 100 * optax.tree.norm(before)
+    for field, path, leaf in named(state):
+        if field in ("count", "total_notfinite"):
+            assert leaf in (COUNTER_LIMIT, COUNTER_LIMIT - 1), path
+
+
+@pytest.mark.parametrize("name", cases.ALIASES)
+def test_moments_of_short_leaves_are_those_of_float32(name):
+    """Fifty steps with gradients that all dtypes hold: nothing rounds away or overflows within."""
+    case = cases.CASES[name]
+    tx = case.transformation()
+    update = jax.jit(updater(name, tx))
+
+    def run(dtype):
+        params = jax.tree.map(lambda p: p.astype(dtype), cases.tree(0, "bfloat16"))
+        state = tx.init(params)
+        for step in range(50):
+            scale = 1.0 if step < 10 else 2.0**-6
+            grads = jax.tree.map(
+                lambda g, c=scale: (c * g).astype(dtype), cases.tree(step % 7, "bfloat16")
+            )
+            new, state = update(grads, state, params, extras(name))
+        return jax.tree.map(lambda u: u.astype("float32"), new), state
+
+    expected, wide = run("float32")
+    for dtype in ("bfloat16", "float16"):
+        new, state = run(dtype)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, wide)
+        for u, v in zip(jax.tree.leaves(new), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(u, v, rtol=SHORT, atol=SHORT * jnp.max(jnp.abs(v)))
+
+
+def program(name, tx, params, grads, arrays):
+    """The program of one step, without the addresses in it."""
+    state = jax.eval_shape(tx.init, params)
+    traced = jax.make_jaxpr(updater(name, tx))(grads, state, params, arrays)
+    return re.sub(r"0x[0-9a-f]+", "", str(traced))
 
 
 @every
-def test_updates_keep_the_precision_of_the_gradients(name):
-    tx = cases.CASES[name].transformation()
-    grads = cases.tree(1, "bfloat16")
-    for params in (cases.tree(0, "bfloat16"), cases.tree(0, "float32")):
-        keeps_shapes(updater(name, tx), tx.init, params, grads, extras(name))
+def test_one_transformation_serves_two_models(name):
+    """What it does for one does not depend on what it has seen of the other, nor on the batch."""
+    case = cases.CASES[name]
+    tx = case.transformation()
+    first = cases.tree(0), cases.tree(1), extras(name)
+    other = {"shapes": problems.OTHER_SHAPES} if case.any_tree else {}
+    second = cases.tree(0, **other), cases.tree(1, **other), extras(name, rows=3)
+
+    alone = program(name, tx, *first)
+    jax.eval_shape(tx.init, second[0])
+    assert program(name, tx, *first) == alone
+    of_second = program(name, tx, *second)
+    assert program(name, tx, *first) == alone
+    assert program(name, tx, first[0], first[1], second[2])  # a last, short batch
+    assert program(name, tx, *first) == alone
+    assert of_second == program(name, case.transformation(), *second)
 
 
 def keeps_shapes(update, init, params, grads, arrays):
@@ -156,55 +267,39 @@ def keeps_shapes(update, init, params, grads, arrays):
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
 
 
-@pytest.mark.parametrize("name", ANY_TREE)
+@every
+def test_updates_keep_the_precision_of_the_gradients(name):
+    tx = cases.CASES[name].transformation()
+    grads = cases.tree(1, "bfloat16")
+    for params in (cases.tree(0, "bfloat16"), cases.tree(0, "float32")):
+        keeps_shapes(updater(name, tx), tx.init, params, grads, extras(name))
+
+
+@pytest.mark.parametrize("name", [name for name, case in cases.CASES.items() if case.any_tree])
 def test_a_model_without_parameters_passes(name):
     tx = cases.CASES[name].transformation()
     keeps_shapes(updater(name, tx), tx.init, {}, {}, extras(name))
 
 
-@every
-@pytest.mark.parametrize(
-    "wrapper", ["masked", "partition", "multi_steps", "apply_if_finite", "inject_hyperparams"]
-)
-def test_wrappers_of_optax_trace(name, wrapper):
-    case = cases.CASES[name]
-    inside = {key: key in WRAPPED for key in (*cases.SHAPES, "none")}
-    schedule = {case.number: lambda count: case.value / (1 + count)} if case.number else {}
-    tx = {
-        "masked": lambda: optax.masked(case.transformation(), inside),
-        "partition": lambda: optax.partition(
-            {True: case.transformation(), False: optax.sgd(0.1)}, inside
-        ),
-        "multi_steps": lambda: optax.MultiSteps(case.transformation(), 2).gradient_transformation(),
-        "apply_if_finite": lambda: optax.apply_if_finite(case.transformation(), 3),
-        "inject_hyperparams": lambda: optax.inject_hyperparams(case.make)(**schedule),
-    }[wrapper]()
-    keeps_shapes(updater(name, tx), tx.init, cases.tree(0), cases.tree(1), extras(name))
-
-
-@pytest.mark.parametrize(
-    "name", ["branch_kfac", "normalize_by_rms", "kron_psgd", "shampoo", "soap", "lra_psgd"]
-)
-def test_nnx_optimizer_forwards_the_extra_arguments_step_after_step(name):
-    model, tx = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), cases.CASES[name].transformation()
-    params = nnx.state(model, nnx.Param)
-    grads = jax.tree.map(jnp.ones_like, params)
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    expected, state = params, tx.init(params)
-    for _ in range(2):
-        updates, state = tx.update(grads, state, expected, **extras(name))
-        expected = optax.apply_updates(expected, updates)
-    expected = jax.tree.map(jnp.copy, expected)
-    for _ in range(2):
-        optimizer.update(model, grads, **extras(name))
-    chex.assert_trees_all_close(nnx.state(model, nnx.Param), expected, **ROUNDING)
-
-
 def test_every_transformation_is_registered():
-    public = {name for name in vars(optax_curv) if name.startswith("scale_by_")}
-    pieces = {
+    """Each public maker of a transformation has a case, and each case says what it omits."""
+    makers = {case.maker for case in cases.ALL.values()}
+    public = {
         name
-        for name in vars(optax_curv)
-        if getattr(getattr(optax_curv, name), "__module__", "").endswith("chain_pieces")
+        for name, value in vars(optax_curv).items()
+        if getattr(value, "__annotations__", {}).get("return")
+        in (optax.GradientTransformationExtraArgs, optax.GradientTransformation)
     }
-    assert public | pieces <= {*cases.PIECES, *(f"scale_by_{name}" for name in cases.METHODS)}
+    assert public and public - makers == set(WITHIN)
+    for name, case in cases.ALL.items():
+        for field in ("inject", "fault", "suite", "devices"):
+            value = getattr(case, field)
+            assert not isinstance(value, str) or len(value.split()) > 2, (name, field)
+
+
+def test_what_is_compiled_as_its_alias_only_has_one():
+    for name in SAME_RULE:
+        alias = cases.CASES[name.removeprefix("scale_by_")]
+        assert (
+            alias.factors == cases.CASES[name].factors and alias.extras == cases.CASES[name].extras
+        )

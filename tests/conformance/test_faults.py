@@ -1,4 +1,4 @@
-"""After any fault a method stays finite and recovers: random schedules of faults, on one small noisy regression.
+"""After any fault a method stays finite and recovers: random schedules, on one small regression.
 
 A schedule says which fault strikes at which of the first steps; `GOOD` undisturbed steps follow. It
 is data of one compiled training run, so that hundreds of them cost one compilation."""
@@ -11,10 +11,9 @@ import numpy as np
 import optax
 import pytest
 from conformance import cases
+from conformance.regression import INPUTS, START, TARGETS, loss_fn
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-
-import optax_curv
 
 SCHEDULES = 200
 DISTURBED, GOOD = 20, 20
@@ -46,22 +45,9 @@ FAULTS = (
 )
 CODE = {name: code for code, name in enumerate(FAULTS)}
 
-RNG = np.random.default_rng(7)
-INPUTS = jnp.asarray(RNG.normal(size=(64, 4)), jnp.float32)
-TARGETS = jnp.asarray(INPUTS @ RNG.normal(size=(4, 2)) + RNG.normal(size=(64, 2)), jnp.float32)
-GOALS = jax.tree.map(lambda x: 0.3 * x, cases.tree(5))
-WIDENING = jnp.asarray(RNG.normal(size=(4, 24)) / 2, jnp.float32)
-START = jax.tree.map(jnp.zeros_like, cases.tree(0))
-
-
-def per_example(params, x, y):
-    """Squared errors of a linear layer, and a bowl for the leaves that no layer covers."""
-    others = [jnp.sum(jnp.square(params[name] - GOALS[name])) for name in ("scalar", "tensor")]
-    return 0.5 * jnp.sum(jnp.square(x @ params["w"] + params["b"] - y)) + 0.5 * sum(others)
-
-
-def loss_fn(params, x, y):
-    return jnp.mean(jax.vmap(per_example, (None, 0, 0))(params, x, y))
+METHODS = {
+    name: case.fault for name, case in cases.ALL.items() if isinstance(case.fault, cases.Fault)
+}
 
 
 def is_fault(code, name):
@@ -98,181 +84,9 @@ def gradients_and_extras(case, params, code):
     return grads, extras
 
 
-class Method:
-    """A maker of an optimizer from its damping, and the extra arguments that this problem gives it."""
-
-    def __init__(self, make, extras_of=lambda *_: {}, damping=1e-2):
-        self.make, self.extras_of, self.damping = make, extras_of, damping
-
-
-def factors_of(params, x, y, errors):
-    rows = jnp.concatenate([x, jnp.ones((64, 1))], axis=1)
-    factors = rows.T @ rows / len(x), errors.T @ errors / len(x), jnp.int32(1)
-    return {"curvature": {"dense": optax_curv.KroneckerFactors(*factors)}}
-
-
-def moments_of(params, x, y, errors):
-    factors = factors_of(params, x, y, errors)["curvature"]["dense"]
-    rows = jnp.concatenate([x, jnp.ones((64, 1))], axis=1)
-    moments = jnp.square(rows).T @ jnp.square(errors) / len(x)
-    return {"curvature": {"dense": optax_curv.EigenbasisMoments(*factors, moments)}}
-
-
-def layer_rows_of(params, x, y, errors):
-    rows = jnp.concatenate([x, jnp.ones((64, 1))], axis=1)
-    return {
-        "curvature": {
-            "dense": optax_curv.FactorRows(rows, errors / len(x), jnp.array([1 / len(x), len(x)]))
-        }
-    }
-
-
-def rows_of(params, x, y, errors):
-    return {"branches": jax.vmap(jax.grad(per_example), (None, 0, 0))(params, x, y)}
-
-
-OBJECTIVE = optax_curv.Objective(
-    lambda params, x: x @ params["w"] + params["b"],
-    "normal",
-    regularizer=lambda params: (
-        0.5 * sum(jnp.sum(jnp.square(params[n] - GOALS[n])) for n in ("scalar", "tensor"))
-    ),
-)
-
-
-def batch_of(params, x, y, errors):
-    return {"batch": (x, y), "value": loss_fn(params, x, y)}
-
-
-def batch_and_factors_of(*given):
-    return batch_of(*given) | factors_of(*given)
-
-
-def batch_and_diagonal_of(*given):
-    squares = jax.tree.map(lambda g: jnp.mean(jnp.square(g), 0), rows_of(*given)["branches"])
-    return batch_of(*given) | {"diagonal": squares}
-
-
-# Steps that do not shrink with the gradient: their rate has to, once a tenfold one has been made
-# good.
-FADING = optax.exponential_decay(0.15, 1, 0.4, transition_begin=DISTURBED + 14)
-ADAM = {"b1": 0.7, "b2": 0.9}
-MATRICES_AND_ADAM = {"b1": 0.7, "adam_b1": 0.7, "adam_b2": 0.9}
-
-
-def adam_in_basis(damping):
-    method = optax_curv.scale_by_adam_in_basis(cases.LAYERS, **ADAM, fallback=optax.identity())
-    return optax.chain(method, optax.scale_by_learning_rate(FADING))
-
-
-def with_objective(make, extras_of=batch_of, damping=1e-2):
-    """A method of the quadratic model of `OBJECTIVE`."""
-
-    def of_objective(damping):
-        tx = make(damping)
-        update = functools.partial(tx.update, objective=OBJECTIVE)
-        return optax.GradientTransformationExtraArgs(tx.init, update)
-
-    return Method(of_objective, extras_of, damping)
-
-
-def kron(**options):
-    return Method(lambda damping: optax_curv.kron_psgd(0.25, 0.7, **options))
-
-
-def layerwise(method, extras_of, **options):
-    def make(damping):
-        return optax.chain(
-            # Without a bound, a first statistic of rank one makes steps of 1/damping in all other
-            # directions.
-            method(cases.LAYERS, damping, kl_clip=1.0, fallback=optax.identity(), **options),
-            optax.scale_by_learning_rate(0.3),
-        )
-
-    return Method(make, extras_of)
-
-
-def branches(method, extras_of, damping, **options):
-    def make(damping):
-        # The undamped metric of rows that have nearly vanished, as at a minimum, knows no bound
-        # either.
-        return optax.chain(
-            method(damping, **options),
-            optax.clip_by_global_norm(3.0),
-            optax.scale_by_learning_rate(0.7),
-        )
-
-    return Method(make, extras_of, damping)
-
-
-def samples(params, x, y, errors):
-    return {"branches": x}
-
-
-def features(params, x, y, errors):
-    """A state as wide as the parameters: what moves only within the state's image converges within the good steps."""
-    return {"branches": jnp.tanh(x @ WIDENING)}
-
-
-METHODS = {
-    "kron_psgd": kron(),
-    "kron_psgd_eq": kron(geometry="eq"),
-    "kron_psgd_sometimes": kron(geometry="qeq", update_probability=0.5),
-    "kron_psgd_quad4p": kron(geometry="quad4p"),
-    "dense_psgd": Method(lambda damping: optax_curv.dense_psgd(0.2, 0.8)),
-    "lra_psgd": Method(lambda damping: optax_curv.lra_psgd(0.2, 0.8, rank=2)),
-    "branch_fisher": branches(optax_curv.scale_by_branch_fisher, features, 1.0),
-    "branch_fisher_complement": branches(
-        optax_curv.scale_by_branch_fisher, samples, 1.0, complement=True
-    ),
-    "branch_fisher_rows": branches(
-        optax_curv.scale_by_branch_fisher, rows_of, 1.0, solver="auto", centered=False
-    ),
-    "branch_kfac": branches(optax_curv.scale_by_branch_kfac, features, 1.0, blocks=2),
-    "kfac": layerwise(optax_curv.scale_by_kfac, factors_of),
-    "kfac_eigh": layerwise(
-        optax_curv.scale_by_kfac, factors_of, inverse="eigh", damping_rule="trace"
-    ),
-    "ekfac": layerwise(optax_curv.scale_by_ekfac, moments_of),
-    "kfac_rows": layerwise(optax_curv.scale_by_kfac, layer_rows_of, invert_every=4),
-    "kfac_seldom": layerwise(optax_curv.scale_by_kfac, factors_of, invert_every=4),
-    "kfac_cg": layerwise(optax_curv.scale_by_kfac, factors_of, inverse="cg"),
-    "adam_in_basis": Method(adam_in_basis, factors_of),
-    # Less damping spends most of a step's fixed size on whitening the noise around the minimum.
-    "shampoo": Method(
-        lambda damping: optax_curv.shampoo(FADING, rms=1.0, damping=damping, **MATRICES_AND_ADAM),
-        damping=0.1,
-    ),
-    "soap": Method(lambda damping: optax_curv.soap(FADING, b2=0.9, **MATRICES_AND_ADAM)),
-    "soap_of_every_rank": Method(
-        lambda damping: optax.chain(
-            optax_curv.scale_by_soap(**ADAM), optax.scale_by_learning_rate(FADING)
-        )
-    ),
-    "gauss_newton": with_objective(lambda damping: optax_curv.gauss_newton(1.0, damping)),
-    "gauss_newton_backtracking": with_objective(
-        lambda damping: optax_curv.gauss_newton(1.0, damping, backtrack=True), batch_and_diagonal_of
-    ),
-    "gauss_newton_layers": with_objective(
-        lambda damping: optax_curv.gauss_newton(1.0, damping, layers=cases.LAYERS),
-        batch_and_factors_of,
-    ),
-    "gauss_newton_adaptive": with_objective(lambda damping: optax_curv.gauss_newton(None, damping)),
-    "kfac_adaptive": with_objective(
-        lambda damping: optax_curv.kfac(None, cases.LAYERS, damping, fallback=optax.identity()),
-        batch_and_factors_of,
-    ),
-    "quadratic_model": with_objective(
-        lambda damping: optax.chain(
-            optax_curv.scale_by_quadratic_model(damping), optax.scale_by_learning_rate(1.0)
-        )
-    ),
-}
-
-
 @functools.cache
 def compiled(name):
-    """A run over a schedule [DISTURBED + GOOD]: least loss of the good steps, and whether all was finite."""
+    """A run over a schedule: least loss of the good steps, and whether all was finite."""
     method = METHODS[name]
 
     def step(carry, code):
@@ -320,7 +134,7 @@ def quick_compilation():
 
 
 def outcome(name, faults):
-    """Least loss of the good steps over the undisturbed one, and whether all stayed finite; faults: {step: name}."""
+    """Least loss of the good steps over the undisturbed one, and whether all stayed finite."""
     run, undisturbed = compiled(name)
     schedule = np.zeros(DISTURBED + GOOD, np.int32)
     for position, fault in faults.items():

@@ -1,4 +1,4 @@
-"""The precision policy: what a preconditioner multiplies, it multiplies in full, whatever the user's default is."""
+"""The precision policy: a preconditioner multiplies in full, whatever the user's default is."""
 
 import importlib.util
 import pathlib
@@ -11,13 +11,9 @@ from conformance import cases
 
 import optax_curv
 
-ALL = cases.CASES | cases.VARIANTS
+ALL = cases.ALL
 PATH = pathlib.Path(__file__).parents[2] / "benchmarks" / "precision.py"
 HIGHEST = jax.lax.Precision.HIGHEST
-USER_NETWORK = (
-    "scale_by_quadratic_model",
-    "gauss_newton",
-)  # they run the user's own network inside
 
 
 def products(jaxpr):
@@ -38,7 +34,7 @@ def is_full(equation):
     return precision in (HIGHEST, (HIGHEST, HIGHEST))
 
 
-@pytest.mark.parametrize("name", [x for x in ALL if x not in USER_NETWORK])
+@pytest.mark.parametrize("name", [x for x in ALL if ALL[x].network is None])
 def test_every_product_of_a_preconditioner_is_a_full_one(name):
     tx, arrays = ALL[name].transformation(), ALL[name].extras(np.random.default_rng(0))
     params = cases.tree(0)
@@ -48,13 +44,12 @@ def test_every_product_of_a_preconditioner_is_a_full_one(name):
         )
     found = list(products(traced.jaxpr))
     assert [str(x) for x in found if not is_full(x)] == []
-    if name in ("kron_psgd", "kfac", "ekfac", "branch_fisher", "lra_psgd"):
-        assert found, "no product was found at all"
+    assert found or name in cases.PIECES, "no product was found at all"
 
 
 @pytest.mark.parametrize("statistic", ["kronecker", "eigenbasis"])
 def test_statistics_are_full_products_beside_a_bfloat16_network(statistic):
-    """Of a layer's four products (forward, both cotangents, statistics) the first three are the network's."""
+    """Of a layer's four products, forward, both cotangents, statistics, the last is in full."""
 
     def loss_fn(params, x, y):
         return jnp.mean(jnp.square(x @ params["w"] - y))
@@ -73,7 +68,7 @@ def test_statistics_are_full_products_beside_a_bfloat16_network(statistic):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", cases.METHODS)
+@pytest.mark.parametrize("name", cases.METHODS | cases.ALIASES)
 def test_factors_of_short_gradients_are_float32(name, dtype):
     state = jax.eval_shape(ALL[name].transformation().init, cases.tree(0, dtype))
     kept = {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)}
