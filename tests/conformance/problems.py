@@ -54,7 +54,7 @@ def model(seed=0):
 
 NNX = Problem(
     lambda seed, dtype="float32": nnx.state(model(seed), nnx.Param),
-    _layers("['kernel'].value", "['bias'].value"),
+    _layers("['kernel']", "['bias']"),
     optax_curv.Objective(
         lambda params, inputs: inputs @ params["kernel"][...] + params["bias"][...], "normal"
     ),

@@ -34,8 +34,9 @@ def quick_compilation():
 def batch(name):
     """Inputs, targets, and the method's extra arguments."""
     rng = np.random.default_rng(3)
-    arrays = cases.CASES[name].extras(rng)
-    return problems.array(rng, 6, 4), problems.array(rng, 6, 2), arrays
+    with jax.ensure_compile_time_eval():  # it is asked for while a step is traced
+        arrays = cases.CASES[name].extras(rng)
+        return problems.array(rng, 6, 4), problems.array(rng, 6, 2), arrays
 
 
 def fresh(name, wrapped=lambda tx: tx):
