@@ -69,6 +69,12 @@ from optax_curv.preconditioners.kron_psgd import ScaleByKronPsgdState as ScaleBy
 from optax_curv.preconditioners.kron_psgd import flat_then_decay as flat_then_decay
 from optax_curv.preconditioners.kron_psgd import kron_psgd as kron_psgd
 from optax_curv.preconditioners.kron_psgd import scale_by_kron_psgd as scale_by_kron_psgd
+from optax_curv.preconditioners.matrix_axes import LeafAxes as LeafAxes
+from optax_curv.preconditioners.matrix_axes import MatrixAxes as MatrixAxes
+from optax_curv.preconditioners.matrix_axes import matrix_axes as matrix_axes
+from optax_curv.preconditioners.matrix_axes import (
+    muon_dimension_numbers as muon_dimension_numbers,
+)
 from optax_curv.preconditioners.quadratic_model import AdaptDampingState as AdaptDampingState
 from optax_curv.preconditioners.quadratic_model import (
     ScaleByQuadraticModelState as ScaleByQuadraticModelState,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_curv.layers import Layers
 from optax_curv.linalg import kron_matvec
 from optax_curv.linalg.roots import factor_roots
 from optax_curv.preconditioners._axes import kept as kept_axes
@@ -218,6 +219,7 @@ def scale_by_shampoo(
     max_dim: int = static(8192),
     block_size: int | None = None,
     stacked: Stacked = None,
+    layers: Layers | None = None,
     precond_dtype: Any = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies each leaf's momentum, along every axis, by a root of its gradients' second moment.
@@ -254,6 +256,8 @@ def scale_by_shampoo(
       stacked: how many leading axes of a leaf count layers, each with factors of its own: an int or
         bool for all leaves, a prefix of the parameters' tree with them, or a function of the
         parameters that returns one.
+      layers: from `find_layers`; they say what of every kernel is a matrix, see `matrix_axes`.
+        None: a factor for every axis of a leaf.
       precond_dtype: of dense factors and roots of leaves up to float32; "bfloat16" halves the
         memory, not the precision of the arithmetic.
 
@@ -286,6 +290,7 @@ def scale_by_shampoo(
     """
     rule = _Shampoo(
         method="scale_by_shampoo",
+        layers=layers,
         stacked=stacked,
         decay=decay,
         b1=b1,
@@ -308,6 +313,7 @@ def shampoo(
     learning_rate: Schedulable,
     b1: Schedulable = 0.95,
     *,
+    layers: Layers | None = None,
     nesterov: bool = True,
     weight_decay: Number = 0.0,
     weight_decay_mask: Tree | None = None,
@@ -329,6 +335,8 @@ def shampoo(
     Args:
       learning_rate: a number or a schedule.
       b1: decay of the matrices' momentum, in [0, 1); 0 for none. A number or a schedule.
+      layers: from `find_layers`; they say what of every kernel is a matrix, see `matrix_axes`.
+        None: by names and shapes.
       nesterov: whether the newest gradient counts as one step more of the momentum.
       weight_decay: decoupled, as in AdamW. Other than the Python number 0, update needs params.
       weight_decay_mask: which leaves decay, as in `optax.add_decayed_weights`.
@@ -336,13 +344,13 @@ def shampoo(
         leaves it as it is.
       adam_for: which matrices Adam takes, embeddings and the output layer above all: a function of
         a leaf's path and the leaf, or a prefix of the parameters' tree, with values True or "adam";
-        False for the rule, matrices by the method and all else by Adam; or "shampoo", whatever the
+        False for the rule of `matrix_axes`; or "shampoo", whatever the
         rank.
       adam: the transformation for all other leaves; None: `optax.scale_by_adam()`. Its moments are
         float32 at least.
       stacked: how many leading axes of a leaf count layers, each with factors of its own: an int or
         bool for all leaves, a prefix of the parameters' tree with them, or a function of the
-        parameters that returns one. A leaf is a matrix if it is one without these axes.
+        parameters that returns one. Layers say it of their kernels themselves.
       decay: of the factors, in [0, 1]; 1 averages all steps alike. A number or a schedule.
       damping: δ ≥ 0, relative to each factor's largest eigenvalue; ten times the default of
         `scale_by_shampoo`, with which training starts faster.
@@ -373,6 +381,7 @@ def shampoo(
     """
     rule = _Shampoo(
         method="shampoo",
+        layers=layers,
         stacked=stacked,
         decay=decay,
         b1=b1,

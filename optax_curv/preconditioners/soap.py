@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_curv.layers import Layers
 from optax_curv.linalg import _lapack, kron_matvec
 from optax_curv.linalg.roots import eigenvectors, orthogonal_iteration
 from optax_curv.preconditioners._axes import moments
@@ -212,6 +213,7 @@ def scale_by_soap(
     max_dim: int = static(8192),
     block_size: int | None = None,
     stacked: Stacked = None,
+    layers: Layers | None = None,
     precond_dtype: Any = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     """Adam in the eigenbasis of the gradients' second moment along every axis.
@@ -239,6 +241,8 @@ def scale_by_soap(
       stacked: how many leading axes of a leaf count layers, each with factors of its own: an int or
         bool for all leaves, a prefix of the parameters' tree with them, or a function of the
         parameters that returns one.
+      layers: from `find_layers`; they say what of every kernel is a matrix, see `matrix_axes`.
+        None: a factor for every axis of a leaf.
       precond_dtype: of dense factors and bases of leaves up to float32; "bfloat16" halves the
         memory, not the precision of the arithmetic.
 
@@ -269,6 +273,7 @@ def scale_by_soap(
     """
     rule = _Soap(
         method="scale_by_soap",
+        layers=layers,
         stacked=stacked,
         b1=b1,
         b2=b2,
@@ -288,6 +293,7 @@ def soap(
     learning_rate: Schedulable,
     b1: Schedulable = 0.95,
     *,
+    layers: Layers | None = None,
     b2: Schedulable = 0.95,
     eps: Number = 1e-8,
     weight_decay: Number = 0.0,
@@ -307,6 +313,8 @@ def soap(
     Args:
       learning_rate: a number or a schedule.
       b1: decay of the matrices' momentum, in [0, 1]; a number or a schedule.
+      layers: from `find_layers`; they say what of every kernel is a matrix, see `matrix_axes`.
+        None: by names and shapes.
       b2: decay of their second moments and factors, in [0, 1]; a number or a schedule.
       eps: what is added to the root of the second moments, at least 0.
       weight_decay: decoupled, as in AdamW. Other than the Python number 0, update needs params.
@@ -315,13 +323,13 @@ def soap(
         leaves SOAP's own.
       adam_for: which matrices Adam takes, embeddings and the output layer above all: a function of
         a leaf's path and the leaf, or a prefix of the parameters' tree, with values True or "adam";
-        False for the rule, matrices by the method and all else by Adam; or "soap", whatever the
+        False for the rule of `matrix_axes`; or "soap", whatever the
         rank.
       adam: the transformation for all other leaves; None: `optax.scale_by_adam()`. Its moments are
         float32 at least.
       stacked: how many leading axes of a leaf count layers, each with factors of its own: an int or
         bool for all leaves, a prefix of the parameters' tree with them, or a function of the
-        parameters that returns one. A leaf is a matrix if it is one without these axes.
+        parameters that returns one. Layers say it of their kernels themselves.
       basis_every: steps between refreshes of the basis.
       basis: how: "qr", one step of orthogonal iteration, or "eigh", the eigenvectors themselves.
 
@@ -346,6 +354,7 @@ def soap(
     """
     rule = _Soap(
         method="soap",
+        layers=layers,
         stacked=stacked,
         b1=b1,
         b2=b2,

@@ -149,3 +149,28 @@ def leaf_member(place: int, path: Any, leaf: Any, stack_ndim: int = 0) -> Member
 
     name = member_name(path_of(path), rows)
     return Member(name, rows, own, wide_dtype(jnp.result_type(leaf)), take, give)
+
+
+def permuted_member(
+    place: int,
+    path: Any,
+    leaf: Any,
+    split: Sequence[int],
+    axes: Sequence[int],
+    matrix_shape: tuple[int, int, int],
+) -> Member:
+    """A leaf as matrices: reshaped to `split`, its axes put in this order, then [rows, m, n]."""
+    shape, (rows, *own) = jnp.shape(leaf), matrix_shape
+    order, sizes = tuple(axes), [split[axis] for axis in axes]
+    back = sorted(range(len(order)), key=order.__getitem__)
+
+    def take(leaves):
+        return jnp.reshape(leaves[place], split).transpose(order).reshape(rows, *own)
+
+    def give(array, leaves):
+        like = leaves[place]
+        dtype = array.dtype if isinstance(like, optax.MaskedNode) else jnp.result_type(like)
+        return {place: array.reshape(sizes).transpose(back).reshape(shape).astype(dtype)}
+
+    name = member_name(path_of(path), rows)
+    return Member(name, rows, tuple(own), wide_dtype(jnp.result_type(leaf)), take, give)
