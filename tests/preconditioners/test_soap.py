@@ -37,7 +37,7 @@ def eigenvectors(f):
 
 
 def published(steps, basis):
-    """Vyas et al., Algorithms 3 and 4, for matrices; the first step is taken in the basis of its own factors."""
+    """Vyas et al., Algorithms 3 and 4, but the first step is taken too, in its own basis."""
     left = right = momentum = v = 0.0
     for count, g in enumerate(map(np.asarray, steps)):
         left, right = B2 * left + (1 - B2) * g @ g.T, B2 * right + (1 - B2) * g.T @ g
@@ -68,8 +68,8 @@ def test_every_step_is_that_of_the_published_recursion(basis, x64):
     )
     for u, expected in zip(updates, published(steps, basis), strict=True):
         np.testing.assert_allclose(u, expected, rtol=0, atol=ROUNDING * np.abs(expected).max())
-    for q in state.bases:
-        np.testing.assert_allclose(q.T @ q, np.eye(4), atol=1e-12)
+    for q in state.bases["the root"]:
+        np.testing.assert_allclose(q[0].T @ q[0], np.eye(4), atol=1e-12)
 
 
 def test_in_the_basis_of_a_constant_diagonal_factor_it_is_adam(x64):
@@ -123,7 +123,7 @@ def statistic(seed):
 
 
 def test_adam_in_the_basis_of_captured_factors(x64):
-    """The moments are Adam's of the rotated gradient while the basis stays, and the rule is not its rotation."""
+    """While the basis stays, the moments are Adam's of the rotated gradient."""
     tx = optax_curv.scale_by_adam_in_basis(LAYERS, B1, B2, eps=EPS)
     steps = [
         {"w": w, "b": b} for w, b in zip(gradients(3, (3, 2)), gradients(3, (2,), 1), strict=True)

@@ -62,7 +62,7 @@ def renewed(
     def of_axis(x, moment, root):
         if isinstance(x, Diagonal):
             return Diagonal(averaged(x.vector, weight, moment))
-        return x.replace(factor=averaged(x.factor, weight, moment), root=root)
+        return x.replace(factor=averaged(x.lower, weight, moment), root=root)
 
     return {
         name: tuple(map(of_axis, of_stack, moments[name], roots[name]))
