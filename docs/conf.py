@@ -1,4 +1,4 @@
-"""Sphinx: the API reference from docstrings, and the notebooks as `.ci/execute_notebooks.py` has executed them."""
+"""Sphinx: the API reference from docstrings, and the notebooks as `.ci/run notebooks` left them."""
 
 import re
 
@@ -32,7 +32,10 @@ suppress_warnings = [
 
 
 def escape_plain_marks(app, what, name, obj, options, lines):
-    """Docstrings are written to be read as they are: [*stack, n] and |H| are no markup, and `name`s is a plural."""
+    """Escapes what is no markup: docstrings are written to be read as they are.
+
+    [*stack, n] and |H| are mathematics, and `name`s is a plural.
+    """
     for number, line in enumerate(lines):
         parts = line.split("`")
         if not line.lstrip().startswith((">>>", "...")):

@@ -18,7 +18,11 @@ if (release := importlib.metadata.version("jaxlib").split(".")[1]) in ("10", "11
 import jax
 import pytest
 
-collect_ignore = ["conformance/many_devices.py"]  # a program for eight devices, run by its test
+collect_ignore = [
+    "conformance/many_devices.py",  # a program for eight devices, run by its test
+    "typing/usage.py",  # read by a type checker
+    "typing/wrong.py",
+]
 
 
 @pytest.fixture
