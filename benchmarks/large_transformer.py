@@ -1,4 +1,5 @@
-"""A step of a transformer of width 768 and 12 layers in bfloat16 beside Adam's and Muon's, for an accelerator.
+"""A step of a transformer of width 768 and 12 layers in bfloat16 beside Adam's and Muon's, for an
+accelerator.
 
     python -m benchmarks.large_transformer
 
@@ -103,7 +104,8 @@ METHODS = {
 
 
 class Compiled(NamedTuple):
-    """A step, its arguments without a refresh and with one, the seconds it took to compile, and those of each call."""
+    """A step, its arguments without a refresh and with one, the seconds it took to compile, and
+    those of each call."""
 
     step: Callable
     arguments: list
@@ -186,10 +188,12 @@ def main():
         f"{name} {getattr(options, name)}" for name in ("width", "depth", "length", "batch")
     )
     print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {sizes}, attention by {options.attention}"
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {sizes}, attention by "
+        f"{options.attention}"
     )
     print(
-        f"{'':24}{'step ms':>9}{'/adam':>7}{'/muon':>7}{'refresh ms':>12}{'share':>7}{'compile s':>11}"
+        f"{'':24}{'step ms':>9}{'/adam':>7}{'/muon':>7}{'refresh ms':>12}{'share':>7}"
+        f"{'compile s':>11}"
     )
     medians = {
         name: [statistics.median(of_kind) for of_kind in run.times] for name, run in runs.items()

@@ -1,4 +1,5 @@
-"""The methods that are compared: ours and Optax's own. Those of other packages are in `benchmarks.peers`."""
+"""The methods that are compared: ours and Optax's own. Those of other packages are in
+`benchmarks.peers`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -72,7 +73,8 @@ def from_optax(
 
 
 def _split(problem: Problem, matrices: Callable) -> Callable:
-    """Matrices by `matrices(schedule, settings)`, what the problem leaves to Adam by Adam at the same rate."""
+    """Matrices by `matrices(schedule, settings)`, what the problem leaves to Adam by Adam at the
+    same rate."""
 
     def make(rate, values):
         def labels(params):

@@ -1,4 +1,6 @@
-"""Other packages' optimizers: ``python -m benchmarks.peers`` installs private copies and repairs what JAX has outrun.
+"""Other packages' optimizers: ``python -m benchmarks.peers`` installs private copies.
+
+It also repairs in them what JAX has outrun.
 
 Each stands alone in a directory of the cache, without its dependencies, so that none changes the
 environment's JAX."""
@@ -29,7 +31,8 @@ PEERS = {
         {
             "kfac_jax/_src/tag_graph_matcher.py": (
                 "  subfuns, bind_params = eqn.primitive.get_bind_params(eqn.params)\n",
-                "  subfuns, bind_params = (), eqn.primitive.get_bind_params(eqn.params)  # JAX 0.10 returns one\n",
+                "  subfuns, bind_params = (), eqn.primitive.get_bind_params(eqn.params)"
+                "  # JAX 0.10 returns one\n",
             )
         },
     ),
@@ -134,7 +137,7 @@ def _load(module: str):
 
 
 def kfac_jax(problem, steps, adaptive=True):
-    """Its adaptive mode with its defaults but for the first damping; or a tuned learning rate and momentum 0.9."""
+    """Its adaptive mode with its defaults but for the first damping, or a tuned learning rate."""
     peer, objective = _load("kfac_jax"), problem.objective
     register = {
         "Bernoulli": "register_multi_bernoulli_predictive_distribution",
@@ -208,7 +211,7 @@ def psgdax(problem, steps):
 
 
 def psgdax_rms(problem, steps):
-    """As `kron_psgd_rms`: momentum whitened fast, updates of matrices scaled to one RMS, Adam for the rest."""
+    """Momentum whitened fast and updates of matrices scaled to one RMS, as in `kron_psgd_rms`."""
     peer = _load("psgdax")
 
     def matrices(rate, _):

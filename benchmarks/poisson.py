@@ -1,4 +1,5 @@
-"""Physics-informed networks on Poisson's equation: branch Fisher against Adam and L-BFGS at equal time, in one run.
+"""Physics-informed networks on Poisson's equation: branch Fisher against Adam and L-BFGS at equal
+time, in one run.
 
 python benchmarks/poisson.py [--problem 2d | 5d | heat | helmholtz] [--seconds 60]
 
@@ -50,7 +51,8 @@ def second_derivatives(u, x):
 
 
 class Problem(NamedTuple):
-    """A linear equation with a known solution: residuals of one point, the solution, points and a network's widths."""
+    """A linear equation with a known solution: residuals of one point, the solution, points and a
+    network's widths."""
 
     residual: Callable  # (u, x) -> number in the interior
     solution: Callable  # x -> number; the boundary's values
@@ -151,7 +153,8 @@ def make_loss(problem):
 
 
 def branch_fisher(problem):
-    """Gauss-Newton with a step length that a search over the loss chooses, its damping falling slowly."""
+    """Gauss-Newton with a step length that a search over the loss chooses, its damping falling
+    slowly."""
     loss = make_loss(problem)
     rows = optax_curv.residual_rows(*blocks(problem))
     damping = optax.exponential_decay(1e-6, 1, 0.97, end_value=1e-10)
@@ -209,7 +212,8 @@ METHODS = {
 
 
 def train(problem, method, every, seconds, goal):
-    """Time and relative L2 error after every few steps, until the time is spent or the error falls below the goal."""
+    """Time and relative L2 error after every few steps, until the time is spent or the error falls
+    below the goal."""
     tx, step = method(problem)
     exact = jax.vmap(problem.solution)(problem.test)
 
@@ -243,7 +247,8 @@ def report(name, history):
         for goal, t in reached.items()
     )
     print(
-        f"{name:14s} {history[-1][1]:6d} steps in {history[-1][0]:6.1f} s: best error {best:.1e}; {times}",
+        f"{name:14s} {history[-1][1]:6d} steps in {history[-1][0]:6.1f} s: best error "
+        f"{best:.1e}; {times}",
         flush=True,
     )
     return best, reached
@@ -261,7 +266,8 @@ def main():
     for name in PROBLEMS if options.problem == "all" else [options.problem]:
         problem = PROBLEMS[name]()
         print(
-            f"{name}: {len(problem.interior)} interior and {len(problem.boundary)} boundary points, {problem.widths}"
+            f"{name}: {len(problem.interior)} interior and {len(problem.boundary)} boundary "
+            f"points, {problem.widths}"
         )
         for method in options.methods:
             report(method, train(problem, *METHODS[method], options.seconds, options.goal))

@@ -1,4 +1,5 @@
-"""What float32, TF32 and bfloat16 products lose in the library's own arithmetic: ``python benchmarks/precision.py``.
+"""What float32, TF32 and bfloat16 products lose in the library's own arithmetic: ``python
+benchmarks/precision.py``.
 
 Every product inside a preconditioner asks for `jax.lax.Precision.HIGHEST`: full float32, whatever
 `jax.default_matmul_precision` says, as each of them is squared, inverted, or subtracted from nearly
@@ -43,7 +44,8 @@ def inverse_product(matmul, factor, damping, grad):
 
 
 def whitening_difference(matmul, q, moment):
-    """Kronecker PSGD's T1 - T2 = Q E[g gᵀ] Qᵀ - I, where Q nearly whitens: a difference of nearly equal matrices."""
+    """Kronecker PSGD's T1 - T2 = Q E[g gᵀ] Qᵀ - I, where Q nearly whitens: a difference of nearly
+    equal matrices."""
     return matmul(matmul(q, moment), q.T) - np.eye(len(q))
 
 

@@ -80,7 +80,8 @@ def inverse_root(a):
 
 
 def own_fixed_point(covariance, geometry):
-    """The Kronecker P of a geometry for a covariance that is no Kronecker product, axis by axis in closed form.
+    """The Kronecker P of a geometry for a covariance that is no Kronecker product, axis by axis in
+    closed form.
 
     "eq" minimises tr(P C) + tr(P⁻¹): P₁ = (tr P₂⁻¹)^(1/2) C₁^(-1/2), C₁ the contraction of C with
     P₂; the others have E[U₁(P g)] = (N/d₁) I: P₁ = (N/d₁)^(1/2) C₁^(-1/2), C₁ that with P₂²."""

@@ -1,4 +1,5 @@
-"""What a step of Kronecker PSGD costs beside Adam and the published JAX ports, in one interleaved run.
+"""What a step of Kronecker PSGD costs beside Adam and the published JAX ports, in one interleaved
+run.
 
     OPENBLAS_NUM_THREADS=1 python -m benchmarks.psgd_speed    # after python -m benchmarks.peers
 
@@ -32,7 +33,8 @@ MATMULS = {"q0.5eq1.5": 14, "eq": 12, "qep": 20, "qeq": 12, "quad": 14, "quad4p"
 
 
 class Compiled(NamedTuple):
-    """What runs so many steps and gives the seconds of one, how many make a round, the cost of trace + compile."""
+    """What runs so many steps and gives the seconds of one, how many make a round, the cost of
+    trace + compile."""
 
     steps: Callable[[int], float]
     count: int
@@ -159,7 +161,8 @@ def main():
         count = MATMULS.get(name, 2 if "applied" in name and name[0] == "q" else None)
         fraction = f"{count * 2 * LAYERS * WIDTH**3 / seconds[name] / peak:6.0%}" if count else ""
         print(
-            f"{name:28}{1e3 * seconds[name]:8.2f}{seconds[name] / seconds['adam']:8.1f}{seconds[name] / base:9.2f}"
+            f"{name:28}{1e3 * seconds[name]:8.2f}{seconds[name] / seconds['adam']:8.1f}"
+            f"{seconds[name] / base:9.2f}"
             f"{run.seconds:11.2f}{run.seconds / reference.seconds:9.2f}"
             f"{run.state_bytes / runs['adam'].state_bytes:7.2f}{count or '':>9}"
             f"{fraction}"

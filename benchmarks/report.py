@@ -63,7 +63,8 @@ def first_at(curve: dict, metric: str, target: float) -> int | None:
 def summarize(
     problem: Problem, compiled: dict[str, Compiled], runs: list[list[Curve]], seeds: list[int]
 ) -> dict:
-    """Everything by method; times are also in units of the reference, block by block and run by run."""
+    """Everything by method; times are also in units of the reference, block by block and run by
+    run."""
     metric = next(iter(problem.metrics))
     by_seed = [{c.name: _plain(c) for c in curves} for curves in runs]
     failures = {c.name: c.failure for curves in runs for c in curves if c.failure}
@@ -144,14 +145,19 @@ def markdown(title: str, summary: dict) -> str:
     lines = [
         f"# {title}",
         "",
-        f"{summary['problem']}. {len(summary['seeds'])} seeds ({', '.join(map(str, summary['seeds']))}); "
+        f"{summary['problem']}. {len(summary['seeds'])} seeds "
+        f"({', '.join(map(str, summary['seeds']))}); "
         f"{where['processor']}, {where['cores']} cores; {versions}; {where['date']}.",
         "",
-        f"Learning rates: warm-up of 5 % and a cosine, {summary['tuning']}. Medians over the seeds. Target: a "
-        f"{summary['metric']} of {target}. Times and state are in units of Adam's, times of the same interleaved run "
-        "with quartiles over its blocks in brackets; trace + compile is processor time, with the ratio to Adam's.",
+        f"Learning rates: warm-up of 5 % and a cosine, {summary['tuning']}. Medians over the "
+        f"seeds. Target: a "
+        f"{summary['metric']} of {target}. Times and state are in units of Adam's, times of the "
+        f"same interleaved run "
+        "with quartiles over its blocks in brackets; trace + compile is processor time, with the "
+        "ratio to Adam's.",
         "",
-        f"| method | steps | {' | '.join(metrics)} | steps to target | time to target | step | trace + compile | "
+        f"| method | steps | {' | '.join(metrics)} | steps to target | time to target | step | "
+        f"trace + compile | "
         "state | settings |",
         "|" + "---|" * (len(metrics) + 8),
     ]
@@ -217,7 +223,8 @@ def line_of(name: str) -> dict:
 
 
 def plot(title: str, summary: dict, path: pathlib.Path):
-    """The first metric against steps and against seconds: the median over the seeds, and the range of all of them."""
+    """The first metric against steps and against seconds: the median over the seeds, and the range
+    of all of them."""
     import matplotlib
     import numpy as np
 
@@ -287,7 +294,8 @@ def plot(title: str, summary: dict, path: pathlib.Path):
     )
     where = summary["machine"]
     figure.suptitle(
-        f"{title}: median and range of {len(summary['seeds'])} seeds ({where['processor']}, {where['cores']} cores)"
+        f"{title}: median and range of {len(summary['seeds'])} seeds ({where['processor']}, "
+        f"{where['cores']} cores)"
     )
     figure.savefig(path, format="png", dpi=130)
     pyplot.close(figure)

@@ -1,4 +1,5 @@
-"""Times of the dense row solvers over K rows of n parameters, and what "auto" loses against the faster of them.
+"""Times of the dense row solvers over K rows of n parameters, and what "auto" loses against the
+faster of them.
 
 python benchmarks/row_solvers.py [--sizes 10 30 100 300 1000 3000] [--rounds 9] [--dtype float32]
 
@@ -31,7 +32,8 @@ def seconds(rows, b, solver):
 
 
 def measure(count, size, rounds, dtype):
-    """Least times of the solvers, to which other load only adds: `rounds` interleaved rounds, more where quick."""
+    """Least times of the solvers, to which other load only adds: `rounds` interleaved rounds, more
+    where quick."""
     rng = np.random.default_rng(0)
     rows = {"w": jnp.asarray(rng.normal(size=(count, size)) / np.sqrt(count), dtype)}
     b = {"w": jnp.asarray(rng.normal(size=size), dtype)}
@@ -65,7 +67,8 @@ def main():
             worst = max(worst, loss)
             columns = "  ".join(f"{1e3 * times[solver]:13.3f}" for solver in SOLVERS)
             print(
-                f"{count:5d} {size:5d}  {columns}  {chosen:8s}  {loss:.2f}{' *' if loss > BOUND else ''}",
+                f"{count:5d} {size:5d}  {columns}  {chosen:8s}  "
+                f"{loss:.2f}{' *' if loss > BOUND else ''}",
                 flush=True,
             )
     print(f"largest: {worst:.2f} (bound {BOUND}), {options.dtype}, {jax.devices()[0].device_kind}")

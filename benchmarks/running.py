@@ -1,4 +1,5 @@
-"""Compiling, training and timing: every method on the same weights and batches, in one interleaved run."""
+"""Compiling, training and timing: every method on the same weights and batches, in one interleaved
+run."""
 
 import itertools
 import math
@@ -123,7 +124,8 @@ def train(
     evaluate: Callable,
     tick: Callable,
 ) -> list[Curve]:
-    """Trains all methods block by block, in an order that rotates; a method that raises stops with its reason."""
+    """Trains all methods block by block, in an order that rotates; a method that raises stops with
+    its reason."""
     curves = [Curve(name, method, problem, seed, steps) for name, method in methods.items()]
     untrained = evaluate(problem.init(seed))
     for curve in curves:
@@ -165,7 +167,8 @@ def tune(
     evaluate: Callable,
     note: Callable,
 ) -> dict[str, float]:
-    """Walks each setting along its grid to the lowest last value of the first metric, the learning rate first.
+    """Walks each setting along its grid to the lowest last value of the first metric, the learning
+    rate first.
 
     Learning rates are 1, 2, 5, 10, …, other settings powers of ten. A walk starts at the method's
     own first value and goes on while the metric falls, so the best value is never at the edge of

@@ -1,4 +1,5 @@
-"""Step and compile time against width, depth, batch and devices: ``python -m benchmarks.scaling``; see ``--help``.
+"""Step and compile time against width, depth, batch and devices: ``python -m benchmarks.scaling``;
+see ``--help``.
 
 A tanh network with squared error, one size changed at a time. Beside each time stands the share of
 the machine's matrix-product peak, measured in the same run, that the step's arithmetic (as XLA
@@ -40,7 +41,8 @@ ROUNDS, SECONDS = (
 
 
 def network(width: int, depth: int, batch: int, devices: int) -> Problem:
-    """`depth` layers width-width, the batch split over the devices and the parameters on all of them."""
+    """`depth` layers width-width, the batch split over the devices and the parameters on all of
+    them."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("examples",))
     replicated, split = (
         NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("examples"))
@@ -82,7 +84,8 @@ def matmul_peak(sizes=(512, 1024, 2048)) -> float:
 
 
 def measure(names, sizes: dict[str, int]) -> dict[str, dict]:
-    """Seconds of a step and of tracing and compiling it, and its floating-point operations, by method."""
+    """Seconds of a step and of tracing and compiling it, and its floating-point operations, by
+    method."""
     problem, ready, rows = network(**sizes), {}, {}
     batch = next(iter(problem.batches(0, 1)))
     for name in names:
@@ -112,14 +115,19 @@ def markdown(summary: dict) -> str:
     where = summary["machine"]
     lines = ["# scaling", ""]
     lines += [
-        f"{where['processor']}, {where['cores']} cores, jax {where['versions']['jax']}; {where['date']}.",
+        f"{where['processor']}, {where['cores']} cores, jax {where['versions']['jax']}; "
+        f"{where['date']}.",
         "",
     ]
     lines += [
-        f"Network of tanh layers; {', '.join(f'{k} {v}' for k, v in BASE.items())} but for the size that changes. "
-        f"Peak of a matrix product in this run: {summary['peak'] / 1e9:.0f} GFLOP/s. Each cell: milliseconds a step "
-        "(median of rotated rounds), share of the peak, processor seconds of trace + compile. The compiler counts "
-        "what a loop does once: the share of kron_psgd, which on CPU goes through its layers in a loop, is too low.",
+        f"Network of tanh layers; {', '.join(f'{k} {v}' for k, v in BASE.items())} but for the "
+        f"size that changes. "
+        f"Peak of a matrix product in this run: {summary['peak'] / 1e9:.0f} GFLOP/s. Each cell: "
+        f"milliseconds a step "
+        "(median of rotated rounds), share of the peak, processor seconds of trace + compile. "
+        "The compiler counts "
+        "what a loop does once: the share of kron_psgd, which on CPU goes through its layers in "
+        "a loop, is too low.",
     ]
     for axis, values in summary["axes"].items():
         lines += [
@@ -137,7 +145,8 @@ def _cell(row, peak):
     if "failure" in row:
         return row["failure"].replace("|", "¦")
     seconds = statistics.median(row["rounds"])
-    return f"{1e3 * seconds:.2f} ms, {row['flops'] / seconds / peak:.0%}, {row['compile_seconds']:.1f} s"
+    share = row["flops"] / seconds / peak
+    return f"{1e3 * seconds:.2f} ms, {share:.0%}, {row['compile_seconds']:.1f} s"
 
 
 def plot(summary: dict, path: pathlib.Path):

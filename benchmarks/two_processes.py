@@ -1,4 +1,5 @@
-"""Data parallelism over two processes, one of which is killed: ``python benchmarks/two_processes.py``.
+"""Data parallelism over two processes, one of which is killed: ``python
+benchmarks/two_processes.py``.
 
 Two processes join by `jax.distributed` on the loopback address and train a network on handwritten
 digits, each on its half of every batch, with K-FAC or Kronecker PSGD. Once without a disturbance;
@@ -47,7 +48,8 @@ def make_state(method, images, labels):
 
 
 def train(method, rank, port, folder, killed_at, steps):
-    """One of the two processes: trains from the last checkpoint in `folder`, if there is one, and saves the end."""
+    """One of the two processes: trains from the last checkpoint in `folder`, if there is one, and
+    saves the end."""
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -141,7 +143,8 @@ def run_pair(method, folder, steps, killed_at=None):
 
 
 def compare(method, steps=STEPS, killed_at=KILLED_AT):
-    """(loss, loss, whether all parameters are equal) of an undisturbed and of an interrupted run."""
+    """(loss, loss, whether all parameters are equal) of an undisturbed and of an interrupted
+    run."""
     import numpy as np
 
     with tempfile.TemporaryDirectory() as parent:
@@ -193,7 +196,8 @@ def main():
     for method in [options.method] if options.method else METHODS:
         undisturbed, interrupted, equal = compare(method, options.steps)
         print(
-            f"{method:12} {undisturbed:12.6f} {interrupted:12.6f}  {'equal' if equal else 'DIFFERENT'}"
+            f"{method:12} {undisturbed:12.6f} {interrupted:12.6f}  "
+            f"{'equal' if equal else 'DIFFERENT'}"
         )
 
 

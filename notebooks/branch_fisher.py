@@ -7,9 +7,10 @@
 # %% [markdown]
 # # From state branches to natural gradient
 #
-# A branch method takes K samples of a D-dimensional state that the parameters drive, and uses their covariance as the
-# metric of the step. What maps the state to the parameters, the projection P, decides whether that means anything:
-# drawn at random it means nothing, and as the state's Jacobian it makes the step a natural gradient.
+# A branch method takes K samples of a D-dimensional state that the parameters drive, and uses their
+# covariance as the metric of the step. What maps the state to the parameters, the projection P,
+# decides whether that means anything: drawn at random it means nothing, and as the state's Jacobian
+# it makes the step a natural gradient.
 
 # %%
 import os
@@ -31,8 +32,9 @@ plt.rcParams.update(
 # %% [markdown]
 # ## A state of two numbers
 #
-# The state is a normal distribution, s = (μ, log σ); the loss its cross-entropy to a target. The branches are samples
-# of the score ∂(-log p(x))/∂s, x drawn from the state itself: their covariance is the Fisher information of s.
+# The state is a normal distribution, s = (μ, log σ); the loss its cross-entropy to a target. The
+# branches are samples of the score ∂(-log p(x))/∂s, x drawn from the state itself: their covariance
+# is the Fisher information of s.
 
 # %%
 TARGET = (2.0, 0.5)  # μ, σ
@@ -45,16 +47,18 @@ def loss(s):
 
 
 def branches_at(s):
-    """∂(-log p(x))/∂μ = -(x - μ)/σ² and ∂(-log p(x))/∂log σ = 1 - (x - μ)²/σ², at x = μ + σ z: [1024, 2]."""
+    """∂(-log p(x))/∂μ = -(x - μ)/σ² and ∂(-log p(x))/∂log σ = 1 - (x - μ)²/σ², at x = μ + σ z:
+    [1024, 2]."""
     return jnp.stack([-z / jnp.exp(s[1]), 1 - z**2], axis=1)
 
 
 # %% [markdown]
 # ## Fresh random projections average to a multiple of the gradient
 #
-# The published methods move along P (C + λI)⁻¹ Pᵀ g, where C is the branches' covariance and P is Gaussian with
-# variance 1/D, drawn afresh at every step. Over the draws E[P M⁻¹ Pᵀ] = tr(M⁻¹)/D · I: on average the direction is the
-# gradient times a number, whatever the samples say. The curvature only adds noise.
+# The published methods move along P (C + λI)⁻¹ Pᵀ g, where C is the branches' covariance and P is
+# Gaussian with variance 1/D, drawn afresh at every step. Over the draws E[P M⁻¹ Pᵀ] = tr(M⁻¹)/D ·
+# I: on average the direction is the gradient times a number, whatever the samples say. The
+# curvature only adds noise.
 
 # %%
 draws, damping = 2000 if FAST else 10000, 0.1
@@ -124,16 +128,17 @@ right.set(
 )
 
 # %% [markdown]
-# What to see. Left: single draws (grey) go anywhere, their mean along the gradient as the formula says, and neither
-# where the natural gradient goes. Right: a P of rank 4 sees little of 50 parameters. With `complement=True` what it
-# cannot see passes unchanged, so that a random P does little harm; but it still knows nothing.
+# What to see. Left: single draws (grey) go anywhere, their mean along the gradient as the formula
+# says, and neither where the natural gradient goes. Right: a P of rank 4 sees little of 50
+# parameters. With `complement=True` what it cannot see passes unchanged, so that a random P does
+# little harm; but it still knows nothing.
 
 # %% [markdown]
 # ## The state's Jacobian as the projection
 #
-# With P = Jᵀ, J = ∂s/∂θ, the metric λI + Jᵀ C J is the state's own, pulled back to the parameters. A natural gradient
-# then does not care how the state is parametrised. Three parametrisations of the same normal distribution, and three
-# starts:
+# With P = Jᵀ, J = ∂s/∂θ, the metric λI + Jᵀ C J is the state's own, pulled back to the parameters.
+# A natural gradient then does not care how the state is parametrised. Three parametrisations of the
+# same normal distribution, and three starts:
 
 # %%
 parametrisations = {  # name: (state of θ, θ of μ and σ)
@@ -196,5 +201,6 @@ panels[0].set_ylabel("standard deviation σ of the state")
 panels[0].legend(frameon=False, title="parameters")
 
 # %% [markdown]
-# What to see: from a dot, gradient descent takes another way to the star in every parametrisation, and the natural
-# gradient the same one in all three (wide, narrower and thin lines on top of each other).
+# What to see: from a dot, gradient descent takes another way to the star in every parametrisation,
+# and the natural gradient the same one in all three (wide, narrower and thin lines on top of each
+# other).

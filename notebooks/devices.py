@@ -7,9 +7,9 @@
 # %% [markdown]
 # # Eight devices, one training run
 #
-# The curvature is an ordinary tree of arrays, made in the same backward pass as the gradients. So data parallelism is
-# JAX's own: shard the batch, replicate the parameters, and compile the same step. No method here knows of devices. The
-# eight are forced onto this machine's processor.
+# The curvature is an ordinary tree of arrays, made in the same backward pass as the gradients. So
+# data parallelism is JAX's own: shard the batch, replicate the parameters, and compile the same
+# step. No method here knows of devices. The eight are forced onto this machine's processor.
 
 # %%
 import os
@@ -95,8 +95,8 @@ losses_1, path_1, *_ = train(one_device, one_device)
 # %% [markdown]
 # ## Who holds what, and what travels
 #
-# The compiler puts one all-reduce into the step: the sums over examples are the only places where devices must speak.
-# We read from the compiled program what it carries, and count what it should.
+# The compiler puts one all-reduce into the step: the sums over examples are the only places where
+# devices must speak. We read from the compiled program what it carries, and count what it should.
 
 # %%
 carried = [line for line in program.splitlines() if re.search(r" all-reduce(-start)?\(", line)]
@@ -109,7 +109,8 @@ parts = {
     "output factors": 4 * sum(f.output_factor.size for f in curvature.values()),
 }
 print(
-    f"{len(carried)} all-reduce of {travelled} bytes; gradients, factors and the loss are {sum(parts.values()) + 4}"
+    f"{len(carried)} all-reduce of {travelled} bytes; gradients, factors and the loss are "
+    f"{sum(parts.values()) + 4}"
 )
 
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
@@ -154,6 +155,6 @@ right.set(
 )
 
 # %% [markdown]
-# What to see. Left: every device has its own rows, and everything else is whole on all of them. Middle: the factors
-# travel with the gradients, in the same reduction. Right: both runs lie on each other; their parameters differ by the
-# order in which float32 numbers are added.
+# What to see. Left: every device has its own rows, and everything else is whole on all of them.
+# Middle: the factors travel with the gradients, in the same reduction. Right: both runs lie on each
+# other; their parameters differ by the order in which float32 numbers are added.

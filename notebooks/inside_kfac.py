@@ -7,9 +7,9 @@
 # %% [markdown]
 # # Inside K-FAC
 #
-# K-FAC replaces the Fisher matrix of a layer by a Kronecker product A ⊗ G of two small matrices: A = E[a aᵀ] of the
-# layer's inputs, G = E[g gᵀ] of its output gradients. Which layers there are, what is in the factors, what is lost,
-# and what damping does.
+# K-FAC replaces the Fisher matrix of a layer by a Kronecker product A ⊗ G of two small matrices: A
+# = E[a aᵀ] of the layer's inputs, G = E[g gᵀ] of its output gradients. Which layers there are, what
+# is in the factors, what is lost, and what damping does.
 
 # %%
 import os
@@ -34,9 +34,9 @@ plt.rcParams.update(
 # %% [markdown]
 # ## What is covered
 #
-# `find_layers` follows the parameters through the traced loss, and computes nothing: shapes are enough. Here a block
-# with an embedding, attention, a convolution and a normalisation. A parameter that no layer covers would stand below
-# the table, with the reason.
+# `find_layers` follows the parameters through the traced loss, and computes nothing: shapes are
+# enough. Here a block with an embedding, attention, a convolution and a normalisation. A parameter
+# that no layer covers would stand below the table, with the reason.
 
 
 # %%
@@ -106,7 +106,8 @@ trained = train(start)
 # %%
 @jax.jit
 def measure(params):
-    """The factors, their eigenvalues and bases, the moments in these, and the exact Fisher matrix; of 256 images."""
+    """The factors, their eigenvalues and bases, the moments in these, and the exact Fisher matrix;
+    of 256 images."""
     args, exact = (params, images[:256], labels[:256]), {"layers": layers, "fisher": "exact"}
     factors = optax_curv.value_grad_and_curvature(objective, **exact)(*args)[2]
     eigen = {
@@ -147,10 +148,11 @@ for axes in panels[1]:
     axes.set_xlabel("weight (10 outputs for each of 13 inputs)")
 
 # %% [markdown]
-# What to see: colour is the sign and size of an entry. At the start K-FAC is the Fisher block almost to the eye. After
-# training only doubtful images have curvature, inputs and output gradients are no longer independent, and the product
-# that K-FAC assumes is a caricature; EKFAC, which keeps the eigenbasis U of A ⊗ G and measures the second moments M of
-# the gradients along it, has the right sizes along the same axes.
+# What to see: colour is the sign and size of an entry. At the start K-FAC is the Fisher block
+# almost to the eye. After training only doubtful images have curvature, inputs and output gradients
+# are no longer independent, and the product that K-FAC assumes is a caricature; EKFAC, which keeps
+# the eigenbasis U of A ⊗ G and measures the second moments M of the gradients along it, has the
+# right sizes along the same axes.
 
 # %% [markdown]
 # ## Spectra, damping, and the moments that K-FAC gets wrong
@@ -196,7 +198,8 @@ right.set(
 right.set_title("Second moments, hidden layer")
 
 # %% [markdown]
-# What to see. Left: the spectra fall over many decades, down to pixels that are always white. Middle: damping λ cuts
-# the step where the eigenvalue is below it; with 0.1 hardly any direction gets its natural gradient. Right: each dot
-# is a direction of the eigenbasis. The product of eigenvalues is right on average, and off by up to ten times for a
-# single direction; EKFAC divides by what it has measured.
+# What to see. Left: the spectra fall over many decades, down to pixels that are always white.
+# Middle: damping λ cuts the step where the eigenvalue is below it; with 0.1 hardly any direction
+# gets its natural gradient. Right: each dot is a direction of the eigenbasis. The product of
+# eigenvalues is right on average, and off by up to ten times for a single direction; EKFAC divides
+# by what it has measured.

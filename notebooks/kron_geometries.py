@@ -7,8 +7,9 @@
 # %% [markdown]
 # # What Kronecker PSGD learns
 #
-# Kronecker PSGD watches gradients g go by and moves a matrix Q so that P = QᵀQ makes them white: P g shall have the
-# covariance I, and then P = (E[g gᵀ])^(-1/2). One picture for two parameters, and one for a matrix of them.
+# Kronecker PSGD watches gradients g go by and moves a matrix Q so that P = QᵀQ makes them white: P
+# g shall have the covariance I, and then P = (E[g gᵀ])^(-1/2). One picture for two parameters, and
+# one for a matrix of them.
 
 # %%
 import os
@@ -39,8 +40,9 @@ plt.rcParams.update(
 # %% [markdown]
 # ## Two parameters: a cloud becomes round
 #
-# Gradients with a long and a short axis, one to ten, that lie across the coordinates. A method with a diagonal
-# preconditioner, such as Adam, can stretch this cloud along its coordinates only; a dense Q also sees the slant.
+# Gradients with a long and a short axis, one to ten, that lie across the coordinates. A method with
+# a diagonal preconditioner, such as Adam, can stretch this cloud along its coordinates only; a
+# dense Q also sees the slant.
 
 # %%
 slant = jnp.array([[np.cos(0.6), -np.sin(0.6)], [np.sin(0.6), np.cos(0.6)]])
@@ -76,19 +78,22 @@ for axes, step in zip(panels, moments, strict=True):
 panels[0].set_ylabel("second entry of P g")
 
 # %% [markdown]
-# What to see: the ellipse of two standard deviations becomes the dotted circle. Each point keeps the colour of its
-# direction in the white cloud: P is symmetric, it stretches and does not rotate. After 1000 steps at a constant rate
-# it still trembles, as every step believes a little in its own gradient; a falling `precond_lr` calms it.
+# What to see: the ellipse of two standard deviations becomes the dotted circle. Each point keeps
+# the colour of its direction in the white cloud: P is symmetric, it stretches and does not rotate.
+# After 1000 steps at a constant rate it still trembles, as every step believes a little in its own
+# gradient; a falling `precond_lr` calms it.
 
 # %% [markdown]
 # ## A matrix of parameters: six ways to move Q, and one that stands still
 #
-# For a leaf of 12 × 16 there is one factor for each axis, P = P₁ ⊗ P₂. Six geometries differ in the group on which Q
-# moves and in the cost of a step; all have the same fixed point. The gradients here have the covariance C₁ ⊗ C₂ with
-# eigenvalues over six decades, so that P can be perfect, and the covariance of P g is known: P₁C₁P₁ ⊗ P₂C₂P₂.
+# For a leaf of 12 × 16 there is one factor for each axis, P = P₁ ⊗ P₂. Six geometries differ in the
+# group on which Q moves and in the cost of a step; all have the same fixed point. The gradients
+# here have the covariance C₁ ⊗ C₂ with eigenvalues over six decades, so that P can be perfect, and
+# the covariance of P g is known: P₁C₁P₁ ⊗ P₂C₂P₂.
 #
-# The seventh, `right_triangular`, is the published original's rule. It compares A = Q_L G Q_Rᵀ with B = Q_L⁻ᵀ G Q_R⁻¹
-# and moves Q along A Aᵀ - B Bᵀ. At Q = I both are G: the difference is zero, and remains so for ever.
+# The seventh, `right_triangular`, is the published original's rule. It compares A = Q_L G Q_Rᵀ with
+# B = Q_L⁻ᵀ G Q_R⁻¹ and moves Q along A Aᵀ - B Bᵀ. At Q = I both are G: the difference is zero, and
+# remains so for ever.
 
 # %%
 covariances = [
@@ -159,6 +164,6 @@ right.set(
 right.legend(frameon=False, loc="lower left")
 
 # %% [markdown]
-# What to see. Left: the directions of a gradient differ by six decades in variance; a few steps lift the lower ones,
-# and in the end all are alike. Right: every geometry gets there, "qep" first, "eq" most slowly ("quad4p" lies under
-# "qeq"); the original's line does not move.
+# What to see. Left: the directions of a gradient differ by six decades in variance; a few steps
+# lift the lower ones, and in the end all are alike. Right: every geometry gets there, "qep" first,
+# "eq" most slowly ("quad4p" lies under "qeq"); the original's line does not move.

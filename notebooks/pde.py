@@ -7,10 +7,11 @@
 # %% [markdown]
 # # Solving a PDE by Gauss-Newton in the parameters
 #
-# A network u solves Poisson's equation -Δu = f on the unit square, u = 0 on its boundary, when its residuals vanish at
-# many points. Adam stalls on such losses, whose condition is that of a differential operator squared. The residuals'
-# Jacobian rows are samples of the parameters, "branches", and their metric is the Gauss-Newton matrix: `residual_rows`
-# makes them and `scale_by_branch_fisher` solves with them.
+# A network u solves Poisson's equation -Δu = f on the unit square, u = 0 on its boundary, when its
+# residuals vanish at many points. Adam stalls on such losses, whose condition is that of a
+# differential operator squared. The residuals' Jacobian rows are samples of the parameters,
+# "branches", and their metric is the Gauss-Newton matrix: `residual_rows` makes them and
+# `scale_by_branch_fisher` solves with them.
 
 # %%
 import os
@@ -63,7 +64,8 @@ params = {
 # %% [markdown]
 # ## The problem is two residuals
 #
-# One block for the interior and one for the boundary, each a function of the parameters and a batch of points.
+# One block for the interior and one for the boundary, each a function of the parameters and a batch
+# of points.
 
 
 # %%
@@ -86,8 +88,9 @@ def loss(params):
 
 
 # %% [markdown]
-# `rows` returns the loss, its gradient and the Gauss-Newton rows in one pass. The damping may be a tracer, so that it
-# can be part of what a step carries: this is all of Levenberg and Marquardt's method.
+# `rows` returns the loss, its gradient and the Gauss-Newton rows in one pass. The damping may be a
+# tracer, so that it can be part of what a step carries: this is all of Levenberg and Marquardt's
+# method.
 
 
 # %%
@@ -137,7 +140,8 @@ def train(step, state, steps_at_once, seconds=None):
 found, times, errors = train(gauss_newton_step, jnp.ones(()), 10)
 found_adam, times_adam, errors_adam = train(adam_step, adam.init(params), 100, times[-1])
 print(
-    f"Gauss-Newton {errors[-1]:.1e} after {STEPS} steps, Adam {errors_adam[-1]:.1e} after {100 * len(errors_adam)}"
+    f"Gauss-Newton {errors[-1]:.1e} after {STEPS} steps, Adam {errors_adam[-1]:.1e} after "
+    f"{100 * len(errors_adam)}"
 )
 
 # %%
@@ -161,5 +165,5 @@ panels[3].set(xlabel="seconds on this machine", ylabel="relative L2 error", titl
 panels[3].legend(frameon=False)
 
 # %% [markdown]
-# What to see: both maps have one scale of colours, five decades of it. In the same time, without compilation, Adam has
-# the waves to two or three digits; Gauss-Newton goes on falling.
+# What to see: both maps have one scale of colours, five decades of it. In the same time, without
+# compilation, Adam has the waves to two or three digits; Gauss-Newton goes on falling.

@@ -7,9 +7,9 @@
 # %% [markdown]
 # # From Adam to curvature in three lines
 #
-# You have a Flax network, a loss and `optax.adam`. This notebook replaces Adam by Shampoo and by Kronecker PSGD, which
-# need nothing but gradients, and by K-FAC, which also looks at the layers: first in nnx, then in linen with a race of
-# all of them.
+# You have a Flax network, a loss and `optax.adam`. This notebook replaces Adam by Shampoo and by
+# Kronecker PSGD, which need nothing but gradients, and by K-FAC, which also looks at the layers:
+# first in nnx, then in linen with a race of all of them.
 
 # %%
 import os
@@ -47,7 +47,8 @@ batches = jax.random.randint(
 # %% [markdown]
 # ## nnx
 #
-# The loss is any function of the model and a batch; nothing in it knows of curvature. With Adam a step is
+# The loss is any function of the model and a batch; nothing in it knows of curvature. With Adam a
+# step is
 #
 # ```python
 # optimizer = nnx.Optimizer(model, optax.adam(0.05), wrt=nnx.Param)
@@ -59,9 +60,10 @@ batches = jax.random.randint(
 #     return value
 # ```
 #
-# For `optax_curv.shampoo(0.05)`, the one we would try first, or `optax_curv.kron_psgd(0.03)` put it in the place of
-# `optax.adam(0.05)`. For K-FAC the layers are found once, by tracing the loss; then the backward pass that makes the
-# gradients also makes the curvature, and `update` takes it: one line more, two changed.
+# For `optax_curv.shampoo(0.05)`, the one we would try first, or `optax_curv.kron_psgd(0.03)` put it
+# in the place of `optax.adam(0.05)`. For K-FAC the layers are found once, by tracing the loss; then
+# the backward pass that makes the gradients also makes the curvature, and `update` takes it: one
+# line more, two changed.
 
 
 # %%
@@ -102,9 +104,9 @@ print(f"loss of the last of {STEPS} batches: {value:.5f}")
 # %% [markdown]
 # ## linen
 #
-# The same lines, with a tree of parameters. Each method is an `optax.GradientTransformation`: `scale_by_kron_psgd`
-# goes into a chain beside what Optax has, and `shampoo` and `kfac` are such chains already. The learning rates are good
-# ones for one seed, found by hand between 0.01 and 0.1.
+# The same lines, with a tree of parameters. Each method is an `optax.GradientTransformation`:
+# `scale_by_kron_psgd` goes into a chain beside what Optax has, and `shampoo` and `kfac` are such
+# chains already. The learning rates are good ones for one seed, found by hand between 0.01 and 0.1.
 
 # %%
 net = nn.Sequential([nn.Dense(64), nn.tanh, nn.Dense(64), nn.tanh, nn.Dense(10)])
@@ -176,5 +178,6 @@ left.set(xlabel="step", ylabel="cross-entropy of a batch (nats)", title="By step
 right.set(xlabel="seconds (steps × median step, without compilation)", title="By time")
 
 # %% [markdown]
-# What to see: lower is better; the curves are geometric means over 15 batches, from the same weights on the same
-# batches. Right, the price of a step: the smaller the network, the more of it is the dispatch of small kernels.
+# What to see: lower is better; the curves are geometric means over 15 batches, from the same
+# weights on the same batches. Right, the price of a step: the smaller the network, the more of it
+# is the dispatch of small kernels.

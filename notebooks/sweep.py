@@ -7,9 +7,9 @@
 # %% [markdown]
 # # Sixty-four training runs in one call
 #
-# A method of this package is a pure function of its hyper-parameters: learning rate, damping and the preconditioner's
-# own learning rate may be tracers. So a sweep is `jax.vmap` of a whole training run, and `jax.lax.scan` makes that run
-# one function.
+# A method of this package is a pure function of its hyper-parameters: learning rate, damping and
+# the preconditioner's own learning rate may be tracers. So a sweep is `jax.vmap` of a whole
+# training run, and `jax.lax.scan` makes that run one function.
 
 # %%
 import os
@@ -115,15 +115,15 @@ panels[0].set_ylabel("damping")
 figure.colorbar(picture, ax=panels, shrink=0.75, label="log10 of the loss (nats)")
 
 # %% [markdown]
-# What to see: lighter is better, and the frame is the best of all 64 runs. Along a row the learning rate decides. From
-# left to right the preconditioner follows faster and bears larger steps; a damping of 0.1 hides the gradients from it,
-# so that it does less, and needs larger steps too.
+# What to see: lighter is better, and the frame is the best of all 64 runs. Along a row the learning
+# rate decides. From left to right the preconditioner follows faster and bears larger steps; a
+# damping of 0.1 hides the gradients from it, so that it does less, and needs larger steps too.
 
 # %% [markdown]
 # ## What it cost
 #
-# Against a loop that calls one compiled run 64 times, and against the loop most of us write first, in which the
-# numbers are constants of the program, and every run compiles anew.
+# Against a loop that calls one compiled run 64 times, and against the loop most of us write first,
+# in which the numbers are constants of the program, and every run compiles anew.
 
 # %%
 tried = 4 if FAST else 64  # runs of the loop that are really timed; the bar stands for 64
@@ -147,6 +147,6 @@ panels[0].set_yticks(range(3), bars)
 panels[0].invert_yaxis()
 
 # %% [markdown]
-# What to see (the axes are logarithmic): the sweep compiles once, for little more than a single run does, and 64 runs
-# side by side share every kernel call, of which a small network is all overhead. On an accelerator that one such run
-# leaves idle the blue bar is longer still.
+# What to see (the axes are logarithmic): the sweep compiles once, for little more than a single run
+# does, and 64 runs side by side share every kernel call, of which a small network is all overhead.
+# On an accelerator that one such run leaves idle the blue bar is longer still.

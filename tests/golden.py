@@ -1,4 +1,5 @@
-"""The originals' own arithmetic: reference arrays, all of them where they lie beside the repository, else a few."""
+"""The originals' own arithmetic: reference arrays, all of them where they lie beside the
+repository, else a few."""
 
 import functools
 import pathlib
@@ -26,7 +27,8 @@ def case(file, name):
 
 
 def cases(file, names="case_names"):
-    """The case names of a file as pytest parameters; one skipped entry tells when only the copied few are there."""
+    """The case names of a file as pytest parameters; one skipped entry tells when only the copied
+    few are there."""
     found = [str(name) for name in arrays(file)[names]]
     if not (FULL / file).exists():
         reason = f"the full {file} is not beside this repository; only the copied cases run"

@@ -28,7 +28,8 @@ def symmetric(rotated, eigenvalues):
 
 @st.composite
 def spectra(draw, kinds=KINDS, sizes=SIZES):
-    """Eigenvectors [n, n] and eigenvalues [n] up to a drawn scale, of condition 1 to 1e12 or singular or indefinite."""
+    """Eigenvectors [n, n] and eigenvalues [n] up to a drawn scale, of condition 1 to 1e12 or
+    singular or indefinite."""
     n, kind = draw(st.sampled_from(sizes)), draw(st.sampled_from(kinds))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     smallest = 10.0 ** -draw(st.floats(0, 12))

@@ -1,4 +1,5 @@
-"""Flax linen, Orbax checkpoints and Equinox models, with the methods that take more than gradients."""
+"""Flax linen, Orbax checkpoints and Equinox models, with the methods that take more than
+gradients."""
 
 import functools
 

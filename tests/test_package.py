@@ -42,7 +42,8 @@ def test_import_needs_none_of_the_extras():
 
 
 def test_import_takes_little_longer_than_that_of_optax(tmp_path):
-    """Both from bytecode, which installing a wheel makes and an editable installation may never make."""
+    """Both from bytecode, which installing a wheel makes and an editable installation may never
+    make."""
     seconds_to_import("optax_curv", tmp_path)
     rounds = [
         (seconds_to_import("optax", tmp_path), seconds_to_import("optax_curv", tmp_path))

@@ -60,14 +60,16 @@ class Problem(NamedTuple):
 
 
 def load(name: str) -> tuple[str, Problem]:
-    """A problem by name, or from the path of a Python file; ValueError in one line if there is none."""
+    """A problem by name, or from the path of a Python file; ValueError in one line if there is
+    none."""
     if name in NAMES:
         title, module = name, importlib.import_module(f"benchmarks.problems.{name}")
     else:
         path = pathlib.Path(name)
         if path.suffix != ".py" or not path.is_file():
             raise ValueError(
-                f"unknown problem {name!r}; expected one of {', '.join(NAMES)} or the path of a .py file"
+                f"unknown problem {name!r}; expected one of {', '.join(NAMES)} or the path of a "
+                f".py file"
             )
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None

@@ -23,7 +23,8 @@ def problem() -> Problem:
         return jnp.mean(jnp.sum((jax.nn.sigmoid(predict(params, images)) - images) ** 2, -1))
 
     return Problem(
-        definition="1797 digits, autoencoder 64-256-128-32-8-32-128-256-64 (tanh, linear code), sigmoid cross-entropy "
+        definition="1797 digits, autoencoder 64-256-128-32-8-32-128-256-64 (tanh, linear code), "
+        "sigmoid cross-entropy "
         "summed over pixels and averaged over cases, batch 512",
         init=lambda seed: init_dense(seed, WIDTHS),
         loss=loss,

@@ -22,7 +22,8 @@ def problem() -> Problem:
         return jnp.mean(predict_dense(params, test_images).argmax(-1) != test_labels)
 
     return Problem(
-        definition="1347 digits (450 for the test), network 64-64-64-10 (tanh), softmax cross-entropy, batch 128",
+        definition="1347 digits (450 for the test), network 64-64-64-10 (tanh), softmax "
+        "cross-entropy, batch 128",
         init=lambda seed: init_dense(seed, (64, 64, 64, 10)),
         loss=loss,
         batches=lambda seed, steps: epochs((images, labels), 128, seed, steps),

@@ -13,7 +13,8 @@ from benchmarks.problems.dense import init_dense, predict_dense
 def poisson(
     dim: int, name: str, solution: Callable, interior: int, boundary: int, **options
 ) -> Problem:
-    """-Δu = f in (0, 1)^dim, u = g on the boundary, with f and g from a known solution; network dim-64-1.
+    """-Δu = f in (0, 1)^dim, u = g on the boundary, with f and g from a known solution; network
+    dim-64-1.
 
     The points are drawn once; the relative L² error is over 10000 others.
     """
@@ -49,8 +50,10 @@ def poisson(
         return jnp.linalg.norm(network(params, test) - exact) / jnp.linalg.norm(exact)
 
     return Problem(
-        definition=f"-Δu = f on the unit {'square' if dim == 2 else 'cube'} in {dim} dimensions, u = {name}, network "
-        f"{dim}-64-1 (tanh) in float64, {interior} interior and {boundary} boundary points, the same at every step",
+        definition=f"-Δu = f on the unit {'square' if dim == 2 else 'cube'} in {dim} dimensions, "
+        f"u = {name}, network "
+        f"{dim}-64-1 (tanh) in float64, {interior} interior and {boundary} boundary points, the "
+        f"same at every step",
         init=lambda seed: init_dense(seed, (dim, 64, 1), jnp.float64),
         loss=loss,
         batches=lambda seed, steps: ((inside, edge) for _ in range(steps)),

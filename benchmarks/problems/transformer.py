@@ -56,8 +56,10 @@ def problem() -> Problem:
 
     seen, unseen = (windows(part, np.random.default_rng(0), WINDOWS) for part in (train, held_out))
     return Problem(
-        definition=f"Shakespeare's plays and poems ({len(codes) / 1e6:.1f} million characters, the last tenth held "
-        f"out), transformer of {DEPTH} layers, width {WIDTH}, {HEADS} heads, {LENGTH} characters, batch {BATCH}; "
+        definition=f"Shakespeare's plays and poems ({len(codes) / 1e6:.1f} million characters, "
+        f"the last tenth held "
+        f"out), transformer of {DEPTH} layers, width {WIDTH}, {HEADS} heads, {LENGTH} "
+        f"characters, batch {BATCH}; "
         f"losses over {WINDOWS} fixed windows",
         init=lambda seed: model.init(jax.random.key(seed), jnp.zeros((1, LENGTH), jnp.int32)),
         loss=loss,

@@ -11,7 +11,8 @@ UNITS, DELAY, BATCH = 30, 30, 128
 
 
 def problem() -> Problem:
-    """The two bits (±1) stand in the first half, each marked; the answer, their product, is asked for at the end."""
+    """The two bits (±1) stand in the first half, each marked; the answer, their product, is asked
+    for at the end."""
 
     def init(seed):
         keys = jax.random.split(jax.random.key(seed), 3)
@@ -38,7 +39,8 @@ def problem() -> Problem:
         )
 
     def draw(rng, count):
-        """Sequences [count, DELAY, 2] of (a random sign, 1 where it counts) and targets [count] in {0, 1}."""
+        """Sequences [count, DELAY, 2] of (a random sign, 1 where it counts) and targets [count] in
+        {0, 1}."""
         signs = rng.choice([-1.0, 1.0], (count, DELAY)).astype(np.float32)
         marked = np.zeros((count, DELAY), np.float32)
         first, second = (
@@ -56,8 +58,10 @@ def problem() -> Problem:
 
     fixed = draw(np.random.default_rng(0), 1024)
     return Problem(
-        definition=f"delayed XOR: two marked signs among {DELAY}, tanh recurrent network of {UNITS} units, "
-        f"orthogonal at first and small elsewhere, sigmoid cross-entropy, batch {BATCH}; solved below 0.1",
+        definition=f"delayed XOR: two marked signs among {DELAY}, tanh recurrent network of "
+        f"{UNITS} units, "
+        f"orthogonal at first and small elsewhere, sigmoid cross-entropy, batch {BATCH}; solved "
+        f"below 0.1",
         init=init,
         loss=loss,
         batches=batches,
