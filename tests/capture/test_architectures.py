@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import unusual_architectures  # noqa: F401 - which registers its own
+import shared_architectures  # noqa: F401 - which registers its own
+import unusual_architectures  # noqa: F401
 
 from optax_curv import find_layers, value_grad_and_curvature
 from optax_curv.curvature import factors_of_rows
@@ -19,6 +20,7 @@ EXACT = 1e-10  # relative to the largest entry, float64: the same sums in anothe
 ROUNDING = (
     1e-14  # absolute: sums of numbers of order one that cancel (a key's bias has no gradient)
 )
+TWICE = 1e-9  # absolute: sums over a batch of another size
 FLOAT32 = 1e-5  # absolute, where a softmax of the model computes in float32, on numbers up to ten
 QUICK_COMPILATION = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 ELEMENTWISE = ("scale", "shift")
@@ -39,8 +41,10 @@ def everything(loss, params, args):
         example = [x[None] for x in example]
         return value_grad_and_curvature(loss, statistic="raw")(params, *example)[1:]
 
+    twice = [jnp.concatenate([x, x]) for x in args]
     return {
         "expand": value_grad_and_curvature(loss)(params, *args),
+        "twice": value_grad_and_curvature(loss)(params, *twice)[2],
         "reduce": value_grad_and_curvature(loss, sharing="reduce")(params, *args)[2],
         "rows": value_grad_and_curvature(loss, statistic="rows")(params, *args)[2],
         "single": jax.vmap(single)(*args),
@@ -97,6 +101,10 @@ def assert_factors(layer, measured, a, g, matrix, rounding):
     """Both sharings' factors from rows and gradients of single examples [N, *stack, R, ·]."""
     expand, reduce = measured["expand"][2][layer.name], measured["reduce"][layer.name]
     assert (expand.input_factor.shape, expand.output_factor.shape) == layer.factor_shapes
+    for found, factor in zip(measured["twice"][layer.name][:2], expand[:2], strict=True):
+        assert_equal_up_to_rounding(
+            found, factor, f"{layer.name}: the batch given twice", max(rounding, TWICE)
+        )
     made = measured["rows"][layer.name]
     made = made[:2] if layer.kind in ELEMENTWISE else factors_of_rows(made, layer)
     for found, factor in zip(made, expand[:2], strict=True):

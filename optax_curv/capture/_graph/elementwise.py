@@ -5,7 +5,7 @@ import math
 
 from optax_curv.capture._graph import views
 from optax_curv.capture._graph.jaxpr import axis_of, is_literal, shape_of
-from optax_curv.capture._graph.marks import Found, Mark, Place, known_batch
+from optax_curv.capture._graph.marks import Found, Mark, Place, is_activation, known_batch
 from optax_curv.capture._graph.products import use_of
 from optax_curv.capture._graph.views import View, is_plain, size_of
 from optax_curv.layers import KINDS
@@ -19,7 +19,7 @@ def multiply(place: Place, eqn, marks: list[Mark]) -> list[Mark] | None:
     view, other = _spread(marks[side].leaves[0], eqn), eqn.invars[1 - side]
     if is_literal(other) and math.prod(shape_of(other)) == 1:
         return [Mark(leaves=(view._replace(gain=view.gain * float(other.val)),))]
-    if marks[1 - side].batch is None:
+    if not is_activation(marks[1 - side]):
         return [Mark(leaves=(view._replace(coefficients=(*view.coefficients, other)),))]
     place.add([_use(place, marks, view, "scale", (other, *view.coefficients))])
     return [Mark()]
@@ -51,7 +51,7 @@ def add(place: Place, eqn, marks: list[Mark]) -> list[Mark] | None:
     mark, other = marks[side], marks[1 - side]
     (leaf, *more) = mark.leaves
     subtracted = eqn.primitive.name == "sub"
-    if other.batch is None and other.output is None:
+    if not is_activation(other):
         if more or (subtracted and side == 1):
             return None
         return [Mark(leaves=(_spread(leaf, eqn),), derived=other.derived)]
@@ -103,7 +103,7 @@ def _as_bias(shift: Found, number: int, kernel: Found, output: View) -> Found | 
 def select(place: Place, eqn, marks: list[Mark]) -> list[Mark] | None:
     """A shift where a leaf takes the place of activations, as the token of a masked autoencoder."""
     cases = [number for number, mark in enumerate(marks[1:]) if mark.leaves]
-    if len(cases) != 1 or all(mark.batch is None for mark in marks):
+    if len(cases) != 1 or not any(map(is_activation, marks)):
         return None
     (leaf, *more) = marks[1 + cases[0]].leaves
     if more:
@@ -163,7 +163,7 @@ def _use(place: Place, marks: list[Mark], view: View, kind: str, operands) -> Fo
 def concatenate(place: Place, eqn, marks: list[Mark]) -> list[Mark] | None:
     """Several whole leaves side by side, as in a fused recurrent cell."""
     leaves = [k for k, mark in enumerate(marks) if mark.leaves]
-    if len(leaves) == 1 and any(mark.batch is not None for mark in marks):
+    if len(leaves) == 1 and any(map(is_activation, marks)):
         return _beside_examples(place, eqn, marks, leaves[0])
     if not all(len(mark.leaves) == 1 and is_plain(mark.leaves[0]) for mark in marks):
         return None

@@ -15,6 +15,8 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 REMAT = {"remat2", "checkpoint"}
+# Primitives with a derivative rule of their own.
+CUSTOM_RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 # Primitives that run one body on their own operands, unchanged.
 CALLS = {"jit", "pjit", "closed_call", "core_call", *REMAT}
 # Primitives whose one result has the entries of their one array operand in the same places.
@@ -38,6 +40,18 @@ KEEP_ENTRIES = SAME_PLACES | {
     "tile",
     "rev",
     "slice",
+}
+
+
+# Primitives of one operand that act entry by entry, and of several of one shape (or scalars).
+ENTRYWISE = SAME_PLACES | {
+    *("abs", "acos", "acosh", "and", "asin", "asinh", "atan", "atanh", "atan2", "bessel_i0e"),
+    *("bessel_i1e", "cbrt", "ceil", "clamp", "complex", "conj", "cos", "cosh", "digamma", "div"),
+    *("eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma"),
+    *("igammac", "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic"),
+    *("lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or", "pow", "real", "rem"),
+    *("round", "rsqrt", "select_n", "sign", "sin", "sinh", "sqrt", "square", "sub", "tan", "tanh"),
+    *("xor", "add", "add_any", "stop_gradient"),
 }
 
 
@@ -82,6 +96,8 @@ def _spliced(eqn):
         if e.primitive.name not in KEEP_ENTRIES and any(map(_is_float, e.outvars))
     ]
     results = body.jaxpr.outvars
+    if any(map(is_literal, results)):  # a constant is no variable that could be renamed
+        return [eqn]
     made = {v for e in body.jaxpr.eqns for v in e.outvars}
     if (
         body.consts
@@ -125,6 +141,21 @@ def hidden_bodies(eqn) -> list:
         for v in (value if isinstance(value, tuple) else (value,))
     ]
     return [v for v in params if isinstance(v, _core().Jaxpr | _core().ClosedJaxpr)]
+
+
+def is_entrywise(eqn) -> bool:
+    """Whether every entry of the results depends on the same entry of the operands alone."""
+    if eqn.primitive.name in ENTRYWISE:
+        return True
+    inner = hidden_bodies(eqn) if eqn.primitive.name in CUSTOM_RULES else bodies(eqn)
+    if len(inner) != 1 or eqn.primitive.name in ("scan", "cond"):
+        return False
+    rank = len(shape_of(eqn.outvars[0]))
+    body = getattr(inner[0], "jaxpr", inner[0])
+    spread = [e for e in body.eqns if e.primitive.name == "broadcast_in_dim"]
+    if any(shape_of(e.invars[0]) or len(shape_of(e.outvars[0])) != rank for e in spread):
+        return False
+    return all(is_entrywise(e) or e.primitive.name == "broadcast_in_dim" for e in body.eqns)
 
 
 def run(eqn, operands) -> list[Any]:

@@ -64,11 +64,30 @@ class Mark(NamedTuple):
 NOTHING = Mark()
 
 
+def is_activation(mark: Mark) -> bool:
+    """Whether a variable depends on the examples, or is made of a layer's output they share."""
+    return mark.batch is not None or mark.output is not None or bool(mark.seeds)
+
+
 def known_batch(marks) -> Batch | None:
     """Where the examples lie in one of several variables of one shape."""
     batches = [mark.batch for mark in marks if mark.batch is not None]
     placed = (batch for batch in batches if batch.axis is not None)
     return next(placed, batches[0] if batches else None)
+
+
+class Meeting(NamedTuple):
+    """How operands that all examples share meet those of single examples in an equation.
+
+    Attributes:
+      axis: the examples' axis in the result.
+      axes: their axis in each operand, None for operands without one.
+      repeats: whether all entries along that axis are equal.
+    """
+
+    axis: int
+    axes: tuple[int | None, ...]
+    repeats: tuple[bool, ...]
 
 
 class Node:
@@ -77,15 +96,20 @@ class Node:
     Attributes:
       jaxpr: the closed jaxpr.
       taps: numbers of the uses whose output is the equation's first result.
-      meetings: axis of the examples where seeds meet them.
+      meetings: where seeds meet the examples.
       children: the bodies of a call, a scan or a cond.
+      carried: for each carry of a scan, the uses that it is made of and that all examples share.
+      started: for each carry of a scan that starts with what all examples share, but does not stay
+        so, the axis of the examples.
     """
 
     def __init__(self, jaxpr: Any):
         self.jaxpr = jaxpr
         self.taps: dict[int, list[int]] = {}
-        self.meetings: dict[int, int] = {}
+        self.meetings: dict[int, Meeting] = {}
         self.children: dict[int, tuple[Node, ...]] = {}
+        self.carried: dict[int, list[frozenset[int]]] = {}
+        self.started: dict[int, dict[int, int]] = {}
 
     def uses(self) -> list[int]:
         """Numbers of all uses in and below."""
@@ -94,7 +118,7 @@ class Node:
 
     def clear(self):
         """Forgets what is to be done."""
-        for noted in (self.taps, self.meetings, self.children):
+        for noted in (self.taps, self.meetings, self.children, self.carried, self.started):
             noted.clear()
 
 
@@ -122,6 +146,7 @@ class Found:
       sign: -1 for a subtracted shift.
       choice: which case of a `select_n`, whose condition is the first operand, the shift is.
       far: pieces of the stack that lie among the outputs of the equation.
+      untold: why its gradients of single examples cannot be told apart, or None.
     """
 
     kind: str
@@ -141,6 +166,7 @@ class Found:
     sign: float = 1.0
     choice: int | None = None
     far: tuple[Piece, ...] = ()
+    untold: str | None = None
 
 
 class Place(Protocol):

@@ -5,7 +5,7 @@ import dataclasses
 from optax_curv.capture._graph import views
 from optax_curv.capture._graph.jaxpr import convolution as convolution_of
 from optax_curv.capture._graph.jaxpr import look_up, product, shape_of
-from optax_curv.capture._graph.marks import Batch, Found, Mark, Place, Segments
+from optax_curv.capture._graph.marks import Batch, Found, Mark, Place, Segments, is_activation
 from optax_curv.capture._graph.views import Piece, View, is_plain, size_of
 
 Segment = tuple[str, tuple[Piece, ...]]
@@ -14,7 +14,10 @@ Segment = tuple[str, tuple[Piece, ...]]
 def _kernel_side(marks: list[Mark]) -> int | None:
     """The operand that is the kernel, or None."""
     sides = [side for side, mark in enumerate(marks[:2]) if mark.leaves]
-    if len(sides) != 1 or marks[1 - sides[0]].derived:
+    if len(sides) != 1:
+        return None
+    other = marks[1 - sides[0]]
+    if other.derived and not is_activation(other):
         return None
     return None if any(view.coefficients for view in marks[sides[0]].leaves) else sides[0]
 

@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_curv.capture._graph.jaxpr import is_literal, run, run_call, run_scan, shape_of
+from optax_curv.capture._graph.jaxpr import (
+    is_literal,
+    run,
+    run_call,
+    run_scan,
+    scan_sizes,
+    shape_of,
+)
 from optax_curv.capture._graph.marks import REPEATED, Batch, Node
 from optax_curv.capture._graph.uses import Use
 
@@ -44,13 +51,9 @@ def run_with_taps(node: Node, operands, taps: dict[int, Tap], probes: dict, dept
     for index, eqn in enumerate(jaxpr.eqns):
         results = _run_equation(node, index, [read(v) for v in eqn.invars], taps, probes, depth)
         for tap in [taps[number] for number in node.taps.get(index, ()) if number in taps]:
-            found = tap.use.found
-            if found.examples == Batch(REPEATED) and not _is_widened(eqn.outvars[0], results[0]):
-                results[0] = jnp.broadcast_to(results[0], (tap.use.batch, *results[0].shape))
-            # A widened operand is the same in all its copies, or its use would not be shared.
-            shown = tuple(
-                read(v)[0] if _is_widened(v, read(v)) else read(v) for v in found.operands
-            )
+            if _is_repeated(tap) and not _is_widened(eqn.outvars[0], results[0]):
+                results[0] = _widen(results[0], tap.use.batch)
+            shown = tuple(_one_copy(v, read(v)) for v in tap.use.found.operands)
             results[0] = tap.apply(results[0], shown, probes[tap.key])
         env.update(zip(eqn.outvars, results, strict=True))
     return [read(v) for v in jaxpr.jaxpr.outvars]
@@ -66,12 +69,7 @@ def _run_equation(node: Node, index: int, given: list, taps, probes, depth: int)
     if not widened and not inside:
         return run(eqn, given)
     if eqn.primitive.name == "scan":
-        sliced = {tap.key: probes[tap.key] for tap in inside if tap.loops[depth]}
-
-        def step(operands, probe):
-            return run_with_taps(nodes[0], operands, taps, {**probes, **probe}, depth + 1)
-
-        return run_scan(eqn, given, sliced, step)
+        return _run_scan(node, index, given, taps, probes, depth)
 
     def body_of(node):
         return lambda *operands: run_with_taps(node, operands, taps, probes, depth)
@@ -82,20 +80,92 @@ def _run_equation(node: Node, index: int, given: list, taps, probes, depth: int)
     return list(run_call(eqn, given, functions[0]))
 
 
+def _run_scan(node: Node, index: int, given: list, taps, probes, depth: int) -> list:
+    """Runs a scan with taps inside; what it slices and stacks has the axis of steps first."""
+    eqn, (body,) = node.jaxpr.jaxpr.eqns[index], node.children[index]
+    consts, carry = scan_sizes(eqn)
+    repeated = {use: tap.use.batch for use, tap in taps.items() if _is_repeated(tap)}
+    counts = [
+        next((repeated[use] for use in uses if use in repeated), None)
+        for uses in node.carried[index]
+    ]
+    operands = list(given)
+    for k, (variable, x) in enumerate(zip(eqn.invars, given, strict=True)):
+        place, wide = k - consts, _is_widened(variable, x)
+        if place in node.started[index] and wide:
+            operands[k] = _own_entries(x, node.started[index][place])
+        elif 0 <= place < carry and not wide:
+            operands[k] = x if counts[place] is None else _widen(x, counts[place])
+        elif place >= carry and wide:
+            operands[k] = jnp.moveaxis(x, 0, 1)
+    inside = [taps[use] for use in body.uses() if use in taps]
+    sliced = {tap.key: probes[tap.key] for tap in inside if tap.loops[depth]}
+
+    def step(operands, probe):
+        results = run_with_taps(body, operands, taps, {**probes, **probe}, depth + 1)
+        for k, (variable, count) in enumerate(zip(eqn.outvars, counts, strict=False)):
+            if count is not None and not _is_widened(variable, results[k]):
+                results[k] = _widen(results[k], count)
+        return results
+
+    results = run_scan(eqn, operands, sliced, step)
+    return results[:carry] + [
+        jnp.moveaxis(x, 1, 0) if _is_widened(v, x) else x
+        for v, x in zip(eqn.outvars[carry:], results[carry:], strict=True)
+    ]
+
+
+def _is_repeated(tap: Tap) -> bool:
+    """Whether the tap wants one copy of the output for each example."""
+    return tap.use.found.examples == Batch(REPEATED)
+
+
 def _is_widened(variable, value) -> bool:
     return not is_literal(variable) and jnp.ndim(value) > len(shape_of(variable))
 
 
+def _widen(x, count: int | None):
+    return jnp.broadcast_to(x, (count, *x.shape))
+
+
+def _one_copy(variable, value):
+    """The first of the copies of a widened value, which are equal."""
+    return value[0] if _is_widened(variable, value) else value
+
+
+def _own_entries(x, axis: int, repeats: bool = False):
+    """Each example's entry along an axis of the variable, from its own copy.
+
+    Where all entries along the axis are equal, the first stands for them, which XLA takes out of a
+    broadcast without making it.
+    """
+    if repeats:
+        return jnp.moveaxis(lax.index_in_dim(x, 0, axis + 1, keepdims=False), 0, axis)
+    return jnp.moveaxis(jnp.diagonal(x, axis1=0, axis2=axis + 1), -1, axis)
+
+
 def _run_widened(node: Node, index: int, given: list) -> list:
     """Runs an equation on widened operands; its results are widened before they meet examples."""
-    eqn = node.jaxpr.jaxpr.eqns[index]
+    eqn, meeting = node.jaxpr.jaxpr.eqns[index], node.meetings.get(index)
     wide = [_is_widened(v, x) for v, x in zip(eqn.invars, given, strict=True)]
-    axis = node.meetings.get(index)
-    if axis is None:
+    if eqn.primitive.name == "stop_gradient" or not eqn.outvars:
+        return run(eqn, list(map(_one_copy, eqn.invars, given)))
+    if meeting is None:
         axes = [0 if w else None for w in wide]
         return jax.vmap(lambda *operands: run(eqn, operands), axes)(*given)
+    given = [
+        _own_entries(x, axis, repeats) if w and axis is not None else x
+        for x, w, axis, repeats in zip(given, wide, meeting.axes, meeting.repeats, strict=True)
+    ]
+    if not any(w and axis is None for w, axis in zip(wide, meeting.axes, strict=True)):
+        return run(eqn, given)
 
-    def there(x):  # where it has one entry, or repeats it
-        return jnp.moveaxis(lax.index_in_dim(x, 0, axis + 1, keepdims=False), 0, axis)
+    def one(*operands):  # one example, which keeps its axis, of size 1
+        kept = [
+            x if axis is None else jnp.expand_dims(x, axis)
+            for x, axis in zip(operands, meeting.axes, strict=True)
+        ]
+        return [jnp.squeeze(x, meeting.axis) for x in run(eqn, kept)]
 
-    return run(eqn, [there(x) if w else x for x, w in zip(given, wide, strict=True)])
+    axes = [0 if w and k is None else k for w, k in zip(wide, meeting.axes, strict=True)]
+    return jax.vmap(one, axes, meeting.axis)(*given)

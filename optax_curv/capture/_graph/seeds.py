@@ -1,24 +1,45 @@
-"""Uses whose input all examples share, and how far their output is followed.
+"""Uses whose input all examples share, and where their output meets the examples.
 
-A derivative by a network's input starts from a direction that all examples share, which the kernel
-meets once for the whole batch, and the gradient at its output is a sum over examples. We follow the
-layer's output to the first equation that combines it with values of single examples. If the
-examples lie along one of the output's own axes there, that axis is the batch axis. Otherwise the
-equations in between, which are linear, run again with one copy of the output for each example; such
-arrays are called *widened* (see `replay`).
+A layer may act on what is the same for the whole batch: learned queries, common points of a grid, a
+table of positions, or the direction of a derivative by the network's input. The gradient at its
+output is then a sum over examples, of which no statistic of single examples can be made. We follow
+the output to every equation that combines it with values of single examples. If the examples lie
+along one of the output's own axes at all of them, that axis is the batch axis. Otherwise the
+equations in between run again with one copy of the output for each example; such arrays are called
+*widened* (see `replay`). The copies are equal, and so are all values made of them; only the
+gradients differ, and each is that of one example. Where an equation does not show how the examples
+meet the output, nothing can be told, and the leaf is in no layer.
 """
 
-from optax_curv.capture._graph import views
-from optax_curv.capture._graph.jaxpr import KEEP_ENTRIES, broadcast, maker, shape_of
-from optax_curv.capture._graph.marks import REPEATED, Batch, Found, Mark, Node, Seed
+from typing import NamedTuple
 
-ENTRYWISE = {"mul", "add", "sub", "add_any", "select_n"}
-LINEAR = (
-    ENTRYWISE
-    | KEEP_ENTRIES
-    | {"dot_general", "conv_general_dilated", "gather", "neg", "div", "reduce_sum"}
-    | {"split", "stack", "unstack", "concatenate", "pad"}
+from optax_curv.capture._graph import views
+from optax_curv.capture._graph.jaxpr import (
+    axis_of,
+    broadcast,
+    convolution,
+    is_entrywise,
+    look_up,
+    maker,
+    product,
+    shape_of,
 )
+from optax_curv.capture._graph.marks import REPEATED, Batch, Found, Mark, Meeting, Node, Seed
+
+UNTOLD = (
+    "all examples share its input, and where its output meets them they cannot be told apart; pass "
+    "a copy of that input for every example as an argument of the loss"
+)
+UNMET = "all examples share its input, and its output reaches the loss without meeting them"
+# Equations that run in no other way than they are.
+FIXED = {"shard_map", "pure_callback", "io_callback", "custom_lin"}
+
+
+class Followed(NamedTuple):
+    """Seeds of an equation's results, and the meeting of its operands, or None."""
+
+    seeds: tuple[Seed, ...]
+    meeting: Meeting | None = None
 
 
 class Seeds:
@@ -26,22 +47,21 @@ class Seeds:
 
     def __init__(self, batch: int):
         self.batch = batch
-        self.rows: dict[int, float] = {}  # number of the row that turned out to hold the examples
+        self.met: dict[int, set[float | None]] = {}  # rows of the output that hold the examples
         self.lost: set[int] = set()  # uses of which nothing can be told
-        self.together: list[set[int]] = []  # groups that are widened together or not at all
+        self.before: dict[int, set[int]] = {}  # of each use, those whose output it acts on
 
     def lose(self, marks) -> list[Mark]:
         """Returns marks of variables that are followed no further."""
         self.lost |= {seed.use for mark in marks for seed in mark.seeds}
         return [mark._replace(seeds=()) for mark in marks]
 
-    def forget(self, first: int):
-        """Drops all uses from this number on."""
-        self.rows = {use: row for use, row in self.rows.items() if use < first}
-        self.lost = {use for use in self.lost if use < first}
-        self.together = [
-            kept for group in self.together if (kept := {use for use in group if use < first})
-        ]
+    def copy(self) -> "Seeds":
+        """Returns a copy, which later equations do not change."""
+        other = Seeds(self.batch)
+        other.met = {use: set(rows) for use, rows in self.met.items()}
+        other.lost, other.before = set(self.lost), dict(self.before)
+        return other
 
     def follow(
         self,
@@ -51,8 +71,8 @@ class Seeds:
         batch: Batch | None,
         found: list[Found],
         new: range,
-    ) -> tuple[Seed, ...]:
-        """Returns the seeds of an equation's results; notes where seeds meet examples.
+    ) -> Followed:
+        """Follows an equation's operands to its results; notes where seeds meet examples.
 
         Args:
           node: the jaxpr of the equation.
@@ -61,66 +81,144 @@ class Seeds:
           batch: where the examples lie in its first result.
           found: all uses.
           new: numbers of those that the equation makes.
+
+        Returns:
+          The seeds of all its results.
         """
         eqn = node.jaxpr.jaxpr.eqns[index]
-        seeds = [seed for mark in given for seed in mark.seeds]
-        shape = shape_of(eqn.outvars[0])
+        own = [use for use in new if found[use].examples is None]
+        for use in own:
+            self.before[use] = {seed.use for mark in given for seed in mark.seeds}
         if all(mark.batch is None for mark in given):
-            if eqn.primitive.name not in LINEAR:
-                self.lose(given)
-                seeds = []
-            alone = len(eqn.invars) == 1
-            seen = {
-                seed.use: views.moved(eqn, seed.view) if alone and seed.view else None
-                for seed in seeds
-            }
-            seen |= {use: views.whole(0, shape) for use in new if found[use].examples is None}
-            if seen:
-                self.together.append(set(seen))
-            return tuple(Seed(use, view) for use, view in seen.items())
-        axis = batch.axis if seeds and batch is not None and batch.inner == 1 else None
-        if axis is None or eqn.primitive.name not in ENTRYWISE or shape[axis] != self.batch:
+            if eqn.primitive.name in FIXED:
+                given = self.lose(given)
+            whole = views.whole(0, shape_of(eqn.outvars[0]))
+            return Followed(self._through(eqn, given) + tuple(Seed(use, whole) for use in own))
+        self.lost |= set(own)
+        if not any(mark.seeds for mark in given):
+            return Followed(())
+        meeting = _meeting(node, eqn, batch, self.batch)
+        if meeting is None or any(mark.seeds and mark.batch is not None for mark in given):
             self.lose(given)
-            return ()
-        node.meetings[index] = axis
-        for variable, mark in zip(eqn.invars, given, strict=True):
-            if len(shape_of(variable)) != len(shape):
-                self.lose([mark])
-            elif shape_of(variable)[axis] != 1 and axis not in _repeats(node, variable):
-                self._along(axis, mark, found)
-        return ()
+            return Followed(())
+        for axis, mark in zip(meeting.axes, given, strict=True):
+            self.meet(mark, axis, found)
+        return Followed((), meeting)
 
-    def _along(self, axis: int, mark: Mark, found: list[Found]):
-        """Notes that the examples lie along this axis of a variable."""
+    def _through(self, eqn, given: list[Mark]) -> tuple[Seed, ...]:
+        """The seeds of what is made of operands that all examples share."""
+        alone = len(eqn.invars) == 1
+        seen: dict[int, views.View | None] = {}
+        for seed in (seed for mark in given for seed in mark.seeds):
+            view = views.moved(eqn, seed.view) if alone and seed.view else None
+            seen[seed.use] = None if seed.use in seen else view
+        return tuple(Seed(use, view) for use, view in seen.items())
+
+    def meet(self, mark: Mark, axis: int | None, found: list[Found]):
+        """Notes that the examples lie along this axis of a variable, None: along none of it."""
         for use, view in mark.seeds:
-            pieces = view.axes[axis] if view is not None else ()
+            row = None
+            pieces = view.axes[axis] if view is not None and axis is not None else ()
             if len(pieces) == 1 and pieces[0][0] > 0:
-                role, row = views.role_at(found[use].output_segments, pieces[0][0])
-                if role == "row":
-                    self.rows[use] = row
-        self.lose([mark])
+                role, number = views.role_at(found[use].output_segments, pieces[0][0])
+                row = number if role == "row" else None
+            self.met.setdefault(use, set()).add(row)
 
     def settle(self, found: list[Found], results: list[Mark]):
         """Gives the uses their examples, once the marks of the loss's results are known."""
-        self.lose(results)
-        size = -1
-        while size != len(self.lost):
-            size = len(self.lost)
-            self.lost |= set().union(*(group for group in self.together if group & self.lost))
-        for use in set().union(*self.together):
-            one = found[use]
-            if use not in self.lost:
+        if self.batch == 1:
+            return
+        unmet = {seed.use for mark in results for seed in mark.seeds}
+        for use, before in self.before.items():
+            rows, one = self.met.get(use, set()), found[use]
+            if use in self.lost:
+                one.untold = UNTOLD
+            elif use in unmet:
+                one.untold = UNMET
+            elif any(found[other].examples == Batch(REPEATED) for other in before):
+                rows = {None}  # it acts on an array that is widened already
+            elif not rows:
+                one.untold = UNMET
+            if one.untold is not None:
+                continue
+            (row,) = rows if len(rows) == 1 else (None,)
+            if row is not None:
+                one.examples = Batch(row)
+            else:
                 one.output_segments = (("row", ((REPEATED, self.batch),)), *one.output_segments)
                 one.examples = Batch(REPEATED)
                 inputs, outputs = one.windows
                 one.windows = (inputs, outputs and (outputs[0] + 1, *outputs[1:]))
-            elif use in self.rows:
-                one.examples = Batch(self.rows[use])
 
 
-def _repeats(node: Node, variable) -> set[int]:
-    """Axes along which a `broadcast_in_dim` made this variable repeat itself."""
-    eqn = maker(node.jaxpr.jaxpr, variable)
-    if eqn is None or eqn.primitive.name != "broadcast_in_dim":
+def _meeting(node: Node, eqn, batch: Batch | None, count: int) -> Meeting | None:
+    """How the operands of an equation meet, if `count` examples lie at `batch` in its result."""
+    shape = shape_of(eqn.outvars[0])
+    if batch is None or batch.axis is None or batch.inner != 1 or shape[batch.axis] != count:
+        return None
+    axes = _axes(eqn, batch.axis)
+    if axes is None:
+        return None
+    repeats = tuple(
+        axis is not None and (shape_of(v)[axis] == 1 or axis in repeated_axes(node.jaxpr.jaxpr, v))
+        for axis, v in zip(axes, eqn.invars, strict=True)
+    )
+    return Meeting(batch.axis, axes, repeats)
+
+
+def _axes(eqn, axis: int) -> tuple[int | None, ...] | None:
+    """The axis of each operand that becomes this one of the result; None where it has none.
+
+    The equation must take the examples along that axis apart: None where that is not known.
+    """
+    ranks, name = [len(shape_of(v)) for v in eqn.invars], eqn.primitive.name
+    if is_entrywise(eqn):
+        return tuple(axis if rank else None for rank in ranks)
+    if name == "concatenate":
+        return None if axis == axis_of(eqn) else (axis,) * len(ranks)
+    if name == "dot_general":
+        numbers = product(eqn)
+        count = len(numbers.batched[0])
+        if axis < count:
+            return numbers.batched[0][axis], numbers.batched[1][axis]
+        left, right = (numbers.free(side, ranks[side]) for side in (0, 1))
+        place = axis - count
+        return (left[place], None) if place < len(left) else (None, right[place - len(left)])
+    if name == "conv_general_dilated":
+        numbers = convolution(eqn)
+        alone = axis == numbers.output_spec[0] and numbers.batch_groups == 1
+        return (numbers.input_spec[0], None) if alone else None
+    if name == "gather":
+        numbers = look_up(eqn)
+        rank = len(shape_of(eqn.outvars[0]))
+        rows = [k for k in range(rank) if k not in numbers.offset_dims]
+        if axis not in rows:
+            return None
+        ids = rows.index(axis)
+        together = dict(zip(numbers.indices_batching, numbers.operand_batching, strict=True))
+        return together.get(ids), ids
+    return None
+
+
+def repeated_axes(jaxpr, variable) -> set[int]:
+    """Axes along which all entries of a variable are equal, as far as its makers show."""
+    rank, eqn = len(shape_of(variable)), maker(jaxpr, variable)
+    if rank == 0 or eqn is None:
         return set()
-    return set(range(len(broadcast(eqn).shape))) - set(broadcast(eqn).dimensions)
+    if eqn.primitive.name == "broadcast_in_dim":
+        numbers, (operand, *_) = broadcast(eqn), eqn.invars
+        inner = repeated_axes(jaxpr, operand)
+        sizes = shape_of(operand)
+        kept = {
+            place
+            for axis, place in enumerate(numbers.dimensions)
+            if axis not in inner and sizes[axis] == numbers.shape[place]
+        }
+        return set(range(rank)) - kept
+    if is_entrywise(eqn):
+        axes = set(range(rank))
+        for operand in eqn.invars:
+            if shape_of(operand):
+                axes &= repeated_axes(jaxpr, operand)
+        return axes
+    return set()

@@ -156,7 +156,8 @@ def group(
     by_leaf: dict[int, list[int]] = {}  # in the order of first use
     for number, found in enumerate(uses):
         by_leaf.setdefault(found.view.source, []).append(number)
-    uses, uncovered = list(uses), dict(refused)
+    untold = {found.view.source: found.untold for found in uses if found.untold is not None}
+    uses, uncovered = list(uses), untold | refused
     matrices = _matrices(uses, by_leaf, uncovered, shapes)
     biases = _biases(uses, by_leaf, matrices, uncovered, shapes)
     layers: dict[int, Layer] = {}

@@ -30,11 +30,12 @@ from optax_curv.capture._graph.marks import (
     Found,
     Mark,
     Node,
+    Seed,
     Segments,
     known_batch,
 )
 from optax_curv.capture._graph.primitives import RULES, is_complex, why_not
-from optax_curv.capture._graph.seeds import Seeds
+from optax_curv.capture._graph.seeds import Seeds, repeated_axes
 from optax_curv.capture._graph.views import View
 
 
@@ -161,7 +162,6 @@ class Walk:
     def _equation(self, at: _At, given: list[Mark]) -> list[Mark]:
         eqn = at.eqn
         if eqn.primitive.name == "stop_gradient" or not eqn.outvars:
-            self.seeds.lose(given)
             return [Mark(batch=given[0].batch) for _ in eqn.outvars]
         nodes = tuple(map(Node, bodies(eqn)))
         if nodes:
@@ -180,19 +180,25 @@ class Walk:
             results = [Mark(derived=_derived(eqn, given))] * len(eqn.outvars)
         elif any(mark.derived for mark in given):
             derived = tuple({entry for mark in given for entry in mark.derived})
-            results = [mark if mark.leaves else mark._replace(derived=derived) for mark in results]
+            results = [mark._replace(derived=derived) for mark in results]
+            for use in self.found[before:]:  # of a leaf that also meets the examples another way
+                if use.view.source in dict(derived):
+                    self.refused.setdefault(use.view.source, dict(derived)[use.view.source])
         new = range(before, len(self.found))
-        seeds = self.seeds.follow(at.node, at.index, given, batches[0], self.found, new)
+        followed = self.seeds.follow(at.node, at.index, given, batches[0], self.found, new)
+        if followed.meeting is not None:
+            at.node.meetings[at.index] = followed.meeting
         counting = same_integers(at.node.jaxpr.jaxpr, eqn)
         counter = None if counting is None else given[counting].counter
+        adds = _adds_penalty(at, given)
         return [
-            self._met(eqn, mark._replace(batch=batch, seeds=seeds, counter=counter))
+            self._met(adds, mark._replace(batch=batch, seeds=followed.seeds, counter=counter))
             for mark, batch in zip(results, batches, strict=True)
         ]
 
-    def _met(self, eqn, mark: Mark) -> Mark:
+    def _met(self, adds_penalty: bool, mark: Mark) -> Mark:
         """Refuses the leaves of a result that depends on the examples too, but for a penalty."""
-        if mark.batch is None or eqn.primitive.name in ("add", "sub", "add_any"):
+        if mark.batch is None or adds_penalty:
             return mark
         for leaf, reason in mark.derived:
             self.refused.setdefault(leaf, reason)
@@ -212,7 +218,7 @@ class Walk:
 
     def _scan(self, at: _At, given: list[Mark], nodes) -> list[Mark]:
         eqn, body, depth = at.eqn, nodes[0], len(at.loops)
-        given, (consts, carry) = self.seeds.lose(given), scan_sizes(eqn)
+        consts, carry = scan_sizes(eqn)
         counted, unchanged = counters_carried(eqn), _unchanged(body.jaxpr.jaxpr, consts, carry)
         counting = Mark(counter=depth)
         state = [
@@ -228,10 +234,10 @@ class Walk:
         )
 
         def step(state):
-            results = self.node(body, [*given[:consts], *state, *slices], (), around)
-            return self.seeds.lose(results)
+            return self.node(body, [*given[:consts], *state, *slices], (), around)
 
         state, results = self._until_stable(state, counted | unchanged, body, step, depth)
+        self._note_carry(at, given[consts : consts + carry], state, results)
         state = [NOTHING if k in counted else mark for k, mark in enumerate(state)]
         return state + [_unsliced(mark, depth) for mark in results[carry:]]
 
@@ -250,6 +256,7 @@ class Walk:
     ) -> tuple[list[Mark], list[Mark]]:
         """Walks a scan's body until the marks of its carry, which only grow, no longer change."""
         found, groups, refused = len(self.found), len(self.groups), dict(self.refused)
+        seeds = self.seeds.copy()
         met: dict[int, str] = {}
         while True:
             body.clear()
@@ -260,14 +267,43 @@ class Walk:
             ]
             for mark in grown:
                 met |= dict(mark.derived) if mark.batch is not None else {}
-            grown = [mark if mark.batch is None else mark._replace(derived=()) for mark in grown]
+            grown = [
+                mark if mark.batch is None else mark._replace(derived=(), seeds=())
+                for mark in grown
+            ]
             if grown == state:
                 self.refused = met | self.refused
                 return state, results
             state = grown
             del self.found[found:], self.groups[groups:]
-            self.seeds.forget(found)
+            self.seeds = seeds.copy()
             self.refused = dict(refused)
+
+    def _note_carry(
+        self, at: _At, started: list[Mark], state: list[Mark], results: list[Mark]
+    ) -> None:
+        """Notes what a scan carries that all examples share, at its start or at every step.
+
+        Args:
+          at: the scan.
+          started: marks of what the carry starts with.
+          state: marks of the carry, which hold at every step.
+          results: marks of what a step makes, the next carry first.
+        """
+        variables, count = at.eqn.outvars, self.batch
+        carried, axes = at.node.carried, at.node.started
+        carried[at.index] = [frozenset(seed.use for seed in mark.seeds) for mark in state]
+        axes[at.index] = {}
+        for k, (first, mark, after) in enumerate(zip(started, state, results, strict=False)):
+            if mark.batch is None:
+                continue
+            self.seeds.lose([after])
+            axis, shape = mark.batch.axis, shape_of(variables[k])
+            if axis is None or mark.batch.inner != 1 or shape[axis] != count:
+                self.seeds.lose([first])
+            elif first.seeds:
+                axes[at.index][k] = axis
+                self.seeds.meet(first, axis, self.found)
 
     def _refuse_while(self, at: _At, given: list[Mark]):
         """Raises where a while loop surrounds a layer."""
@@ -285,6 +321,18 @@ class Walk:
                 "not pass through it; use jax.lax.scan, or fori_loop with a number of steps known "
                 "at trace time."
             )
+
+
+def _adds_penalty(at: _At, given: list[Mark]) -> bool:
+    """Whether an equation adds numbers that leaves make to losses of examples, the same to all."""
+    if at.eqn.primitive.name not in ("add", "sub", "add_any"):
+        return False
+    jaxpr = at.node.jaxpr.jaxpr
+    return all(
+        len(repeated_axes(jaxpr, variable)) == len(shape_of(variable))
+        for variable, mark in zip(at.eqn.invars, given, strict=True)
+        if mark.derived and mark.batch is None
+    )
 
 
 def _derived(eqn, given: list[Mark]) -> tuple[tuple[int, str], ...]:
@@ -321,11 +369,13 @@ def _either(marks) -> Mark:
     if not leaves:
         reason = "it is one of several results of a cond"
         derived |= {view.source: reason for mark in marks for view in mark.leaves}
+    uses = dict.fromkeys(seed.use for mark in marks for seed in mark.seeds)
     return Mark(
         leaves=leaves,
         joined=marks[0].joined,
         batch=known_batch(marks),
         derived=tuple(derived.items()),
+        seeds=tuple(Seed(use, None) for use in uses),
     )
 
 
@@ -353,8 +403,8 @@ def _slice(mark: Mark, depth: int, by_example: bool) -> Mark:
         first = Batch(None, loop=depth) if one else LOST
         batch = first if batch.axis == 0 else batch._replace(axis=batch.axis - 1)
     if len(leaves) != len(mark.leaves) or len(leaves) > 1:
-        return Mark(batch=batch, derived=_carried(mark).derived)
-    return Mark(leaves=leaves, batch=batch, derived=mark.derived)
+        return Mark(batch=batch, derived=_carried(mark).derived, seeds=_unseen(mark))
+    return Mark(leaves=leaves, batch=batch, derived=mark.derived, seeds=_unseen(mark))
 
 
 def _unsliced(mark: Mark, depth: int) -> Mark:
@@ -364,4 +414,9 @@ def _unsliced(mark: Mark, depth: int) -> Mark:
         batch = batch._replace(axis=batch.axis + 1)
     elif batch is not None and batch.loop == depth:
         batch = Batch(0)
-    return Mark(batch=batch, derived=_carried(mark).derived)
+    return Mark(batch=batch, derived=_carried(mark).derived, seeds=_unseen(mark))
+
+
+def _unseen(mark: Mark) -> tuple[Seed, ...]:
+    """The seeds of a variable that is no view of an output."""
+    return tuple(Seed(seed.use, None) for seed in mark.seeds)
