@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike, DTypeLike
 
+from optax_curv.linalg import _lapack as lapack
 from optax_curv.objective import Objective
 from optax_curv.typing import Number, Tree
 
@@ -222,7 +223,7 @@ def matrix_with_spectrum(key: jax.Array, eigenvalues: ArrayLike) -> jax.Array:
       Array([1., 2., 4.], dtype=float32)
     """
     eigenvalues = jnp.asarray(eigenvalues)
-    basis = jnp.linalg.qr(jax.random.normal(key, (eigenvalues.size,) * 2, eigenvalues.dtype))[0]
+    basis = lapack.qr(jax.random.normal(key, (eigenvalues.size,) * 2, eigenvalues.dtype))[0]
     matrix = jnp.matmul(basis * eigenvalues, basis.T, precision="highest")
     return (matrix + matrix.T) / 2
 

@@ -233,7 +233,7 @@ svd = in_small_calls(functools.partial(jnp.linalg.svd, full_matrices=False), _sv
 # --- many arrays of several shapes ----------------------------------------------------------------
 
 
-def for_each(function: Kernel, *lists: Sequence[jax.Array]) -> list:
+def for_each(function: Kernel, *lists: Sequence[Any]) -> list:
     """Applies `function` to corresponding entries of several lists of arrays [*batch, n, n].
 
     On CPU it loops, because LAPACK has no batched call and joining arrays would only add kernels to

@@ -5,32 +5,40 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from optax_curv.linalg import _lapack as lapack
-from optax_curv.linalg._checks import per_matrix, require_square, symmetric_part, widen
+from optax_curv.linalg._checks import (
+    per_matrix,
+    require_choice,
+    require_square,
+    symmetric_part,
+    widen,
+)
 from optax_curv.linalg._compiler import full_matmul
+from optax_curv.typing import SIDES, Number, Side
 
 # From eps · max|a| to n · max|a|, where it is positive definite (Gershgorin), lie 16 + log10(n)
-# steps in float64.
+# tenfold steps in float64.
 MAX_ATTEMPTS = 32
 
 
 @jax.jit
-def cholesky(a, damping=0.0) -> tuple[jax.Array, jax.Array]:
-    r"""Factors `a + damping I = L Lᴴ`, with as much more damping as it takes.
+def cholesky(a: ArrayLike, damping: Number = 0.0) -> tuple[jax.Array, jax.Array]:
+    """Factors `a + damping I = L Lᴴ`, with as much more damping as it takes.
 
     Where a pivot is not positive, the damping is raised to `max(10 damping, eps max|a|)` (eps, the
-    machine epsilon, for a zero matrix) and tried again, for each matrix of a batch on its own,
-    inside the compiled program. So the factor of a finite matrix is finite, be it singular,
-    indefinite or zero.
+    machine epsilon, for a zero matrix) and the matrix is factored again, each matrix of a batch on
+    its own and inside the compiled program. So the factor of a finite matrix is finite, even where
+    the matrix is singular, indefinite or zero.
 
-    The derivative is that of `a + damping_used I`'s factor, `damping_used` constant where it was
-    raised.
+    The derivative is that of the factor of `a + damping_used I`, in which `damping_used` counts as
+    a constant where it was raised.
 
     Args:
       a: symmetric or Hermitian matrices [*batch, n, n], of which the symmetric part is taken;
         float32 at least is computed and returned.
-      damping: number, or an array that broadcasts to [*batch].
+      damping: number, or an array that broadcasts to [*batch]; zero by default.
 
     Returns:
       The lower triangular factor [*batch, n, n], NaN where `a` or `damping` is not finite, and the
@@ -52,8 +60,8 @@ def cholesky(a, damping=0.0) -> tuple[jax.Array, jax.Array]:
 
 @jax.custom_jvp
 def _factorize(a, damping):
-    # on CPU a maximum may drop a NaN, and a sum does not; what is not finite is not tried again and
-    # again
+    # Matrices that are not finite are replaced before the first attempt, as no damping would help.
+    # They are found by a sum, because a maximum on CPU may drop a NaN.
     hopeless = ~jnp.isfinite(jnp.sum(0 * a, axis=(-2, -1)).real + damping)
     eye = jnp.eye(a.shape[-1], dtype=a.dtype)
     hopeful = jnp.where(hopeless[..., None, None], eye, a), jnp.where(hopeless, 0, damping)
@@ -62,38 +70,30 @@ def _factorize(a, damping):
 
 
 def _attempts(kernel, a, damping):
-    """(factor, damping used, diagonal of the factor)."""
-    limits, alone = (
-        jnp.finfo(a.dtype),
-        math.prod(a.shape[:-2]) == 1,
-    )  # alone, none must wait for others
-    eye, largest = (
-        jnp.eye(a.shape[-1], dtype=a.dtype),
-        jnp.max(jnp.abs(a), axis=(-2, -1), initial=0),
-    )
+    """Factors with more and more damping; returns the factor, the damping and the pivots."""
+    limits, eye = jnp.finfo(a.dtype), jnp.eye(a.shape[-1], dtype=a.dtype)
+    largest = jnp.max(jnp.abs(a), axis=(-2, -1), initial=0)
     first = jnp.where(largest > 0, jnp.maximum(limits.eps * largest, limits.tiny), limits.eps)
+    alone = math.prod(a.shape[:-2]) == 1  # so that no matrix has to keep what it found before
 
-    def well(pivots):  # a failure is NaN all over; an overflow leaves its row no finite pivot
+    def succeeded(pivots):
+        # A failure is NaN all over, and an overflow leaves its row without a finite pivot.
         return jnp.all((pivots > 0) & (pivots < jnp.inf), axis=-1)
 
     def attempt(carry):
         used, factor, pivots, attempts = carry
         tried = jnp.where(attempts == 0, used, jnp.maximum(10 * used, first))
-        tried = tried if alone else jnp.where(well(pivots), used, tried)
+        tried = tried if alone else jnp.where(succeeded(pivots), used, tried)
         found = kernel(a + tried[..., None, None] * eye)
-        factor = found if alone else jnp.where(well(pivots)[..., None, None], factor, found)
+        factor = found if alone else jnp.where(succeeded(pivots)[..., None, None], factor, found)
         return tried, factor, jnp.diagonal(factor, axis1=-2, axis2=-1).real, attempts + 1
 
     def unfinished(carry):
         *_, pivots, attempts = carry
-        return jnp.any(~well(pivots)) & (attempts < MAX_ATTEMPTS)
+        return jnp.any(~succeeded(pivots)) & (attempts < MAX_ATTEMPTS)
 
-    start = (
-        damping,
-        jnp.full_like(a, jnp.nan),
-        jnp.zeros(a.shape[:-1], limits.dtype),
-        jnp.int32(0),
-    )
+    no_factor, no_pivots = jnp.full_like(a, jnp.nan), jnp.zeros(a.shape[:-1], limits.dtype)
+    start = damping, no_factor, no_pivots, jnp.int32(0)
     used, factor, pivots, _ = jax.lax.while_loop(unfinished, attempt, start)
     return factor, used, pivots
 
@@ -108,7 +108,7 @@ def _factorize_jvp(primals, tangents):
 
 
 @jax.jit
-def cholesky_solve(factor, b) -> jax.Array:
+def cholesky_solve(factor: ArrayLike, b: ArrayLike) -> jax.Array:
     """Solves `L Lᴴ x = b` for the lower triangular factor L that `cholesky` returns.
 
     Args:
@@ -133,7 +133,7 @@ def cholesky_solve(factor, b) -> jax.Array:
     return triangular_solve(jnp.conj(factor), half, lower=True, transpose=True)
 
 
-def damped_inverse(a, damping) -> tuple[jax.Array, jax.Array, jax.Array]:
+def damped_inverse(a: jax.Array, damping: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns (a + d I)⁻¹ of Hermitian [*batch, n, n], d, and a bound below the condition number.
 
     The factorisation is that of `cholesky`, which raises the `damping` d [*batch] where it must.
@@ -169,7 +169,15 @@ _damped_inverse = lapack.in_small_calls(
 
 
 @functools.partial(jax.jit, static_argnames=("lower", "transpose", "side"))
-def triangular_solve(t, b, *, lower, transpose=False, side="left", zero_pivot=None) -> jax.Array:
+def triangular_solve(
+    t: ArrayLike,
+    b: ArrayLike,
+    *,
+    lower: bool,
+    transpose: bool = False,
+    side: Side = "left",
+    zero_pivot: Number | None = None,
+) -> jax.Array:
     """Solves `op(t) x = b` (side "left") or `x op(t) = b` (side "right") for a triangular matrix t.
 
     Args:
@@ -178,10 +186,10 @@ def triangular_solve(t, b, *, lower, transpose=False, side="left", zero_pivot=No
         n, k] on the left, [*batch, k, n] on the right. The batch axes of `t` and `b` may broadcast;
         float32 at least is computed and returned.
       lower: whether t is lower triangular.
-      transpose: whether op(t) is the (unconjugated) transpose of t.
-      side: "left" or "right".
-      zero_pivot: None, or a number: an entry of x is zero where its pivot's magnitude is at most
-        this.
+      transpose: whether op(t) is the (unconjugated) transpose of t, and not t, the default.
+      side: "left" (the default) or "right".
+      zero_pivot: None (the default), or a number: an entry of x is zero where the magnitude of its
+        pivot is at most this number.
 
     Returns:
       The solution x, of the shape of `b`.
@@ -198,27 +206,24 @@ def triangular_solve(t, b, *, lower, transpose=False, side="left", zero_pivot=No
     """
     t, b = widen(t), widen(b)
     require_square("triangular_solve", t)
-    if side not in ("left", "right"):
-        raise ValueError(f"triangular_solve: unknown side={side!r}; expected 'left' or 'right'.")
+    require_choice("triangular_solve", "side", side, SIDES)
     left, given, n = side == "left", b.shape, t.shape[-1]
-    across = -1 if left else -2
+    along, across = (-2, -1) if left else (-1, -2)
     if vector := b.ndim == t.ndim - 1:
         b = jnp.expand_dims(b, across)
-    if b.ndim < 2 or b.shape[-3 - across] != n or not _broadcasts(t.shape[:-2], b.shape[:-2]):
+    if b.ndim < 2 or b.shape[along] != n or not _broadcasts(t.shape[:-2], b.shape[:-2]):
         wanted = "[..., n, k]" if left else "[..., k, n]"
         raise ValueError(
-            f"triangular_solve: b of shape {given} does not fit t of shape {t.shape}; expected [..., n] or {wanted}."
+            f"triangular_solve: b of shape {given} does not fit t of shape {t.shape}; expected "
+            f"[..., n] or {wanted}."
         )
-    dtype, batch = (
-        jnp.promote_types(t.dtype, b.dtype),
-        jnp.broadcast_shapes(t.shape[:-2], b.shape[:-2]),
-    )
+    dtype = jnp.promote_types(t.dtype, b.dtype)
+    batch = jnp.broadcast_shapes(t.shape[:-2], b.shape[:-2])
     if zero_pivot is not None:
-        # an equation x_i = 0 in place of the pivot's own
+        # The equation of such a pivot becomes x_i = 0.
         dead = jnp.abs(jnp.diagonal(t, axis1=-2, axis2=-1)) <= zero_pivot
-        t = jnp.where(
-            jnp.expand_dims(dead, -2 if left == transpose else -1), jnp.eye(n, dtype=t.dtype), t
-        )
+        equations = jnp.expand_dims(dead, -2 if left == transpose else -1)
+        t = jnp.where(equations, jnp.eye(n, dtype=t.dtype), t)
         b = jnp.where(jnp.expand_dims(dead, across), 0, b)
     t, b = (jnp.broadcast_to(x, batch + x.shape[-2:]).astype(dtype) for x in (t, b))
     x = lapack.triangular_solve(t, b, left_side=left, lower=lower, transpose_a=transpose)
@@ -228,5 +233,5 @@ def triangular_solve(t, b, *, lower, transpose=False, side="left", zero_pivot=No
 def _broadcasts(*shapes) -> bool:
     return all(
         1 in sizes or len(set(sizes)) == 1
-        for sizes in zip(*(s[::-1] for s in shapes), strict=False)
+        for sizes in zip(*(shape[::-1] for shape in shapes), strict=False)
     )

@@ -1,24 +1,29 @@
 """Conjugate gradients."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optax_curv.linalg._checks import widen
+from optax_curv.linalg._compiler import FULL
+from optax_curv.typing import MatVec, Number, Tree
 
 LONGEST_WINDOW = 128  # of the progress rule, reached at 1280 iterations
 MERIT_RATIO = 1.3  # of successive iterates whose merit is taken (Martens 2010, §4.6)
 
 
 class ConjugateGradientInfo(NamedTuple):
-    """How a solve ended.
+    """Figures of a solve by conjugate gradients.
 
     Attributes:
-      iterations: iterations done, one product with the operator each (and one for `x0`), int32 [].
-      residual_norm: norm of the last iterate's recursive residual, float [].
-      returned: number of the iterate returned; the last one unless `merit` chose, int32 [].
+      iterations: number of iterations, each with one product with the operator (`x0` takes one
+        more), int32 [].
+      residual_norm: norm of the residual r of the last iterate, float [].
+      returned: number of the iterate that is the solution, the last one unless `merit` chose
+        another, int32 [].
     """
 
     iterations: jax.Array
@@ -27,20 +32,20 @@ class ConjugateGradientInfo(NamedTuple):
 
 
 def conjugate_gradient(
-    matvec,
-    b,
+    matvec: MatVec,
+    b: Tree,
     *,
-    x0=None,
-    max_iters,
-    tol=0.0,
-    atol=0.0,
-    preconditioner=None,
-    floor=0.0,
-    min_progress=None,
-    merit=None,
+    x0: Tree | None = None,
+    max_iters: Number,
+    tol: Number = 0.0,
+    atol: Number = 0.0,
+    preconditioner: MatVec | None = None,
+    floor: Number = 0.0,
+    min_progress: Number | None = None,
+    merit: Callable[[Any], jax.Array] | None = None,
     keep_finite: bool = False,
-):
-    r"""Solves `A x = b` for a Hermitian positive definite operator by conjugate gradients.
+) -> tuple[Any, ConjugateGradientInfo]:
+    """Solves `A x = b` for a Hermitian positive definite operator by conjugate gradients.
 
     Each iteration is
 
@@ -50,36 +55,38 @@ def conjugate_gradient(
     It stops when `‖r‖ ≤ max(tol ‖b‖, atol)`, or after `max_iters`.
 
     With `floor` above zero both denominators are `max(floor, ·)` and the test `‖r‖ < max(tol ‖b‖,
-    atol)` comes after the update, so at least one iteration is done: the original branch natural
-    gradient (floor 1e-12, atol 1e-6), whose step is not invariant to the scale of b.
+    atol)` comes after the update, so at least one iteration is done: this is the original branch
+    natural gradient (floor 1e-12, atol 1e-6), whose step is not invariant to the scale of b.
 
-    Derivatives in `b` and in what `matvec` closes over are those of the equation: exact once
-    converged. Norms do not overflow or underflow for any `b`. Under `jax.vmap` a lane that is done
-    keeps its solution.
+    Derivatives in `b` and in what `matvec` closes over are those of the equation, and exact once
+    the solve has converged. Norms do not overflow or underflow for any `b`. Under `jax.vmap` a lane
+    that has stopped keeps its solution.
 
     Two rules are for solves far from convergence, of the minimum of φ(x) = ½⟨x, A x⟩ - ⟨b, x⟩. With
-    `min_progress` ε it also stops at an iteration i > k where
+    `min_progress` ε the solve also stops at an iteration i > k where
 
         φ(x_i) < 0   and   (φ(x_i) - φ(x_{i-k})) / φ(x_i) < k ε,   k = max(10, i / 10).
 
-    With `merit`, for one more copy of x, the iterate of least merit is returned, among the last and
-    1, 2, 3, 4, 6, 8, 11, …, each 1.3 times the one before.
+    With `merit`, at the cost of one more copy of x, the solution is the iterate of least merit
+    among the last one and numbers 1, 2, 3, 4, 6, 8, 11, …, each 1.3 times the one before.
 
     Args:
-      matvec: function from pytrees like `b`, in float32 at least as all arithmetic, to the same.
+      matvec: function v ↦ A v from a pytree like `b`, in float32 at least as all arithmetic is, to
+        such a pytree.
       b: pytree of arrays, real or complex.
-      x0: pytree like `b` to start from; None: zero.
-      max_iters: most iterations; a number, array or tracer, like the three below.
-      tol: relative tolerance.
-      atol: absolute tolerance.
+      x0: pytree like `b` to start from; None (the default) starts from zero.
+      max_iters: most iterations, a number, array or tracer as `tol`, `atol` and `floor` are.
+      tol: relative tolerance; zero by default.
+      atol: absolute tolerance; zero by default.
       preconditioner: function `r ↦ M r` for a Hermitian positive definite M that approximates A⁻¹;
-        None: the identity.
-      floor: smallest denominator; see above.
-      min_progress: ε, a number or tracer, 5e-4 in the paper; None: no such rule.
-      merit: function from pytrees like `b` to a number; a NaN counts as the worst. None: the last
-        iterate is returned.
-      keep_finite: whether an iteration whose residual is not finite is not taken: then only
-        `residual_norm` shows NaNs in `b` or `matvec`, and else the solution too.
+        None (the default) is the identity.
+      floor: smallest denominator, see above; zero, the default, leaves them alone.
+      min_progress: ε, a number or tracer, 5e-4 in the paper; None (the default) omits this rule.
+      merit: function from pytrees like `b` to a number, of which a NaN counts as the worst; None
+        (the default) returns the last iterate.
+      keep_finite: whether an iteration whose residual is not finite leaves the solution as it was;
+        then only `residual_norm` shows that `b` or `matvec` was not finite. By default the solution
+        shows it, too.
 
     Returns:
       The solution, with the structure, shapes and float types of `b`, and a
@@ -92,7 +99,8 @@ def conjugate_gradient(
     Examples:
       >>> import jax.numpy as jnp
       >>> from optax_curv import linalg
-      >>> x, info = linalg.conjugate_gradient(lambda v: 2 * v, jnp.array([2.0, 4.0]), max_iters=5, tol=1e-6)
+      >>> b = jnp.array([2.0, 4.0])
+      >>> x, info = linalg.conjugate_gradient(lambda v: 2 * v, b, max_iters=5, tol=1e-6)
       >>> x.tolist(), int(info.iterations)
       ([1.0, 2.0], 1)
 
@@ -121,33 +129,49 @@ def conjugate_gradient(
 
     is_complex = any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(b))
     backward = transpose_solve if is_complex else None
-    linear_solve: Any = (
-        jax.lax.custom_linear_solve
-    )  # of which checkers of types think that it never returns
+    linear_solve: Any = jax.lax.custom_linear_solve  # pyright takes it for never returning
     x, info = linear_solve(operator, b, solve, backward, symmetric=not is_complex, has_aux=True)
     return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), x, dtypes), info
 
 
 class _Search(NamedTuple):
-    """The state of an iteration."""
+    """The state of the iteration.
+
+    Attributes:
+      x: the iterate.
+      r: its residual.
+      p: the direction of search.
+      rz: ⟨r, z⟩.
+      norm: ‖r‖.
+      done: number of iterations.
+      values: φ of the last iterates, by their number modulo `LONGEST_WINDOW`, or None.
+      best: the iterate of least merit as a `_Best`, or None.
+    """
 
     x: Any
     r: Any
     p: Any
-    rz: jax.Array  # ⟨r, z⟩
-    norm: jax.Array  # ‖r‖
+    rz: jax.Array
+    norm: jax.Array
     done: jax.Array
-    values: jax.Array | None  # the last of φ, by the iteration modulo their number
+    values: jax.Array | None
     best: Any
 
 
 class _Best(NamedTuple):
-    """The iterate of least merit so far."""
+    """The iterate of least merit so far.
+
+    Attributes:
+      x: the iterate.
+      merit: its merit.
+      number: its number.
+      following: number of the next iterate whose merit is computed.
+    """
 
     x: Any
     merit: jax.Array
     number: jax.Array
-    following: jax.Array  # the next that is tried
+    following: jax.Array
 
 
 def _iterate(operator, precondition, b, x, limits, merit, keep_finite):
@@ -168,7 +192,7 @@ def _iterate(operator, precondition, b, x, limits, merit, keep_finite):
         return numerator / jnp.where(denominator == 0, jnp.inf, denominator)
 
     def unfinished(search):
-        # a residual that is not finite runs one iteration, which carries it into the solution
+        # A first residual that is not finite runs one iteration, which makes the solution NaN, too.
         first = (search.done == 0) & (guarded | ~jnp.isfinite(search.norm))
         above = jnp.where(guarded, search.norm >= threshold, search.norm > threshold)
         if min_progress is not None:
@@ -214,7 +238,7 @@ def _iterate(operator, precondition, b, x, limits, merit, keep_finite):
     start = _Search(x, r, z, _dot(r, z), jnp.sqrt(_dot(r, r)), zero, values, best)
     search = jax.lax.while_loop(unfinished, iterate, start)
     x, number = search.x, search.done
-    if best is not None:  # the last is tried too
+    if best is not None:  # the merit of the last iterate is computed in any case
         last = search.best._replace(following=jnp.maximum(number, 1))
         x, _, chosen, _ = tried(last, x)
         number = jnp.minimum(chosen, number)
@@ -229,18 +253,15 @@ def _stalled(values, done, min_progress):
 
 
 def _power_of_two(largest):
-    """A power of two near `largest`, 1 for zero or what is not finite; dividing by it changes no digit."""
-    limit = (
-        -jnp.finfo(largest.dtype).minexp - 1
-    )  # neither the power nor its inverse leaves the normal numbers
+    """A power of two near `largest`, by which to divide without rounding; 1 where there is none."""
+    # Neither the power nor its inverse leaves the normal numbers.
+    limit = -jnp.finfo(largest.dtype).minexp - 1
     exponent = jnp.where(jnp.isfinite(largest), jnp.frexp(largest)[1], 0)
     return jnp.ldexp(jnp.ones_like(largest), jnp.clip(exponent, -limit, limit))
 
 
 def _dot(x, y):
-    products = jax.tree.map(
-        lambda a, b: jnp.vdot(a, b, precision=jax.lax.Precision.HIGHEST).real, x, y
-    )
+    products = jax.tree.map(lambda a, b: jnp.vdot(a, b, precision=FULL).real, x, y)
     return functools.reduce(jnp.add, jax.tree.leaves(products), jnp.float32(0))
 
 
@@ -253,11 +274,10 @@ def _plus(x, factor, y):
 
 
 def _like(what, tree, b):
-    """`tree` in the float types of `b`, whose structure and shapes it must have."""
+    """Returns `tree` in the float types of `b`, whose structure and shapes it must have."""
     given, expected = (jax.tree.map(jnp.shape, x) for x in (tree, b))
-    if jax.tree.structure(tree) != jax.tree.structure(b) or jax.tree.leaves(
-        given
-    ) != jax.tree.leaves(expected):
+    same_structure = jax.tree.structure(tree) == jax.tree.structure(b)
+    if not same_structure or jax.tree.leaves(given) != jax.tree.leaves(expected):
         raise ValueError(
             f"conjugate_gradient: {what} has shapes {given}, but b has shapes {expected}."
         )

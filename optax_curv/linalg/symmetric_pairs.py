@@ -1,8 +1,4 @@
-"""Two Hermitian matrices in little more than the place of one, as a factor and its inverse or root are kept.
-
-Of a pair [*stack, d, d + 1] the first has the lower triangle and its diagonal, the second what is
-above it.
-"""
+"""Functions on the packed arrays of `linalg.factors.SymmetricPair`, which replaces them."""
 
 import jax
 import jax.numpy as jnp
