@@ -1,4 +1,4 @@
-"""What every kernel asks of its arrays: a float type that is wide enough, and shapes that fit."""
+"""Checks of every kernel's arguments: a float type that is wide enough, and shapes that fit."""
 
 from collections.abc import Sequence
 

@@ -220,11 +220,13 @@ def _svd_jvp(primals, tangents):
     return found, type(found)(u_dot, s_dot, v_dot.mT.conj())
 
 
+# Within a kernel that is itself called for few matrices at a time, these may be called as they are.
+plain_cholesky = functools.partial(jax.lax.linalg.cholesky, symmetrize_input=False)
+plain_triangular_solve = jax.lax.linalg.triangular_solve
+
 # Each takes one array [*batch, m, n]. `cholesky` and `eigh` read one triangle, `qr` and `svd` are
 # the reduced ones, and `qr_triangle` is R alone.
-cholesky = in_small_calls(
-    functools.partial(jax.lax.linalg.cholesky, symmetrize_input=False), _cholesky_jvp
-)
+cholesky = in_small_calls(plain_cholesky, _cholesky_jvp)
 eigh = in_small_calls(functools.partial(jnp.linalg.eigh, symmetrize_input=False), _eigh_jvp)
 qr = in_small_calls(jnp.linalg.qr, _qr_jvp)
 qr_triangle = in_small_calls(functools.partial(jnp.linalg.qr, mode="r"), _qr_triangle_jvp)

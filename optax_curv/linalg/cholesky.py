@@ -156,11 +156,10 @@ def _derivable_attempts(a, damping):
     return factor, used, jnp.diagonal(factor, axis1=-2, axis2=-1).real
 
 
-_plain_cholesky = functools.partial(jax.lax.linalg.cholesky, symmetrize_input=False)
 _plain_inverse = functools.partial(
     _inverse_by,
-    functools.partial(_attempts, _plain_cholesky),
-    jax.lax.linalg.triangular_solve,
+    functools.partial(_attempts, lapack.plain_cholesky),
+    lapack.plain_triangular_solve,
 )
 _derivable_inverse = functools.partial(_inverse_by, _derivable_attempts, lapack.triangular_solve)
 _damped_inverse = lapack.in_small_calls(

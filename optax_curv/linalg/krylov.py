@@ -178,10 +178,8 @@ def _iterate(operator, precondition, b, x, limits, merit, keep_finite):
     max_iters, tol, atol, floor, min_progress = limits
     leaves = jax.tree.leaves(b)
     real = jnp.finfo(jnp.result_type(jnp.float32, *leaves)).dtype
-    initial = jnp.zeros((), real)
-    scale = _power_of_two(
-        functools.reduce(jnp.maximum, (jnp.max(jnp.abs(x), initial=0) for x in leaves), initial)
-    )
+    sizes = (jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves)
+    scale = _power_of_two(functools.reduce(jnp.maximum, sizes, jnp.zeros((), real)))
     b = _times(1 / scale, b)
     threshold = jnp.maximum(tol * jnp.sqrt(_dot(b, b)), atol / scale).astype(real)
     floor = jnp.asarray(floor, real)
@@ -219,30 +217,44 @@ def _iterate(operator, precondition, b, x, limits, merit, keep_finite):
         return _Search(x, r, p, rz, norm, done, values, best)
 
     def tried(best, x):
-        number, value = best.following, jnp.asarray(merit(_times(scale, x)), real)
-        better = (value < best.merit) | (number == 1)
-        following = jnp.maximum(number + 1, jnp.ceil(MERIT_RATIO * number).astype(number.dtype))
-        chosen = jax.tree.map(lambda new, old: jnp.where(better, new, old), x, best.x)
-        value = jnp.where(better, jnp.where(jnp.isnan(value), jnp.inf, value), best.merit)
-        return _Best(chosen, value, jnp.where(better, number, best.number), following)
+        return _better(best, x, jnp.asarray(merit(_times(scale, x)), real))
 
-    if x is None:
-        x, r = jax.tree.map(jnp.zeros_like, b), b
-    else:
-        x = _times(1 / scale, x)
-        r = _plus(b, -1.0, operator(x))
-        initial = -(_dot(x, b) + _dot(x, r)) / 2
-    values = None if min_progress is None else jnp.zeros(LONGEST_WINDOW, real).at[0].set(initial)
-    z, zero = precondition(r), jnp.int32(0)
-    best = None if merit is None else _Best(x, jnp.asarray(jnp.inf, real), zero, jnp.int32(1))
-    start = _Search(x, r, z, _dot(r, z), jnp.sqrt(_dot(r, r)), zero, values, best)
+    x = None if x is None else _times(1 / scale, x)
+    start = _start(operator, precondition, b, x, min_progress is not None, merit is not None)
     search = jax.lax.while_loop(unfinished, iterate, start)
     x, number = search.x, search.done
-    if best is not None:  # the merit of the last iterate is computed in any case
+    if merit is not None:  # of the last iterate in any case
         last = search.best._replace(following=jnp.maximum(number, 1))
         x, _, chosen, _ = tried(last, x)
         number = jnp.minimum(chosen, number)
     return _times(scale, x), ConjugateGradientInfo(search.done, search.norm * scale, number)
+
+
+def _start(operator, precondition, b, x, with_values, with_merit):
+    """The search before its first iteration, from x, or from zero where that is None."""
+    real = jnp.finfo(jnp.result_type(jnp.float32, *jax.tree.leaves(b))).dtype
+    values = best = None
+    if x is None:
+        x, r, initial = jax.tree.map(jnp.zeros_like, b), b, jnp.zeros((), real)
+    else:
+        r = _plus(b, -1.0, operator(x))
+        initial = -(_dot(x, b) + _dot(x, r)) / 2
+    if with_values:
+        values = jnp.zeros(LONGEST_WINDOW, real).at[0].set(initial)
+    if with_merit:
+        best = _Best(x, jnp.asarray(jnp.inf, real), jnp.int32(0), jnp.int32(1))
+    z = precondition(r)
+    return _Search(x, r, z, _dot(r, z), jnp.sqrt(_dot(r, r)), jnp.int32(0), values, best)
+
+
+def _better(best, x, merit):
+    """The better one of the best iterate so far and iterate `best.following`, which is `x`."""
+    number = best.following
+    better = (merit < best.merit) | (number == 1)
+    following = jnp.maximum(number + 1, jnp.ceil(MERIT_RATIO * number).astype(number.dtype))
+    chosen = jax.tree.map(lambda new, old: jnp.where(better, new, old), x, best.x)
+    merit = jnp.where(better, jnp.where(jnp.isnan(merit), jnp.inf, merit), best.merit)
+    return _Best(chosen, merit, jnp.where(better, number, best.number), following)
 
 
 def _stalled(values, done, min_progress):
