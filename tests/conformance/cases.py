@@ -673,3 +673,14 @@ VARIANTS = {
     ),
 }
 ALL = CASES | VARIANTS
+
+# Numbers that the program of a step does not have, by maker: {name: reason}.
+OF_GAUSS_NEWTON = {
+    "decay": "it is of K-FAC's factors, which need layers=",
+    "diagonal_power": "it is of the diagonal preconditioner, which needs diagonal=",
+}
+IGNORED: dict[str, dict[str, Reason]] = {
+    "scale_by_kron_psgd": {"eps": 'it is the floor of the normaliser of "right_triangular"'},
+    "scale_by_gauss_newton": OF_GAUSS_NEWTON,
+    "gauss_newton": OF_GAUSS_NEWTON,
+}

@@ -228,6 +228,34 @@ def test_every_numeric_argument_can_be_injected(name):
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
 
 
+@pytest.mark.parametrize("name", [x for x, case in ALL.items() if isinstance(case.inject, dict)])
+def test_no_number_is_ignored(name):
+    """Each number of a maker is used in the program of a first step, or says why it is not."""
+    case = ALL[name]
+    factory, needed = getattr(optax_curv, case.maker), case.inject
+    given = {
+        key: needed.get(key, parameter.default)
+        for key, parameter in inspect.signature(factory).parameters.items()
+    }
+    numbers = {
+        key: jnp.asarray(value)
+        for key, value in given.items()
+        if (type(value) in (int, float) and key not in ("key", *needed)) or key == "learning_rate"
+    }
+    params = cases.tree(0)
+
+    def step(numbers):
+        tx = factory(**needed | numbers)
+        arrays, static = extras(name), case.static()
+        return tx.update(cases.tree(1), tx.init(params), params, **arrays, **static)
+
+    jaxpr = jax.make_jaxpr(step)(numbers).jaxpr
+    used = {id(x) for equation in jaxpr.eqns for x in equation.invars}
+    names = sorted(numbers)  # in the order of the leaves
+    ignored = {key for key, x in zip(names, jaxpr.invars, strict=True) if id(x) not in used}
+    assert ignored <= set(cases.IGNORED.get(case.maker, ()))
+
+
 def test_every_maker_is_injected_or_has_a_reason():
     tried = {case.maker for case in ALL.values() if isinstance(case.inject, dict)}
     reasons = {case.maker for case in cases.CASES.values() if case.inject == cases.NO_NUMBERS}
