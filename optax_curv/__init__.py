@@ -17,14 +17,6 @@ from optax_curv.layers import Layer as Layer
 from optax_curv.layers import Layers as Layers
 from optax_curv.objective import Likelihood as Likelihood
 from optax_curv.objective import Objective as Objective
-from optax_curv.preconditioners._layerwise.kronecker_factors import (
-    LayerDiagnostics as LayerDiagnostics,
-)
-from optax_curv.preconditioners._layerwise.kronecker_factors import init_factors as init_factors
-from optax_curv.preconditioners._layerwise.kronecker_factors import (
-    natural_gradient as natural_gradient,
-)
-from optax_curv.preconditioners._layerwise.kronecker_factors import update_factors as update_factors
 from optax_curv.preconditioners.adam_in_basis import (
     ScaleByAdamInBasisState as ScaleByAdamInBasisState,
 )
@@ -61,6 +53,7 @@ from optax_curv.preconditioners.gauss_newton import (
 )
 from optax_curv.preconditioners.gauss_newton import gauss_newton as gauss_newton
 from optax_curv.preconditioners.gauss_newton import scale_by_gauss_newton as scale_by_gauss_newton
+from optax_curv.preconditioners.kfac import LayerDiagnostics as LayerDiagnostics
 from optax_curv.preconditioners.kfac import ScaleByKFACState as ScaleByKFACState
 from optax_curv.preconditioners.kfac import kfac as kfac
 from optax_curv.preconditioners.kfac import layer_diagnostics as layer_diagnostics
@@ -69,6 +62,9 @@ from optax_curv.preconditioners.kron_psgd import ScaleByKronPsgdState as ScaleBy
 from optax_curv.preconditioners.kron_psgd import flat_then_decay as flat_then_decay
 from optax_curv.preconditioners.kron_psgd import kron_psgd as kron_psgd
 from optax_curv.preconditioners.kron_psgd import scale_by_kron_psgd as scale_by_kron_psgd
+from optax_curv.preconditioners.layer_factors import init_factors as init_factors
+from optax_curv.preconditioners.layer_factors import natural_gradient as natural_gradient
+from optax_curv.preconditioners.layer_factors import update_factors as update_factors
 from optax_curv.preconditioners.matrix_axes import LeafAxes as LeafAxes
 from optax_curv.preconditioners.matrix_axes import MatrixAxes as MatrixAxes
 from optax_curv.preconditioners.matrix_axes import matrix_axes as matrix_axes

@@ -1,5 +1,6 @@
 """Adam in the eigenbasis of K-FAC's factors."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -8,85 +9,189 @@ import optax
 
 from optax_curv.curvature import KroneckerFactors
 from optax_curv.layers import Layers
-from optax_curv.preconditioners import ekfac
-from optax_curv.preconditioners._axes import axis_factors
-from optax_curv.preconditioners._layerwise.layerwise import averaged, layerwise, zero_factors
-from optax_curv.preconditioners._transformation import contracts
-
-METHOD = "scale_by_adam_in_basis"
+from optax_curv.preconditioners._layerwise.bases import (
+    Bases,
+    Eigenbasis,
+    bases_of,
+    carried,
+    divided_in_bases,
+    each,
+    eigenbasis_by_layer,
+    identity_bases,
+    into_bases,
+)
+from optax_curv.preconditioners._layerwise.factors import (
+    LayerFactors,
+    kronecker_factors,
+    spectra_of,
+)
+from optax_curv.preconditioners._layerwise.rule import LayerRule, fallback_of
+from optax_curv.preconditioners._transformation import averages
+from optax_curv.preconditioners._transformation.numbers import require_numbers
+from optax_curv.preconditioners._transformation.transformation import (
+    Step,
+    counters,
+    transformation,
+)
+from optax_curv.typing import Number, Schedulable, Sharding
 
 
 class ScaleByAdamInBasisState(NamedTuple):
-    """State of `scale_by_adam_in_basis`.
+    """State of `scale_by_adam_in_basis`; layers of equal shapes share a stack of N matrices.
 
     Attributes:
       count: steps taken, int32 [].
-      factors: running averages, `KroneckerFactors` by layer.
-      basis: `Eigenbasis` by layer, identities before the first step.
-      momentum: average gradient by layer as a matrix, float [*stack, rows, out].
-      moments: average square of the gradient in the basis by layer, float [*stack, rows, out].
+      stacks: by stack the averaged factors.
+      bases: by stack their eigenvectors, identities before the first step.
+      momentum: by stack the average gradient, float [N, rows, out].
+      moments: by stack the average square of the gradient in the basis, float [N, rows, out].
       fallback: state of the transformation for uncovered leaves.
       total_notfinite: steps skipped, int32 [].
     """
 
-    count: jax.Array  # type: ignore[override]
-    factors: dict[str, KroneckerFactors]
-    basis: dict[str, ekfac.Eigenbasis]
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    stacks: dict[str, LayerFactors]
+    bases: dict[str, Bases]
     momentum: dict[str, jax.Array]
     moments: dict[str, jax.Array]
-    fallback: optax.OptState
+    fallback: Any
     total_notfinite: jax.Array
+
+    @property
+    def factors(self) -> dict[str, KroneckerFactors]:
+        """The running averages by layer."""
+        return kronecker_factors(self.stacks)
+
+    @property
+    def basis(self) -> dict[str, Eigenbasis]:
+        """The eigenvectors by layer."""
+        return eigenbasis_by_layer(self.bases)
+
+    def spectra(self) -> dict[str, dict[str, jax.Array]]:
+        """The factors that diagnostics read, by stack and side."""
+        return spectra_of(self.stacks)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _AdamInBasis(LayerRule):
+    """Adam in a basis; `scale_by_adam_in_basis` documents the options."""
+
+    guarded = ("stacks", "bases", "momentum", "moments")  # whose averages have weight zero
+
+    b1: Schedulable
+    b2: Schedulable
+    eps: Number
+    basis_every: Number
+
+    def check_options(self):
+        """Refuses options that cannot be, by name."""
+        betas: dict[str, Any] = {"b1": self.b1, "b2": self.b2}
+        require_numbers(self.method, **betas, at_least=0, at_most=1, schedule=True)
+        require_numbers(self.method, eps=self.eps, at_least=0)
+        periods: dict[str, Any] = {"update_every": self.update_every, "basis_every": self.basis_every}
+        require_numbers(self.method, **periods, at_least=1)
+        self.check_layers()
+
+    def init_layers(self, view):
+        """Zeros, and bases that are the identity: the first statistics set everything."""
+        structs = {name: view[name].struct for name in view.layers}
+        return ScaleByAdamInBasisState(
+            **counters(),
+            stacks=view.zero_factors(),
+            bases=identity_bases(self.method, view),
+            momentum={name: jnp.zeros(x.shape, x.dtype) for name, x in structs.items()},
+            moments={name: jnp.zeros(x.shape, x.dtype) for name, x in structs.items()},
+            fallback=(),
+        )
+
+    def update_layers(self, view, grads, state, sound, curvature):
+        """One step of Adam in the bases, which are renewed first where their period says so."""
+
+        def averaged():
+            factors, _, fit = self.averaged(view, state.stacks, state.count, curvature, sound)
+            return factors, fit
+
+        factors, sound = self.when_due(state, curvature, sound, averaged, (state.stacks,))
+
+        def renewed():
+            _, new = bases_of(factors, self.factor_sharding)
+            return new, each(carried, self.factor_sharding, new, state.bases, state.moments)
+
+        bases, moments = jax.lax.cond(
+            sound & averages.is_due(state.count, self.basis_every),
+            renewed,
+            lambda: (state.bases, state.moments),
+        )
+        squares = each(
+            lambda basis, x: jnp.square(into_bases(basis, x)), self.factor_sharding, bases, grads
+        )
+        first, second = (averages.weight_at(b, state.count, sound) for b in (self.b1, self.b2))
+        momentum = {
+            n: averages.averaged(state.momentum[n], first, grads[n]) for n in state.momentum
+        }
+        moments = {n: averages.averaged(x, second, squares[n]) for n, x in moments.items()}
+        scale = {n: jnp.sqrt(x) + jnp.asarray(self.eps, x.dtype) for n, x in moments.items()}
+        directions = each(divided_in_bases, self.factor_sharding, bases, scale, momentum)
+        new = state._replace(stacks=factors, bases=bases, momentum=momentum, moments=moments)
+        return Step(directions, new, sound)
 
 
 def scale_by_adam_in_basis(
     layers: Layers,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
+    b1: Schedulable = 0.9,
+    b2: Schedulable = 0.999,
     *,
-    eps=1e-8,
-    decay=0.95,
-    update_every=1,
-    basis_every=10,
-    fallback=None,
-    factor_sharding=None,
+    eps: Number = 1e-8,
+    decay: Schedulable = 0.95,
+    update_every: Number = 1,
+    basis_every: Number = 10,
+    fallback: optax.GradientTransformation | None = None,
+    factor_sharding: Sharding = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam in the eigenbasis of K-FAC's factors: SOAP with captured factors in the place of the gradients' own.
+    """Adam in the eigenbasis of K-FAC's factors.
+
+    It is SOAP with captured factors in the place of the gradients' own.
 
     With A = U_A S_A U_Aᵀ and G = U_G S_G U_Gᵀ the averages of the captured factors, each layer's
     gradient ∇ is seen as ∇' = U_Aᵀ ∇ U_G, where Adam's rule acts element by element:
 
-        m ← b1 m + (1 - b1) ∇,    v ← b2 v + (1 - b2) ∇'²,    u = U_A [(U_Aᵀ m U_G) / (√v + eps)]
-        U_Gᵀ,
+        m ← b1 m + (1 - b1) ∇,    v ← b2 v + (1 - b2) ∇'²,
+        u = U_A [(U_Aᵀ m U_G) / (√v + eps)] U_Gᵀ,
 
     m and v free of the bias of their start. EKFAC's moments are *per example*, these of the batch
     gradient, whence the scale is Adam's.
 
     Args:
-      layers: see `scale_by_kfac`.
+      layers: the layers of the loss, from `find_layers` or made by hand.
       b1: decay of the momentum, in [0, 1]; a number or a schedule.
       b2: decay of the moments, in [0, 1]; a number or a schedule.
       eps: at least 0.
-      decay: weight of the old factors, in [0, 1]; a number or a schedule.
+      decay: of the averages of A and G, in [0, 1]; a number or a schedule.
       update_every: steps between averaging statistics in.
       basis_every: steps between eigendecompositions, after each of which the moments are carried
         into the new basis, as far as their diagonal says.
-      fallback: see `scale_by_kfac`.
-      factor_sharding: see `scale_by_kfac`.
+      fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`. It
+        sees the tree of these leaves in float32 at least. None refuses them.
+      factor_sharding: None, or a `jax.sharding.NamedSharding` whose first entry names the mesh axes
+        whose devices divide factors and eigendecompositions among them.
 
     Returns:
-      A transformation whose `update` needs `curvature=`, a dict from layer name to
-      `KroneckerFactors`. With a gradient or statistic that is not finite it returns zeros and keeps
-      its state.
+      A `GradientTransformationExtraArgs` whose `update` needs `curvature=`, a dict from layer name
+      to `KroneckerFactors`. With a gradient or statistic that is not finite it returns zeros and
+      keeps its state but for `total_notfinite`.
 
     Raises:
-      ValueError: as `scale_by_kfac`, and for a layer whose leaves are masked in part.
+      ValueError: for a number out of range; in `init` and `update` for layers of another model,
+        uncovered leaves without `fallback`, a curvature that is missing or does not fit, and a
+        layer whose leaves are masked in part.
 
     Examples:
       >>> import jax.numpy as jnp, optax_curv
       >>> layer = optax_curv.Layer("dense", "dense", "['w']", None, in_dim=2, out_dim=1)
       >>> tx = optax_curv.scale_by_adam_in_basis(optax_curv.Layers([layer]))
       >>> params = {"w": jnp.zeros((2, 1))}
-      >>> statistic = optax_curv.KroneckerFactors(jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(1), jnp.int32(1))
+      >>> a, g = jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(1)
+      >>> statistic = optax_curv.KroneckerFactors(a, g, jnp.int32(1))
       >>> grads = {"w": jnp.array([[5.0], [-0.1]])}
       >>> updates, _ = tx.update(grads, tx.init(params), params, curvature={"dense": statistic})
       >>> updates["w"].ravel().round(3).tolist()
@@ -95,53 +200,17 @@ def scale_by_adam_in_basis(
     References:
       Vyas et al. 2024, arXiv:2409.11321, Algorithm 3. George et al. 2018, arXiv:1806.03884.
     """
-    contracts.require_numbers(METHOD, b1=b1, b2=b2, decay=decay, at_least=0, at_most=1)
-    contracts.require_numbers(METHOD, eps=eps, at_least=0)
-    contracts.require_numbers(
-        METHOD, update_every=update_every, basis_every=basis_every, at_least=1
+    rule = _AdamInBasis(
+        method="scale_by_adam_in_basis",
+        layers=layers,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        decay=decay,
+        update_every=update_every,
+        basis_every=basis_every,
+        fallback=fallback_of(fallback),
+        factor_sharding=factor_sharding,
     )
-
-    def init_rule(present):
-        return {
-            "factors": zero_factors(present),
-            "basis": {name: ekfac.identity_basis(METHOD, x) for name, x in present.items()},
-            "momentum": ekfac.zero_matrices(present),
-            "moments": ekfac.zero_matrices(present),
-        }
-
-    def new_basis(present, factors, state):
-        _, basis = ekfac.layer_bases(present, factors, factor_sharding)
-        return basis, ekfac.carry_moments(
-            present, state.moments, state.basis, basis, factor_sharding
-        )
-
-    def squares(u_a, u_g, matrix):
-        return jnp.square(ekfac.into_basis((u_a, u_g), matrix))
-
-    def update_rule(present, state, matrices, curvature, good):
-        factors = averaged(METHOD, present, state, curvature, decay, update_every)
-        basis, moments = jax.lax.cond(
-            state.count % basis_every == 0,
-            lambda: new_basis(present, factors, state),
-            lambda: (state.basis, state.moments),
-        )
-        new = ekfac.in_bases(squares, present, (basis,), matrices, sharding=factor_sharding)
-        momentum, scale = {}, {}
-        for name, x in present.items():
-            first, second = (
-                axis_factors.running_weight(
-                    contracts.value_at(b, state.count, x.dtype), state.count
-                )
-                for b in (b1, b2)
-            )
-            momentum[name] = state.momentum[name] + first * (matrices[name] - state.momentum[name])
-            moments[name] = moments[name] + second * (new[name] - moments[name])
-            scale[name] = jnp.sqrt(moments[name]) + eps
-        directions = ekfac.in_bases(
-            ekfac.divided_in_basis, present, (basis,), scale, momentum, sharding=factor_sharding
-        )
-        fields = {"factors": factors, "basis": basis, "momentum": momentum, "moments": moments}
-        return directions, fields, {}, good & contracts.is_squarable(curvature)
-
-    options = {"kl_clip": None, "fallback": fallback, "factor_sharding": factor_sharding}
-    return layerwise(METHOD, layers, ScaleByAdamInBasisState, init_rule, update_rule, **options)
+    rule.check_options()
+    return transformation(rule)

@@ -1,6 +1,7 @@
 """EKFAC: K-FAC's eigenbasis with the gradient's own second moments in it."""
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,51 +9,82 @@ import optax
 
 from optax_curv.curvature import KroneckerFactors
 from optax_curv.layers import Layers
-from optax_curv.linalg import _lapack as lapack
-from optax_curv.preconditioners._layerwise.layerwise import (
-    HIGHEST,
-    averaged,
-    is_silent,
-    layerwise,
-    map_grouped,
-    zero_factors,
+from optax_curv.preconditioners._layerwise.bases import (
+    Bases,
+    Eigenbasis,
+    bases_of,
+    carried,
+    divided_in_bases,
+    each,
+    eigenbasis_by_layer,
+    identity_bases,
 )
-from optax_curv.preconditioners._transformation import contracts
-
-
-class Eigenbasis(NamedTuple):
-    """Eigenvectors of a layer's factors in their columns; None where the factor is diagonal.
-
-    Attributes:
-      input_basis: U_A, float [*stack, rows, rows].
-      output_basis: U_G, float [*stack, out, out].
-    """
-
-    input_basis: jax.Array | None
-    output_basis: jax.Array | None
+from optax_curv.preconditioners._layerwise.factors import (
+    LayerFactors,
+    by_layer,
+    by_slice,
+    is_silent,
+    joined,
+    kronecker_factors,
+    spectra_of,
+)
+from optax_curv.preconditioners._layerwise.rule import LayerRule, fallback_of
+from optax_curv.preconditioners._transformation import averages
+from optax_curv.preconditioners._transformation.aliases import decayed
+from optax_curv.preconditioners._transformation.numbers import (
+    require_learning_rate,
+    require_numbers,
+    value_at,
+)
+from optax_curv.preconditioners._transformation.soundness import is_squarable
+from optax_curv.preconditioners._transformation.transformation import (
+    Step,
+    counters,
+    transformation,
+)
+from optax_curv.typing import Number, Schedulable, Sharding
 
 
 class ScaleByEKFACState(NamedTuple):
-    """State of `scale_by_ekfac`.
+    """State of `scale_by_ekfac`; layers of equal shapes share a stack of N matrices.
 
     Attributes:
       count: steps taken, int32 [].
-      factors: running averages, `KroneckerFactors` by layer.
-      basis: `Eigenbasis` by layer, identities before the first step.
-      moments: running averages of E[(U_Aᵀ a gᵀ U_G)²] by layer, float [*stack, rows, out].
+      stacks: by stack the averaged factors.
+      bases: by stack their eigenvectors, identities before the first step.
+      moments_of_stacks: by stack the averages of E[(U_Aᵀ a gᵀ U_G)²], float [N, rows, out].
       fallback: state of the transformation for uncovered leaves.
       total_notfinite: steps skipped, int32 [].
     """
 
-    count: jax.Array  # type: ignore[override]
-    factors: dict[str, KroneckerFactors]
-    basis: dict[str, Eigenbasis]
-    moments: dict[str, jax.Array]
-    fallback: optax.OptState
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    stacks: dict[str, LayerFactors]
+    bases: dict[str, Bases]
+    moments_of_stacks: dict[str, jax.Array]
+    fallback: Any
     total_notfinite: jax.Array
 
+    @property
+    def factors(self) -> dict[str, KroneckerFactors]:
+        """The running averages by layer."""
+        return kronecker_factors(self.stacks)
 
-def eigenbasis(opt_state) -> dict[str, Eigenbasis]:
+    @property
+    def basis(self) -> dict[str, Eigenbasis]:
+        """The eigenvectors by layer."""
+        return eigenbasis_by_layer(self.bases)
+
+    @property
+    def moments(self) -> dict[str, jax.Array]:
+        """The averaged moments by layer, float [*stack, rows, out]."""
+        return by_layer(self.moments_of_stacks)
+
+    def spectra(self) -> dict[str, dict[str, jax.Array]]:
+        """The factors that diagnostics read, by stack and side."""
+        return spectra_of(self.stacks)
+
+
+def eigenbasis(opt_state: Any) -> dict[str, Eigenbasis]:
     """The basis in which the next step's moments are to be measured.
 
     Args:
@@ -74,125 +106,132 @@ def eigenbasis(opt_state) -> dict[str, Eigenbasis]:
        [0. 1.]]
     """
 
-    def is_ours(x):
+    def is_ours(x: Any) -> bool:
         return isinstance(x, ScaleByEKFACState)
 
     found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(x)]
     if len(found) != 1:
         raise ValueError(
-            f"eigenbasis: expected one state of scale_by_ekfac in the optimizer's state, found {len(found)}."
+            "eigenbasis: expected one state of scale_by_ekfac in the optimizer's state, found "
+            f"{len(found)}."
         )
     return found[0].basis
 
 
-def rotate(basis, x, transpose=False):
-    """Uᵀ x (or U x) along the rows of a batch [B, m, n]; None leaves x as it is."""
-    return (
-        x if basis is None else jnp.matmul(basis.mT if transpose else basis, x, precision=HIGHEST)
-    )
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _EKFAC(LayerRule):
+    """EKFAC's mathematics; `scale_by_ekfac` documents the options."""
 
+    guarded = ("stacks", "moments_of_stacks", "bases")  # whose averages have weight zero
 
-def into_basis(basis, x):
-    """U_Aᵀ X U_G."""
-    u_a, u_g = basis
-    return rotate(u_g, rotate(u_a, x, transpose=True).mT, transpose=True).mT
+    damping: Schedulable
+    invert_every: Number
 
+    def check_options(self):
+        """Refuses options that cannot be, by name."""
+        require_numbers(self.method, damping=self.damping, at_least=0, schedule=True)
+        require_numbers(self.method, invert_every=self.invert_every, at_least=1)
+        require_numbers(self.method, update_every=self.update_every, at_least=1)
+        self.check_layers()
 
-def out_of_basis(basis, x):
-    """U_A X U_Gᵀ."""
-    u_a, u_g = basis
-    return rotate(u_g, rotate(u_a, x).mT).mT
-
-
-def zero_matrices(present) -> dict[str, jax.Array]:
-    """Zeros [*stack, rows, out] by layer."""
-    return {
-        name: jnp.zeros((*x.layer.stack, x.layer.rows_of_matrix, x.layer.out_dim), x.dtype)
-        for name, x in present.items()
-    }
-
-
-def layer_bases(present, factors, sharding):
-    """(factors' eigenvalues, `Eigenbasis`) by layer; a diagonal factor's are itself and None."""
-    stacks = {(name, side): x.layer.stack for name, x in present.items() for side in (0, 1)}
-    eigen = {key: (factors[key[0]][key[1]], None) for key in stacks}
-    full = {key: f for key, (f, _) in eigen.items() if f.ndim == len(stacks[key]) + 2}
-    eigen |= map_grouped(lapack.eigh, {key: stacks[key] for key in full}, full, sharding=sharding)
-    values = {name: (eigen[name, 0][0], eigen[name, 1][0]) for name in present}
-    return values, {name: Eigenbasis(eigen[name, 0][1], eigen[name, 1][1]) for name in present}
-
-
-def in_bases(function, present, bases, *columns, sharding):
-    """`function(u_A, u_G, …, *columns)` of every layer, with the two sides of each of the bases."""
-    stacks = {name: x.layer.stack for name, x in present.items()}
-    sides = [{name: basis[name][side] for name in present} for basis in bases for side in (0, 1)]
-    return map_grouped(function, stacks, *sides, *columns, sharding=sharding)
-
-
-def _carried(new_a, new_g, old_a, old_g, moments):
-    if new_a is not None:
-        moments = jnp.matmul(
-            jnp.square(rotate(new_a, old_a, transpose=True)), moments, precision=HIGHEST
+    def init_layers(self, view):
+        """Zeros, and bases that are the identity: the first statistics set everything."""
+        return ScaleByEKFACState(
+            **counters(),
+            stacks=view.zero_factors(),
+            bases=identity_bases(self.method, view),
+            moments_of_stacks={
+                name: jnp.zeros(view[name].struct.shape, view[name].dtype) for name in view.layers
+            },
+            fallback=(),
         )
-    if new_g is not None:
-        moments = jnp.matmul(
-            moments, jnp.square(rotate(new_g, old_g, transpose=True)).mT, precision=HIGHEST
+
+    def update_layers(self, view, grads, state, sound, curvature):
+        """One step in the bases, which are renewed where their period says so."""
+        measured = self._measured(view, curvature)
+
+        def averaged():
+            factors, weights, fit = self.averaged(
+                view, state.stacks, state.count, curvature, sound & is_squarable(measured)
+            )
+            moments = {
+                name: _moved(old, measured[name], weights[name])
+                for name, old in state.moments_of_stacks.items()
+            }
+            return factors, moments, fit
+
+        factors, moments, sound = self.when_due(
+            state, curvature, sound, averaged, (state.stacks, state.moments_of_stacks)
         )
-    return moments
-
-
-def carry_moments(present, moments, old, new, sharding):
-    """Moments in new bases, as far as a diagonal says: (R_A ∘ R_A) M (R_G ∘ R_G)ᵀ with R = U'ᵀ U."""
-    return in_bases(_carried, present, (new, old), moments, sharding=sharding)
-
-
-def _change_basis(present, factors, basis, moments, first, sharding):
-    """The factors' eigenbasis and the moments in it; in the first step s_A s_Gᵀ."""
-    values, new_basis = layer_bases(present, factors, sharding)
-    moved = carry_moments(present, moments, basis, new_basis, sharding)
-
-    def in_new_basis(name):
-        values_a, values_g = (jnp.maximum(x, 0) for x in values[name])
-        return jnp.where(first, values_a[..., :, None] * values_g[..., None, :], moved[name])
-
-    return new_basis, {name: in_new_basis(name) for name in present}
-
-
-def identity_basis(method: str, x) -> Eigenbasis:
-    """A layer's basis before any step; refuses a layer of which a leaf is masked."""
-    layer = x.layer
-    if layer.rows_of_matrix != x.whole.rows_of_matrix:
-        raise ValueError(
-            f"{method}: layer {layer.name!r} is masked in part; mask all of {x.whole.paths} or none."
+        turns = sound & averages.is_due(state.count, self.invert_every)
+        bases, moments = jax.lax.cond(
+            turns,
+            lambda: self._change_bases(factors, state.bases, moments, state.count == 0),
+            lambda: (state.bases, moments),
         )
-    sides = [
-        jnp.broadcast_to(jnp.eye(shape[-1], dtype=x.dtype), shape)
-        if len(shape) == len(layer.stack) + 2
-        else None
-        for shape in layer.factor_shapes
-    ]
-    return Eigenbasis(*sides)
+        damping = value_at(self.damping, state.count, jnp.result_type(float))
+        damped = {name: _damped(x, damping.astype(x.dtype)) for name, x in moments.items()}
+        directions = each(divided_in_bases, self.factor_sharding, bases, damped, grads)
+        new = state._replace(stacks=factors, bases=bases, moments_of_stacks=moments)
+        return Step(directions, new, sound)
+
+    def _measured(self, view, curvature):
+        """The moments of this step's statistics, by stack."""
+
+        def of_layer(x):
+            value, layer = curvature[x.whole.name], x.layer
+            shape = (*layer.stack, layer.rows_of_matrix, layer.out_dim)
+            if not hasattr(value, "moments"):
+                raise ValueError(
+                    f"{self.method}: the statistic of layer {layer.name!r} is a "
+                    f"{type(value).__name__} without moments. Make it with "
+                    'optax_curv.value_grad_and_curvature(loss_fn, statistic="eigenbasis") and pass '
+                    "basis=optax_curv.eigenbasis(opt_state) to the function."
+                )
+            if jnp.shape(value.moments) != shape:
+                raise ValueError(
+                    f"{self.method}: the moments of layer {layer.name!r} have shape "
+                    f"{jnp.shape(value.moments)}, expected {shape}."
+                )
+            return jnp.asarray(value.moments, x.dtype)
+
+        return {n: joined(layers, list(map(of_layer, layers))) for n, layers in view.layers.items()}
+
+    def _change_bases(self, factors, bases, moments, first):
+        """The factors' eigenbases and the moments in them; in the first step s_A s_Gᵀ."""
+        values, new = bases_of(factors, self.factor_sharding)
+        moved = each(carried, self.factor_sharding, new, bases, moments)
+
+        def in_new_bases(name):
+            a, g = (jnp.maximum(x, 0) for x in values[name])
+            return jnp.where(first, a[..., :, None] * g[..., None, :], moved[name])
+
+        return new, {name: in_new_bases(name) for name in moments}
 
 
-def divided_in_basis(u_a, u_g, divisor, matrix):
-    """U_A [(U_Aᵀ ∇ U_G) / divisor] U_Gᵀ, without the coordinates whose divisor is zero."""
-    inside = into_basis((u_a, u_g), matrix)
-    inside = jnp.where(divisor > 0, inside / jnp.where(divisor > 0, divisor, 1), 0)
-    return out_of_basis((u_a, u_g), inside)
+def _moved(old, new, weight):
+    """The moments with new ones averaged in, which replace those that are still zero."""
+    weight = jnp.where(is_silent(old) & (weight > 0), 1, weight)
+    return averages.averaged(old, by_slice(weight, old), new)
+
+
+def _damped(moments, damping):
+    """Moments + damping; infinite without any moments yet, as there is no reason to move then."""
+    return jnp.where(by_slice(is_silent(moments), moments), jnp.inf, moments + damping)
 
 
 def scale_by_ekfac(
     layers: Layers,
-    damping=1e-3,
+    damping: Schedulable = 1e-3,
     *,
-    decay=0.95,
-    update_every=1,
-    invert_every=1,
-    kl_clip=None,
-    fallback=None,
-    factor_sharding=None,
+    decay: Schedulable = 0.95,
+    update_every: Number = 1,
+    invert_every: Number = 1,
+    kl_clip: Number | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    factor_sharding: Sharding = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Preconditions each layer's gradient by its second moments in the eigenbasis of K-FAC's factors.
+    """Preconditions each layer's gradient by its second moments in K-FAC's eigenbasis.
 
     With A = U_A S_A U_Aᵀ, G = U_G S_G U_Gᵀ and M = E[(U_Aᵀ a gᵀ U_G)²], element by element, the
     direction is
@@ -208,34 +247,40 @@ def scale_by_ekfac(
         basis=optax_curv.eigenbasis(opt_state))
 
     Args:
-      layers: see `scale_by_kfac`.
+      layers: the layers of the loss, from `find_layers` or made by hand.
       damping: λ ≥ 0, added to the moments; a number or a schedule.
-      decay: weight of the old factors and moments, in [0, 1]; a number or a schedule.
+      decay: of the averages of A, G and M, in [0, 1]; a number or a schedule. The averages are free
+        of the bias of their start, and A and G are those of `scale_by_kfac` with the same decay.
       update_every: steps between averaging statistics in.
       invert_every: steps between eigendecompositions, after each of which the moments are carried
         into the new basis, as far as their diagonal says. Under `jax.vmap` over a hyper-parameter
         longer periods save nothing.
-      kl_clip: see `scale_by_kfac`.
-      fallback: see `scale_by_kfac`.
-      factor_sharding: see `scale_by_kfac`.
+      kl_clip: None, or c > 0: all directions are scaled by min(1, sqrt(c / Σ ⟨u, ∇⟩)), the sum over
+        all layers.
+      fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`. It
+        sees the tree of these leaves in float32 at least. None refuses them.
+      factor_sharding: None, or a `jax.sharding.NamedSharding` whose first entry names the mesh axes
+        whose devices divide factors and eigendecompositions among them.
 
     Returns:
-      A transformation whose `update` needs `curvature=`, a dict from layer name to
-      `EigenbasisMoments`. With a gradient or statistic that is not finite it returns zeros and
-      keeps its state.
+      A `GradientTransformationExtraArgs` whose `update` needs `curvature=`, a dict from layer name
+      to `EigenbasisMoments`. With a gradient or statistic that is not finite it returns zeros and
+      keeps its state but for `total_notfinite`.
 
     Raises:
-      ValueError: as `scale_by_kfac`; for a statistic without moments; and for a layer whose leaves
-        are masked in part.
+      ValueError: for a number out of range; in `init` and `update` for layers of another model,
+        uncovered leaves without `fallback`, a curvature that is missing or does not fit, a
+        statistic without moments, and a layer whose leaves are masked in part.
 
     Examples:
       >>> import jax.numpy as jnp, optax_curv
       >>> layer = optax_curv.Layer("dense", "dense", "['w']", None, in_dim=2, out_dim=1)
       >>> tx = optax_curv.scale_by_ekfac(optax_curv.Layers([layer]), damping=0.0)
       >>> params = {"w": jnp.zeros((2, 1))}
-      >>> a = jnp.diag(jnp.array([4.0, 1.0]))
-      >>> statistic = optax_curv.EigenbasisMoments(a, jnp.eye(1), jnp.int32(1), jnp.array([[4.0], [1.0]]))
-      >>> updates, _ = tx.update({"w": jnp.ones((2, 1))}, tx.init(params), params, curvature={"dense": statistic})
+      >>> a, g, moments = jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(1), jnp.array([[4.0], [1.0]])
+      >>> curvature = {"dense": optax_curv.EigenbasisMoments(a, g, jnp.int32(1), moments)}
+      >>> grads = {"w": jnp.ones((2, 1))}
+      >>> updates, _ = tx.update(grads, tx.init(params), params, curvature=curvature)
       >>> updates["w"].ravel().tolist()
       [0.25, 1.0]
 
@@ -243,100 +288,65 @@ def scale_by_ekfac(
       George et al. 2018, arXiv:1806.03884, §3 and Algorithm 1. Deviation: moments start from the
       Kronecker product, and survive a change of basis.
     """
-    method = "scale_by_ekfac"
-    contracts.require_numbers(method, damping=damping, at_least=0)
-    contracts.require_numbers(method, decay=decay, at_least=0, at_most=1)
-    contracts.require_numbers(
-        method, update_every=update_every, invert_every=invert_every, at_least=1
+    rule = _EKFAC(
+        method="scale_by_ekfac",
+        layers=layers,
+        damping=damping,
+        decay=decay,
+        update_every=update_every,
+        invert_every=invert_every,
+        kl_clip=kl_clip,
+        fallback=fallback_of(fallback),
+        factor_sharding=factor_sharding,
     )
-
-    def init_rule(present):
-        basis = {name: identity_basis(method, x) for name, x in present.items()}
-        return {"factors": zero_factors(present), "basis": basis, "moments": zero_matrices(present)}
-
-    def measured(x, value):
-        """The moments of one layer's statistic."""
-        name, shape = x.layer.name, (*x.layer.stack, x.layer.rows_of_matrix, x.layer.out_dim)
-        if not hasattr(value, "moments"):
-            raise ValueError(
-                f"{method}: the statistic of layer {name!r} is a {type(value).__name__} without moments. Make it with "
-                'optax_curv.value_grad_and_curvature(loss_fn, statistic="eigenbasis") and pass '
-                "basis=optax_curv.eigenbasis(opt_state) to the function."
-            )
-        if jnp.shape(value.moments) != shape:
-            raise ValueError(
-                f"{method}: the moments of layer {name!r} have shape {jnp.shape(value.moments)}, expected {shape}."
-            )
-        return jnp.asarray(value.moments, x.dtype)
-
-    def update_rule(present, state, matrices, curvature, good):
-        new = {name: measured(x, curvature[name]) for name, x in present.items()}
-        factors = averaged(method, present, state, curvature, decay, update_every)
-        averaging, first = state.count % update_every == 0, state.count == 0
-        moments = {}
-        for name, x in present.items():
-            old = state.moments[name]
-            weight = jnp.where(is_silent(old), 0, contracts.value_at(decay, state.count, x.dtype))
-            moments[name] = jnp.where(averaging, weight * old + (1 - weight) * new[name], old)
-        basis, moments = jax.lax.cond(
-            state.count % invert_every == 0,
-            lambda: _change_basis(present, factors, state.basis, moments, first, factor_sharding),
-            lambda: (state.basis, moments),
-        )
-        # Without any moments yet there is no reason to move a layer.
-        damped = {
-            name: jnp.where(
-                is_silent(m), jnp.inf, m + contracts.value_at(damping, state.count, m.dtype)
-            )
-            for name, m in moments.items()
-        }
-        directions = in_bases(
-            divided_in_basis, present, (basis,), damped, matrices, sharding=factor_sharding
-        )
-        fields = {"factors": factors, "basis": basis, "moments": moments}
-        return directions, fields, {}, good & contracts.is_squarable(curvature)
-
-    options = {"kl_clip": kl_clip, "fallback": fallback, "factor_sharding": factor_sharding}
-    return layerwise(method, layers, ScaleByEKFACState, init_rule, update_rule, **options)
+    rule.check_options()
+    return transformation(rule)
 
 
 def ekfac(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: Schedulable,
     layers: Layers,
-    damping=1e-3,
+    damping: Schedulable = 1e-3,
     *,
-    decay=0.95,
-    update_every=1,
-    invert_every=1,
-    kl_clip=None,
-    fallback=None,
-    factor_sharding=None,
-    momentum=0.9,
-    weight_decay=0.0,
+    decay: Schedulable = 0.95,
+    update_every: Number = 1,
+    invert_every: Number = 1,
+    kl_clip: Number | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    factor_sharding: Sharding = None,
+    momentum: Number = 0.9,
+    weight_decay: Number = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """EKFAC with decoupled weight decay, momentum and a learning rate.
 
-    A chain of `scale_by_ekfac`, `optax.add_decayed_weights`, `optax.trace` and
-    `optax.scale_by_learning_rate`.
+    With a learning rate η, and u the direction of `scale_by_ekfac` for parameters θ, the step is
+
+        m ← momentum · m + u + weight_decay · θ,    θ ← θ - η m.
 
     Args:
-      learning_rate: a number or a schedule.
-      layers: see `scale_by_ekfac`, as for all up to `factor_sharding`.
-      damping: see there.
-      decay: see there.
-      update_every: see there.
-      invert_every: see there.
-      kl_clip: see there.
-      fallback: see there.
-      factor_sharding: see there.
-      momentum: decay of the heavy ball.
-      weight_decay: added to the direction, times the parameters, before the momentum.
+      learning_rate: η, a number or a schedule.
+      layers: the layers of the loss, from `find_layers` or made by hand.
+      damping: λ ≥ 0, added to the second moments in the eigenbasis; a number or a schedule.
+      decay: of the averages of the factors and moments, in [0, 1]; a number or a schedule.
+      update_every: steps between averaging statistics in.
+      invert_every: steps between eigendecompositions of the factors, after each of which the
+        moments are carried into the new basis, as far as their diagonal says.
+      kl_clip: None, or c > 0: all directions are scaled down where the step -η u would exceed
+        Σ ⟨ηu, F ηu⟩ = c, the sum over all layers and F the damped blocks; momentum adds to that.
+      fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`. It
+        sees the tree of these leaves in float32 at least. None refuses them.
+      factor_sharding: None, or a `jax.sharding.NamedSharding` whose first entry names the mesh axes
+        whose devices divide factors and eigendecompositions among them.
+      momentum: decay of the heavy ball, a number.
+      weight_decay: decoupled, added to the direction, times the parameters, before the momentum.
+        Other than the Python number 0, `update` needs `params`.
 
     Returns:
-      A transformation whose `update` needs `curvature=`.
+      A `GradientTransformationExtraArgs` whose `update` needs `curvature=`, as `scale_by_ekfac`.
+      With a NaN or an infinity in a gradient or statistic no leaf moves.
 
     Raises:
-      ValueError: as `scale_by_ekfac`.
+      ValueError: as `scale_by_ekfac`, and for a learning rate that is none.
 
     Examples:
       >>> import jax.numpy as jnp, optax_curv
@@ -345,11 +355,22 @@ def ekfac(
       >>> state = tx.init({"w": jnp.zeros((2, 1))})
 
     References:
-      See `scale_by_ekfac`.
+      George et al. 2018, arXiv:1806.03884, §3 and Algorithm 1.
     """
-    return optax.chain(
-        contracts.handed_on(scale_by_ekfac, locals()),
-        optax.add_decayed_weights(weight_decay),
-        optax.trace(momentum),
-        optax.scale_by_learning_rate(learning_rate),
+    require_learning_rate("ekfac", learning_rate)
+    require_numbers("ekfac", momentum=momentum, weight_decay=weight_decay)
+    rule = _EKFAC(
+        method="ekfac",
+        layers=layers,
+        damping=damping,
+        decay=decay,
+        update_every=update_every,
+        invert_every=invert_every,
+        kl_clip=kl_clip,
+        step_rate=learning_rate,
+        fallback=fallback_of(fallback),
+        factor_sharding=factor_sharding,
     )
+    rule.check_options()
+    after = optax.trace(momentum), optax.scale_by_learning_rate(learning_rate)
+    return transformation(rule, *decayed(weight_decay), *after)

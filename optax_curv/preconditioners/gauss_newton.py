@@ -9,17 +9,14 @@ import optax
 
 from optax_curv import linalg
 from optax_curv.curvature import KroneckerFactors
-from optax_curv.layers import Layers, layer_leaves, layer_matrix
-from optax_curv.preconditioners._layerwise.kronecker_factors import Blocks, mean_diagonal
-from optax_curv.preconditioners._layerwise.kronecker_factors import precondition as preconditioned
-from optax_curv.preconditioners._layerwise.layerwise import (
-    LayerStacks,
-    averaged_stacks,
-    leaves_by_path,
-    match_layers,
-    read_curvature,
-    zero_stacks,
+from optax_curv.layers import Layers
+from optax_curv.preconditioners._layerwise.factors import (
+    LayerFactors,
+    kronecker_factors,
+    spectra_of,
 )
+from optax_curv.preconditioners._layerwise.preconditioner import layer_preconditioner, layer_view
+from optax_curv.preconditioners._layerwise.statistics import require_curvature
 from optax_curv.preconditioners._stacks.owners import with_sharding_types
 from optax_curv.preconditioners._transformation import contracts
 from optax_curv.preconditioners.chain_pieces import with_decay
@@ -39,7 +36,7 @@ class ScaleByGaussNewtonState(NamedTuple):
         float32 at least.
       iterations: iterations of the last step, int32 [].
       returned: number of the iterate that the last step returned, int32 [].
-      factors: running averages, a mapping from layer to `KroneckerFactors`; empty without `layers`.
+      stacks: by stack of equal layers the averaged K-FAC factors; empty without `layers`.
       total_notfinite: steps skipped, int32 [].
     """
 
@@ -47,8 +44,17 @@ class ScaleByGaussNewtonState(NamedTuple):
     start: Any
     iterations: jax.Array
     returned: jax.Array
-    factors: Mapping[str, KroneckerFactors]
+    stacks: dict[str, LayerFactors]
     total_notfinite: jax.Array
+
+    @property
+    def factors(self) -> Mapping[str, KroneckerFactors]:
+        """The running averages by layer; empty without `layers`."""
+        return kronecker_factors(self.stacks)
+
+    def spectra(self) -> dict[str, dict[str, jax.Array]]:
+        """The factors that diagnostics read, by stack and side."""
+        return spectra_of(self.stacks)
 
 
 def scale_by_gauss_newton(
@@ -139,18 +145,12 @@ def scale_by_gauss_newton(
 
     def init(params):
         contracts.require_float_leaves(method, params)
-        factors = (
-            LayerStacks((), ())
-            if layers is None
-            else zero_stacks(match_layers(method, layers, params, True))
-        )
+        stacks = {} if layers is None else layer_view(method, layers, params).zero_factors()
         # numbers of their own, as a buffer that stands twice in a state cannot be donated
         numbers = {
             name: jnp.int32(0) for name in ("count", "iterations", "returned", "total_notfinite")
         }
-        return ScaleByGaussNewtonState(
-            start=contracts.wide_zeros(params), factors=factors, **numbers
-        )
+        return ScaleByGaussNewtonState(start=contracts.wide_zeros(params), stacks=stacks, **numbers)
 
     def update(updates, state, params=None, *, diagonal=None, curvature=None, **extra_args):
         if params is not None:
@@ -159,12 +159,13 @@ def scale_by_gauss_newton(
         lam = contracts.value_at(
             damping, state.count, jnp.result_type(jnp.float32, *jax.tree.leaves(state.start))
         )
-        factors, fit, preconditioner = state.factors, True, None
+        stacks, fit, preconditioner = state.stacks, True, None
         if layers is not None:
             if diagonal is not None:
                 raise ValueError(f"{method}: got diagonal= beside layers; give one or the other.")
-            factors, fit, preconditioner = _layer_preconditioner(
-                method, layers, updates, state, curvature, decay, lam
+            given = require_curvature(method, layers, curvature)
+            stacks, fit, preconditioner = layer_preconditioner(
+                layer_view(method, layers, updates), state.stacks, state.count, given, decay, lam
             )
         elif diagonal is not None:
             contracts.require_same_leaves(method, "diagonal", diagonal, "updates", updates)
@@ -212,7 +213,7 @@ def scale_by_gauss_newton(
             count=optax.safe_increment(state.count),
             iterations=info.iterations,
             returned=info.returned,
-            factors=factors,
+            stacks=stacks,
         )
         new_updates, new_state = contracts.skip_unless(good, new_updates, new, old)
         return new_updates, new_state._replace(start=start)
@@ -262,51 +263,6 @@ def _merit(method, params, given):
 
 def _times(scale):
     return lambda r: jax.tree.map(lambda s, x: s.astype(x.dtype) * x, scale, r)
-
-
-def _layer_preconditioner(method, layers, updates, state, curvature, decay, damping):
-    """The averaged factors, whether what entered is sound, and K-FAC's inverse of them as a function of a tree."""
-    present = match_layers(method, layers, updates, True)
-    factors, sound = averaged_stacks(
-        method,
-        present,
-        state.factors,
-        state.count,
-        read_curvature(method, layers, curvature),
-        decay,
-        True,
-    )
-    inverses, _ = Blocks(present, factors, damping, "pi").invert("cholesky")
-    covered = {path for x in present.values() for path in x.layer.paths}
-    mean = _mean_eigenvalue(factors) + damping
-
-    def precondition(r):
-        leaves = leaves_by_path(r)
-        matrices = {
-            name: layer_matrix(x.layer, leaves).astype(x.dtype) for name, x in present.items()
-        }
-        directions = preconditioned(inverses, LayerStacks.of(factors.layout, matrices))
-        solved = {path: leaf for path, leaf in leaves.items() if path in covered}
-        for name, x in present.items():
-            solved |= layer_leaves(x.layer, directions[name], leaves)
-        return jax.tree.map_with_path(
-            lambda path, leaf: solved.get(
-                jax.tree_util.keystr(path), leaf / mean.astype(leaf.dtype)
-            ),
-            r,
-        )
-
-    return factors, sound, precondition
-
-
-def _mean_eigenvalue(factors):
-    """tr(F) / dim over the Kronecker blocks of all layers: []."""
-    total, size = jnp.float32(0), 0
-    for a, g, _ in factors.groups:
-        mean_a, mean_g = (mean_diagonal(f, f.ndim == 3) for f in (a, g))
-        block = a.shape[-1] * g.shape[-1]
-        total, size = total + block * jnp.sum(mean_a * mean_g), size + block * mean_a.size
-    return total / max(size, 1)
 
 
 def gauss_newton(

@@ -1,37 +1,62 @@
 """K-FAC: natural gradient with one Kronecker-factored Fisher block for each layer."""
 
+import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_curv.curvature import FactorRows, KroneckerFactors
-from optax_curv.layers import Layers
-from optax_curv.linalg import symmetric_pairs
-from optax_curv.preconditioners._layerwise.kronecker_factors import (
-    RULES,
+from optax_curv.curvature import KroneckerFactors
+from optax_curv.layers import Layers, aligned
+from optax_curv.preconditioners._layerwise import pairs
+from optax_curv.preconditioners._layerwise.blocks import (
     Blocks,
     KroneckerInverse,
     LayerDiagnostics,
-    held_to_rows,
     precondition,
+    zero_diagnostics,
 )
-from optax_curv.preconditioners._layerwise.layerwise import (
-    LayerStacks,
-    averaged_stacks,
-    layerwise,
-    zero_stacks,
+from optax_curv.preconditioners._layerwise.factors import (
+    array_of,
+    by_layer,
+    kronecker_factors,
+    names_in_order,
+    spectra_of,
 )
-from optax_curv.preconditioners._transformation import contracts
+from optax_curv.preconditioners._layerwise.rows import held_to_rows
+from optax_curv.preconditioners._layerwise.rule import LayerRule, fallback_of
+from optax_curv.preconditioners._layerwise.statistics import has_rows
+from optax_curv.preconditioners._transformation.aliases import decayed
+from optax_curv.preconditioners._transformation.averages import is_due
+from optax_curv.preconditioners._transformation.numbers import (
+    is_python_number,
+    require_choice,
+    require_learning_rate,
+    require_numbers,
+    value_at,
+)
+from optax_curv.preconditioners._transformation.transformation import (
+    Step,
+    counters,
+    transformation,
+)
 from optax_curv.preconditioners.quadratic_model import (
     adapt_damping,
     refuse_weight_decay,
     scale_by_quadratic_model,
 )
+from optax_curv.typing import (
+    DAMPING_RULES,
+    INVERSES,
+    DampingRule,
+    Inverse,
+    Number,
+    Schedulable,
+    Sharding,
+)
 
-INVERSES = ("cholesky", "eigh", "cg")
 # A direction that its layer's current quadratic model finds this much too long or too short means
 # stale inverses.
 STALE_RATIO = 2.0
@@ -41,111 +66,158 @@ ADAPTIVE_SHARE = 0.03
 
 
 class ScaleByKFACState(NamedTuple):
-    """State of `scale_by_kfac`.
+    """State of `scale_by_kfac`; layers of equal shapes share a stack of N matrices.
 
     Attributes:
       count: steps taken, int32 [].
-      stacks: the running averages as stacks of equal shapes, or pairs of them and their inverses
-        where a later step needs these: not under inverse="cg", nor where invert_every is the Python
-        number 1.
+      stacks: by stack the averaged factors, or pairs of them and their inverses where a later step
+        needs these: not under inverse="cg", nor where invert_every is the Python number 1.
+      places: by stack, the place of each of its layers among all, int32.
       moved: whether the factors have changed since they were inverted, bool [].
       stale: whether the next step inverts out of turn, bool [].
-      diagnostics: `LayerDiagnostics` of the layers in the order of `factors`; zeros under
-        inverse="cg".
+      diagnostics: `LayerDiagnostics` in the order of `layers`; zeros under inverse="cg".
       fallback: state of the transformation for uncovered leaves.
       total_notfinite: steps skipped, int32 [].
     """
 
-    count: jax.Array  # type: ignore[override]
-    stacks: LayerStacks
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    stacks: dict[str, pairs.Kept]
+    places: dict[str, jax.Array]
     moved: jax.Array
     stale: jax.Array
     diagnostics: LayerDiagnostics
-    fallback: optax.OptState
+    fallback: Any
     total_notfinite: jax.Array
 
     @property
     def factors(self) -> Mapping[str, KroneckerFactors]:
         """The running averages by layer."""
-        return self.stacks.map(_factors)
+        return kronecker_factors(pairs.factors_of(self.stacks))
 
     @property
     def inverses(self) -> Mapping[str, KroneckerInverse]:
         """The inverses of the damped factors by layer; none where none are kept."""
-        kept = any(isinstance(group, _Pairs) for group in self.stacks.groups)
-        return (self.stacks if kept else LayerStacks((), ())).map(_inverses)
+        arrays = {
+            name: KroneckerInverse(*map(array_of, inverse))
+            for name, inverse in pairs.inverses_of(self.stacks).items()
+        }
+        return by_layer(arrays)
+
+    def spectra(self) -> dict[str, dict[str, jax.Array]]:
+        """The factors that diagnostics read, by stack and side."""
+        return spectra_of(pairs.factors_of(self.stacks))
 
 
-class _Pairs(NamedTuple):
-    """Factor and inverse of each side of a stack of layers, and how often averaged.
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _KFAC(LayerRule):
+    """K-FAC's mathematics; `scale_by_kfac` documents the options."""
 
-    Full ones are `symmetric_pairs`; diagonal ones are [layers, 2, 1, d], whose rank tells them from
-    those.
-    """
+    guarded = ("stacks",)  # whose averages have weight zero, and which are inverted when sound
 
-    input_pair: jax.Array
-    output_pair: jax.Array
-    count: jax.Array  # type: ignore[override]
+    damping: Schedulable
+    damping_rule: DampingRule
+    inverse: Inverse
+    invert_every: Number
+
+    def check_options(self):
+        """Refuses options that cannot be, by name."""
+        require_choice(self.method, DAMPING_RULES, damping_rule=self.damping_rule)
+        require_choice(self.method, INVERSES, inverse=self.inverse)
+        # The floor of "trace" acts on the product, so that any number is meaningful there.
+        least = 0 if self.damping_rule == "pi" else None
+        require_numbers(self.method, damping=self.damping, at_least=least, schedule=True)
+        require_numbers(self.method, invert_every=self.invert_every, at_least=1)
+        self.check_layers()
+
+    @property
+    def inverts_always(self) -> bool:
+        """Whether every step inverts, so that none needs the inverses of an earlier one."""
+        return is_python_number(self.invert_every, 1)
+
+    def init_layers(self, view):
+        """Zeros: the first statistics set everything."""
+        kept: dict[str, pairs.Kept] = dict(view.zero_factors())
+        if self.inverse != "cg" and not self.inverts_always:
+            kept = {name: pairs.zero_pairs(x) for name, x in view.zero_factors().items()}
+        return ScaleByKFACState(
+            **counters(),
+            stacks=kept,
+            places={name: jnp.array(view.places(name), jnp.int32) for name in view.layers},
+            moved=jnp.zeros([], bool),
+            stale=jnp.zeros([], bool),
+            diagnostics=zero_diagnostics(view),
+            fallback=(),
+        )
+
+    def period(self, curvature):
+        """Steps between averaging statistics in; rows are averaged when factors are inverted."""
+        if self.update_every is not None:
+            return self.update_every
+        return self.invert_every if has_rows(curvature) else 1
+
+    def update_layers(self, view, grads, state, sound, curvature):
+        """The step u = (A + d_A I)⁻¹ ∇ (G + d_G I)⁻¹, with factors that this step has moved."""
+
+        def averaged():
+            old = pairs.factors_of(state.stacks)
+            factors, _, fit = self.averaged(view, old, state.count, curvature, sound)
+            return pairs.with_factors(state.stacks, factors), fit
+
+        averaging = is_due(state.count, self.period(curvature))
+        stacks, sound = self.when_due(state, curvature, sound, averaged, (state.stacks,))
+        # Numbers as they are: the factors decide in which dtype they are used.
+        damping = value_at(self.damping, state.count, jnp.result_type(float))
+
+        def blocks(kept):
+            given = pairs.factors_of(kept), damping, self.damping_rule, self.factor_sharding
+            return Blocks(view, *given)
+
+        new = state._replace(stacks=stacks)
+        if self.inverse == "cg":
+            return Step(blocks(stacks).solve_by_cg(grads), new, sound)
+        if self.inverts_always:
+            inverses, diagnostics = blocks(stacks).invert(self.inverse)
+            directions = precondition(inverses, grads, self.factor_sharding)
+            return Step(directions, new._replace(diagnostics=diagnostics), sound)
+
+        def inverted():
+            inverses, diagnostics = blocks(stacks).invert(self.inverse)
+            return pairs.with_inverses(stacks, inverses), diagnostics
+
+        due = sound & (is_due(state.count, self.invert_every) | state.stale)
+        kept, diagnostics = jax.lax.cond(due, inverted, lambda: (stacks, state.diagnostics))
+        directions = precondition(pairs.inverses_of(kept), grads, self.factor_sharding)
+        new = new._replace(stacks=kept)
+        if has_rows(curvature):
+            directions, ratio = held_to_rows(view, directions, grads, curvature, diagnostics)
+            return Step(directions, _with_ratio(new, diagnostics, ratio), sound)
+        moved = ~due & (state.moved | averaging)
+        directions, ratio = jax.lax.cond(
+            moved,
+            lambda: blocks(kept).checked(directions, grads),
+            lambda: (directions, jnp.ones_like(diagnostics.model_ratio)),
+        )
+        stale = jnp.any((ratio > STALE_RATIO) | (ratio < 1 / STALE_RATIO))
+        new = _with_ratio(new, diagnostics, ratio)
+        return Step(directions, new._replace(moved=moved, stale=stale), sound)
 
 
-def _zero_pair(factor):
-    width, full = factor.shape[-1], factor.ndim == 3
-    return jnp.zeros(
-        (len(factor), width, width + 1) if full else (len(factor), 2, 1, width), factor.dtype
-    )
-
-
-def _part(pair, which: int):
-    """The factors (0) or the inverses (1) of a stack of pairs."""
-    return (
-        pair[:, which, 0]
-        if pair.ndim == 4
-        else (symmetric_pairs.first, symmetric_pairs.second)[which](pair)
-    )
-
-
-def _with_part(pair, which: int, part):
-    if pair.ndim == 4:
-        return pair.at[:, which, 0].set(part)
-    return (symmetric_pairs.with_first, symmetric_pairs.with_second)[which](pair, part)
-
-
-def _factors(group) -> KroneckerFactors:
-    if isinstance(group, KroneckerFactors):
-        return group
-    return KroneckerFactors(_part(group[0], 0), _part(group[1], 0), group[2])
-
-
-def _inverses(group: _Pairs) -> KroneckerInverse:
-    return KroneckerInverse(_part(group[0], 1), _part(group[1], 1))
-
-
-def _with_factors(group, factors: KroneckerFactors):
-    if isinstance(group, KroneckerFactors):
-        return factors
-    return _Pairs(
-        _with_part(group[0], 0, factors[0]), _with_part(group[1], 0, factors[1]), factors[2]
-    )
-
-
-def _with_inverses(group: _Pairs, inverses: KroneckerInverse) -> _Pairs:
-    return _Pairs(
-        _with_part(group[0], 1, inverses[0]), _with_part(group[1], 1, inverses[1]), group[2]
-    )
+def _with_ratio(state, diagnostics, ratio):
+    return state._replace(diagnostics=diagnostics._replace(model_ratio=ratio))
 
 
 def scale_by_kfac(
     layers: Layers,
-    damping=1e-3,
+    damping: Schedulable = 1e-3,
     *,
-    decay=0.95,
-    damping_rule="pi",
-    inverse="cholesky",
-    update_every=1,
-    invert_every=1,
-    kl_clip=None,
-    fallback=None,
-    factor_sharding=None,
+    decay: Schedulable = 0.95,
+    damping_rule: DampingRule = "pi",
+    inverse: Inverse = "cholesky",
+    update_every: Number | None = 1,
+    invert_every: Number = 1,
+    kl_clip: Number | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    factor_sharding: Sharding = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions each layer's gradient by its Kronecker-factored Fisher block.
 
@@ -166,11 +238,12 @@ def scale_by_kfac(
     micro-batches give factors, which can be averaged.
 
     Args:
-      layers: from `find_layers`, or made by hand.
+      layers: the layers of the loss, from `find_layers` or made by hand.
       damping: λ ≥ 0 of each block; a number or a schedule. A layer whose statistics have all been
         zero stays still.
-      decay: weight of the old factors in the averages, in [0, 1]; a number or a schedule. Zero
-        factors are replaced.
+      decay: of the averages of A and G, in [0, 1]; a number or a schedule. The averages are free of
+        the bias of their start: after k statistics the newest one has the weight (1 - decay) / (1 -
+        decayᵏ). Zero factors are replaced.
       damping_rule: "pi" (d_A = π√λ, d_G = √λ/π with π² = (tr A/d_A)/(tr G/d_G)) or "trace" (max(λ ·
         tr(F)/dim, 1e-10) for each factor F). An element-wise scale or shift takes all of λ at G.
       inverse: "cholesky", "eigh" (slower, for factors that are far from definite), or "cg"
@@ -180,19 +253,19 @@ def scale_by_kfac(
       invert_every: steps between inversions; the first step always inverts. The Python number 1,
         the default, keeps no inverses in the state, which halves it. Under `jax.vmap` over a
         hyper-parameter longer periods save nothing. Without effect under "cg".
-      kl_clip: None, or c: all directions are scaled by min(1, sqrt(c / Σ ⟨u, ∇⟩)), the sum over all
-        layers.
-      fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`;
-        None refuses them.
+      kl_clip: None, or c > 0: all directions are scaled by min(1, sqrt(c / Σ ⟨u, ∇⟩)), the sum over
+        all layers, so that Σ ⟨u, F u⟩ ≤ c where the direction itself is the step.
+      fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`. It
+        sees the tree of these leaves in float32 at least. None refuses them.
       factor_sharding: None, or a `jax.sharding.NamedSharding` whose first entry names mesh axes,
         such as ``NamedSharding(mesh, PartitionSpec(("data", "model")))``. Their devices invert and
         apply factors of equal widths in turn, and keep them divided along the first axis that their
         number divides.
 
     Returns:
-      A transformation whose `update` needs `curvature=`, a dict from layer name to an object with
-      input_factor and output_factor. With a gradient or statistic that is not finite it returns
-      zeros and keeps its state.
+      A `GradientTransformationExtraArgs` whose `update` needs `curvature=`, a dict from layer name
+      to an object with input_factor and output_factor, or to `FactorRows`. With a gradient or
+      statistic that is not finite it returns zeros and keeps its state but for `total_notfinite`.
 
     Raises:
       ValueError: for an unknown choice or a number out of range; in `init` and `update` for layers
@@ -204,120 +277,55 @@ def scale_by_kfac(
       >>> layer = optax_curv.Layer("dense", "dense", "['w']", None, in_dim=2, out_dim=1)
       >>> tx = optax_curv.scale_by_kfac(optax_curv.Layers([layer]), damping=0.0)
       >>> params = {"w": jnp.ones((2, 1))}
-      >>> statistic = optax_curv.KroneckerFactors(jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(1), jnp.int32(1))
-      >>> updates, state = tx.update(params, tx.init(params), params, curvature={"dense": statistic})
+      >>> a, g = jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(1)
+      >>> statistic = optax_curv.KroneckerFactors(a, g, jnp.int32(1))
+      >>> updates, state = tx.update(params, tx.init(params), curvature={"dense": statistic})
       >>> updates["w"].ravel().tolist()
       [0.25, 1.0]
 
     References:
       Martens and Grosse 2015, arXiv:1503.05671, eq. (1), §5, §6.3. Grosse and Martens 2016,
       arXiv:1602.01407, for convolutions. The KL clip is that of Ba, Grosse and Martens, ICLR 2017,
-      §5, without the learning rate. The check of stale inverses is ours.
+      §5. The check of stale inverses is ours.
     """
-    method = "scale_by_kfac"
-    contracts.require_choice(method, "damping_rule", damping_rule, RULES)
-    contracts.require_choice(method, "inverse", inverse, INVERSES)
-    if (
-        damping_rule == "pi"
-    ):  # the floor of "trace" acts on the product, so that any number is meaningful
-        contracts.require_numbers(method, damping=damping, at_least=0)
-    contracts.require_numbers(method, decay=decay, at_least=0, at_most=1)
-    contracts.require_numbers(
-        method, update_every=update_every, invert_every=invert_every, at_least=1
+    rule = _KFAC(
+        method="scale_by_kfac",
+        layers=layers,
+        damping=damping,
+        decay=decay,
+        damping_rule=damping_rule,
+        inverse=inverse,
+        update_every=update_every,
+        invert_every=invert_every,
+        kl_clip=kl_clip,
+        fallback=fallback_of(fallback),
+        factor_sharding=factor_sharding,
     )
-    always = (
-        isinstance(invert_every, int) and invert_every == 1
-    )  # then no step needs the inverses of an earlier one
-
-    def init_rule(present):
-        stacks = zero_stacks(present)
-        dtype = jnp.result_type(jnp.float32, *(x.dtype for x in present.values()))
-        if inverse != "cg" and not always:
-            stacks = stacks.map(lambda f: _Pairs(_zero_pair(f[0]), _zero_pair(f[1]), f[2]))
-        return {
-            "stacks": stacks,
-            "moved": jnp.bool_(False),
-            "stale": jnp.bool_(False),
-            "diagnostics": LayerDiagnostics(
-                *(jnp.zeros(len(present), dtype) for _ in LayerDiagnostics._fields)
-            ),
-        }
-
-    def update_rule(present, state, matrices, curvature, good):
-        matrices = LayerStacks.of(state.stacks.layout, matrices)
-        rows = any(isinstance(statistic, FactorRows) for statistic in curvature.values())
-        period = update_every if update_every is not None else invert_every if rows else 1
-        lam = jnp.asarray(damping(state.count) if callable(damping) else damping)
-
-        def averaged():
-            factors = state.stacks.map(_factors)
-            factors, sound = averaged_stacks(
-                method, present, factors, state.count, curvature, decay, good
-            )
-            return state.stacks.map(_with_factors, factors), sound
-
-        def blocks():
-            return Blocks(present, stacks.map(_factors), lam, damping_rule, factor_sharding)
-
-        def inverted():
-            inverses, diagnostics = blocks().invert(inverse)
-            return stacks.map(_with_inverses, inverses), diagnostics
-
-        averaging = state.count % period == 0
-        if isinstance(period, int) and period == 1:
-            stacks, good = averaged()
-        else:
-            stacks, good = jax.lax.cond(good & averaging, averaged, lambda: (state.stacks, good))
-        if inverse == "cg":
-            return blocks().solve_by_cg(matrices), {}, {"stacks": stacks}, good
-        if always:
-            inverses, diagnostics = blocks().invert(inverse)
-            directions = precondition(inverses, matrices, factor_sharding)
-            return directions, {"diagnostics": diagnostics}, {"stacks": stacks}, good
-        due = good & ((state.count % invert_every == 0) | state.stale)
-        stacks, diagnostics = jax.lax.cond(due, inverted, lambda: (stacks, state.diagnostics))
-        directions = precondition(stacks.map(_inverses), matrices, factor_sharding)
-        if rows:
-            directions, ratio = held_to_rows(present, directions, matrices, curvature, diagnostics)
-            fields = {"diagnostics": diagnostics._replace(model_ratio=ratio)}
-            return directions, fields, {"stacks": stacks}, good
-        moved = ~due & (state.moved | averaging)
-        directions, ratio = jax.lax.cond(
-            moved,
-            lambda: blocks().checked(directions, matrices),
-            lambda: (directions, jnp.ones_like(diagnostics.model_ratio)),
-        )
-        fields = {
-            "moved": moved,
-            "stale": jnp.any((ratio > STALE_RATIO) | (ratio < 1 / STALE_RATIO)),
-            "diagnostics": diagnostics._replace(model_ratio=ratio),
-        }
-        return directions, fields, {"stacks": stacks}, good
-
-    options = {"kl_clip": kl_clip, "fallback": fallback, "factor_sharding": factor_sharding}
-    return layerwise(method, layers, ScaleByKFACState, init_rule, update_rule, **options)
+    rule.check_options()
+    return transformation(rule)
 
 
 def kfac(
-    learning_rate: optax.ScalarOrSchedule | None,
+    learning_rate: Schedulable | None,
     layers: Layers,
-    damping=None,
+    damping: Schedulable | None = None,
     *,
-    decay=0.95,
-    damping_rule="pi",
-    inverse="cholesky",
-    update_every=None,
-    invert_every=None,
-    kl_clip=None,
-    fallback=None,
-    factor_sharding=None,
-    momentum=0.9,
-    weight_decay=0.0,
+    decay: Schedulable = 0.95,
+    damping_rule: DampingRule = "pi",
+    inverse: Inverse = "cholesky",
+    update_every: Number | None = None,
+    invert_every: Number | None = None,
+    kl_clip: Number | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    factor_sharding: Sharding = None,
+    momentum: Number = 0.9,
+    weight_decay: Number = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """K-FAC with decoupled weight decay, momentum and a learning rate; or with none of them to choose.
+    """K-FAC with weight decay, momentum and a learning rate; or with none of them to choose.
 
-    With a learning rate: a chain of `scale_by_kfac`, `optax.add_decayed_weights`, `optax.trace` and
-    `optax.scale_by_learning_rate`.
+    With a learning rate η, and u the direction of `scale_by_kfac` for parameters θ, the step is
+
+        m ← momentum · m + u + weight_decay · θ,    θ ← θ - η m.
 
     With `learning_rate=None`, the adaptive mode: `adapt_damping` around `scale_by_kfac` and
     `scale_by_quadratic_model`. Step size and momentum minimise the objective's quadratic model at
@@ -327,22 +335,35 @@ def kfac(
     (an `Objective`), `batch=` (inputs, targets) and `value=` (the loss already computed).
 
     Args:
-      learning_rate: a number or a schedule; None for the adaptive mode.
-      layers: see `scale_by_kfac`, as for all up to `factor_sharding`.
-      damping: see there; None: 1e-3, and 0.1 as the first one of the adaptive mode.
-      decay: see there.
-      damping_rule: see there.
-      inverse: see there.
-      update_every: see there.
-      invert_every: see there; None: 20, and 10 in the adaptive mode.
-      kl_clip: see there.
-      fallback: see there.
-      factor_sharding: see there.
-      momentum: decay of the heavy ball; without effect in the adaptive mode.
-      weight_decay: added to the direction, times the parameters, before the momentum.
+      learning_rate: η, a number or a schedule; None for the adaptive mode.
+      layers: the layers of the loss, from `find_layers` or made by hand.
+      damping: λ ≥ 0 of each layer's block; a number or a schedule. None: 1e-3, and 0.1 as the first
+        one of the adaptive mode, which takes a number only.
+      decay: of the averages of the factors A and G, in [0, 1]; a number or a schedule.
+      damping_rule: how λ is shared out between the two factors of a block: "pi" (π√λ to A and √λ/π
+        to G with π² = (tr A/d_A)/(tr G/d_G)) or "trace" (max(λ · tr(F)/dim, 1e-10) for each factor
+        F).
+      inverse: "cholesky", "eigh" (slower, for factors that are far from definite), or "cg"
+        (conjugate gradients at every step, for layers too wide to factorise).
+      update_every: steps between averaging statistics in; None: 1, or `invert_every` where the
+        statistics are rows.
+      invert_every: steps between inversions; the first step always inverts, and a direction that
+        the current factors find off by more than a factor of two inverts out of turn. None: 20, and
+        10 in the adaptive mode.
+      kl_clip: None, or c > 0: all directions are scaled down where the step -η u would exceed
+        Σ ⟨ηu, F ηu⟩ = c, the sum over all layers and F the damped blocks; momentum adds to that. In
+        the adaptive mode, η = 1.
+      fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`. It
+        sees the tree of these leaves in float32 at least. None refuses them.
+      factor_sharding: None, or a `jax.sharding.NamedSharding` whose first entry names the mesh axes
+        whose devices divide factors and inversions among them.
+      momentum: decay of the heavy ball, a number; without effect in the adaptive mode.
+      weight_decay: decoupled, added to the direction, times the parameters, before the momentum.
+        Other than the Python number 0, `update` needs `params`.
 
     Returns:
-      A transformation whose `update` needs `curvature=`.
+      A `GradientTransformationExtraArgs` whose `update` needs `curvature=`, as `scale_by_kfac`.
+      With a NaN or an infinity in a gradient or statistic no leaf moves.
 
     Raises:
       ValueError: as `scale_by_kfac`; and for a weight decay in the adaptive mode, whose model would
@@ -353,41 +374,59 @@ def kfac(
       >>> layer = optax_curv.Layer("dense", "dense", "['w']", None, in_dim=2, out_dim=1)
       >>> tx = optax_curv.kfac(0.1, optax_curv.Layers([layer]), damping=0.0)
       >>> params = {"w": jnp.ones((2, 1))}
-      >>> statistic = optax_curv.KroneckerFactors(jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(1), jnp.int32(1))
-      >>> updates, state = tx.update(params, tx.init(params), params, curvature={"dense": statistic})
+      >>> a, g = jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(1)
+      >>> statistic = optax_curv.KroneckerFactors(a, g, jnp.int32(1))
+      >>> updates, state = tx.update(params, tx.init(params), curvature={"dense": statistic})
       >>> print(updates["w"].ravel())
-      [-0.025 -0.1 ]
+      [-0.025 -0.1  ]
 
     References:
-      Martens and Grosse 2015, §6.4, §6.5 and §7 for the adaptive mode, whose §6.6 searches for
-      K-FAC's own damping where here it is a part of λ; else see `scale_by_kfac`.
+      Martens and Grosse 2015, arXiv:1503.05671: eq. (1), §5 and §6.3 for the direction; §6.4, §6.5
+      and §7 for the adaptive mode, whose §6.6 searches for K-FAC's own damping where here it is a
+      part of λ. Ba, Grosse and Martens, ICLR 2017, §5: the KL clip.
     """
-    given, adaptive = locals(), learning_rate is None
-    period = invert_every if invert_every is not None else 10 if adaptive else 20
+    adaptive = learning_rate is None
+    period = (10 if adaptive else 20) if invert_every is None else invert_every
 
-    def direction(damping):
-        return contracts.handed_on(
-            scale_by_kfac, given | {"damping": damping, "invert_every": period}
+    def rule(method: str, damping: Schedulable, step_rate: Schedulable) -> _KFAC:
+        made = _KFAC(
+            method=method,
+            layers=layers,
+            damping=damping,
+            decay=decay,
+            damping_rule=damping_rule,
+            inverse=inverse,
+            update_every=update_every,
+            invert_every=period,
+            kl_clip=kl_clip,
+            step_rate=step_rate,
+            fallback=fallback_of(fallback),
+            factor_sharding=factor_sharding,
         )
+        made.check_options()
+        return made
 
-    if not adaptive:
-        return optax.chain(
-            direction(1e-3 if damping is None else damping),
-            optax.add_decayed_weights(weight_decay),
-            optax.trace(momentum),
-            optax.scale_by_learning_rate(learning_rate),
-        )
+    require_numbers("kfac", momentum=momentum, weight_decay=weight_decay)
+    if learning_rate is not None:
+        require_learning_rate("kfac", learning_rate)
+        head = rule("kfac", 1e-3 if damping is None else damping, learning_rate)
+        after = optax.trace(momentum), optax.scale_by_learning_rate(learning_rate)
+        return transformation(head, *decayed(weight_decay), *after)
     refuse_weight_decay("kfac", weight_decay)
+    start = 0.1 if damping is None else damping
+    rule("kfac", start, 1.0)  # whose options are refused now, and not in `init`
 
-    def damped(lam):
-        pieces = direction(ADAPTIVE_SHARE * lam), scale_by_quadratic_model(lam)
-        return optax.chain(*pieces, optax.scale_by_learning_rate(1.0))
+    def damped(lam: jax.Array) -> optax.GradientTransformation:
+        direction = transformation(rule("kfac", ADAPTIVE_SHARE * lam, 1.0))
+        return optax.chain(
+            direction, scale_by_quadratic_model(lam), optax.scale_by_learning_rate(1.0)
+        )
 
-    return adapt_damping(damped, 0.1 if damping is None else damping)
+    return adapt_damping(damped, start)
 
 
-def layer_diagnostics(opt_state) -> str:
-    """A table of the K-FAC layers in an optimizer's state: damping, condition, trace and model ratios.
+def layer_diagnostics(opt_state: Any) -> str:
+    """Writes a table of the K-FAC layers in an optimizer's state.
 
     `LayerDiagnostics`, the `diagnostics` of that state, defines the figures. A damping above the
     one asked for, or a condition near the inverse of the machine epsilon, tells of a factor that is
@@ -398,7 +437,7 @@ def layer_diagnostics(opt_state) -> str:
         outside `jax.jit`.
 
     Returns:
-      The table, one line a layer; print it.
+      The table, one line a layer in the order of `layers`; print it.
 
     Raises:
       ValueError: if the state holds no such diagnostics.
@@ -406,28 +445,29 @@ def layer_diagnostics(opt_state) -> str:
     Examples:
       >>> import jax.numpy as jnp, optax_curv
       >>> layer = optax_curv.Layer("dense", "dense", "['w']", None, in_dim=2, out_dim=1)
-      >>> tx = optax_curv.kfac(0.1, optax_curv.Layers([layer]), damping=1.0)
+      >>> tx = optax_curv.scale_by_kfac(optax_curv.Layers([layer]), damping=1.0)
       >>> params = {"w": jnp.ones((2, 1))}
-      >>> statistic = optax_curv.KroneckerFactors(jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(1), jnp.int32(1))
-      >>> updates, state = tx.update(params, tx.init(params), params, curvature={"dense": statistic})
-      >>> print(optax_curv.layer_diagnostics(state))
-      layer  input_damping  output_damping  input_condition  output_condition  trace_ratio  model_ratio
-      dense  1.58           0.632           2.16             1                 2.5          1
+      >>> a, g = jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(1)
+      >>> statistic = optax_curv.KroneckerFactors(a, g, jnp.int32(1))
+      >>> _, state = tx.update(params, tx.init(params), params, curvature={"dense": statistic})
+      >>> for line in optax_curv.layer_diagnostics(state).splitlines():
+      ...     print(line[:58].rstrip())
+      layer  input_damping  output_damping  input_condition  out
+      dense  1.58           0.632           2.16             1
     """
 
-    def is_kfac(x):
-        return isinstance(getattr(x, "diagnostics", None), LayerDiagnostics)
+    def is_kfac(x: Any) -> bool:
+        return isinstance(x, ScaleByKFACState)
 
     found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_kfac) if is_kfac(x)]
     if not found:
         raise ValueError(
-            "layer_diagnostics: expected the state of scale_by_kfac, found no diagnostics of layers in it."
+            "layer_diagnostics: expected the state of scale_by_kfac, found no diagnostics of "
+            "layers in it."
         )
     rows = [("layer", *LayerDiagnostics._fields)]
     for state in found:
-        for name, *figures in sorted(
-            zip(state.factors, *state.diagnostics, strict=True), key=lambda row: row[0]
-        ):
-            rows.append((name, *(f"{float(figure):.3g}" for figure in figures)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        figures = zip(*state.diagnostics, strict=True)
+        for name, row in zip(names_in_order(state.places), figures, strict=True):
+            rows.append((name, *(f"{float(figure):.3g}" for figure in row)))
+    return "\n".join(aligned(rows))

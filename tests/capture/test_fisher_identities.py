@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 from optax_curv import Objective, find_layers, testing, value_grad_and_curvature
 from optax_curv.curvature import factors_of_rows
-from optax_curv.preconditioners._layerwise.kronecker_factors import factor_damping
+from optax_curv.preconditioners._layerwise.blocks import factor_damping
 
 EXACT = 1e-9
 # Five standard errors of a mean of squared gradients, relative to the largest, times the square

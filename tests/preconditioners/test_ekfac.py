@@ -13,6 +13,7 @@ from optax_curv import (
     eigenbasis,
     ekfac,
     scale_by_ekfac,
+    scale_by_kfac,
 )
 
 EXACT = 1e-9  # relative, in float64
@@ -107,7 +108,8 @@ def test_later_steps_use_the_measured_moments_in_the_kept_basis(x64):
     _, state = step(grads, tx.init(grads), statistics(1))
     updates, after = step(grads, state, second)
     for name, direction in matrices(updates).items():
-        moments = 0.25 * state.moments[name] + 0.75 * second[name].moments
+        # of two, the newest has the weight (1 - 0.25) / (1 - 0.25²), as in K-FAC's factors
+        moments = 0.2 * state.moments[name] + 0.8 * second[name].moments
         for i in slices(name):
             assert_solves(
                 in_basis(eigenbasis(state)[name], moments, i),
@@ -115,18 +117,18 @@ def test_later_steps_use_the_measured_moments_in_the_kept_basis(x64):
                 matrices(grads)[name][i],
             )
     assert after.count == 2
-    jax.tree.map(np.testing.assert_array_equal, after.basis, state.basis)
+    jax.tree.map(np.testing.assert_array_equal, after.bases, state.bases)
 
 
 def test_a_change_of_basis_keeps_the_moments_that_it_can(x64):
-    tx = scale_by_ekfac(LAYERS, DAMPING, decay=1.0)
+    tx = scale_by_ekfac(LAYERS, DAMPING, update_every=1000)
     step, grads = stepper(tx), draw(0)
     _, state = step(grads, tx.init(grads), statistics(1))
-    _, same = step(grads, state, statistics(2))  # decay 1: the factors, and so the basis, stay
+    _, same = step(grads, state, statistics(2))  # the factors, and so the basis, stay
     for name, moments in state.moments.items():
         np.testing.assert_allclose(same.moments[name], moments, rtol=1e-7)
     turned = state._replace(
-        basis=tx.init(grads).basis
+        bases=tx.init(grads).bases
     )  # as if the moments had been measured without a basis
     _, after = step(grads, turned, statistics(2))
     for name, moments in state.moments.items():
@@ -136,6 +138,16 @@ def test_a_change_of_basis_keeps_the_moments_that_it_can(x64):
             np.testing.assert_allclose(
                 after.moments[name][i].ravel(), jnp.diag(u.T @ whole @ u), rtol=1e-7
             )
+
+
+def test_kfac_and_ekfac_have_the_same_factors(x64):
+    grads, seen = draw(0), []
+    for tx in (scale_by_kfac(LAYERS, decay=0.9), scale_by_ekfac(LAYERS, decay=0.9)):
+        step, state = stepper(tx), tx.init(grads)
+        for seed in (1, 2, 3):
+            _, state = step(grads, state, statistics(seed))
+        seen.append(state.factors)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=EXACT), *seen)
 
 
 def test_the_basis_is_found_in_a_chain_and_is_the_identity_at_first():

@@ -1,5 +1,6 @@
 """Names of stacks. A name lists the members in order, so that a state tells what lies where."""
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 
@@ -18,6 +19,11 @@ def member_name(path: str, rows: int) -> str:
     return path if rows == 1 else f"{path} ×{rows}"
 
 
+def layer_member_name(name: str, stack: tuple[int, ...]) -> str:
+    """The name of a layer with slices of this shape, which a state alone is to tell."""
+    return name + "".join(f" ×{size}" for size in stack)
+
+
 def stack_name(members: Iterable[str]) -> str:
     """The name of a stack of these members."""
     return SEPARATOR.join(members)
@@ -28,13 +34,19 @@ def block_name(stack: str, shape: tuple[int, ...]) -> str:
     return f"{stack}{BLOCKS}{' by '.join(map(str, shape))}"
 
 
-def members_of(name: str) -> list[tuple[str, int]]:
-    """(path, rows) of every member of a stack, or of the stack whose blocks this is."""
+def layers_of(name: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(name, shape of the slices) of every member of a stack, or of the stack it is blocks of."""
     members = []
     for member in name.split(BLOCKS)[0].split(SEPARATOR):
-        found = re.fullmatch(r"(.*) ×(\d+)", member)
-        members.append((found[1], int(found[2])) if found else (member, 1))
+        found = re.fullmatch(r"(.*?)((?: ×\d+)*)", member, re.DOTALL)
+        own, sizes = found.groups() if found else (member, "")
+        members.append((own, tuple(int(size) for size in re.findall(r"\d+", sizes))))
     return members
+
+
+def members_of(name: str) -> list[tuple[str, int]]:
+    """(path, rows) of every member of a stack, or of the stack whose blocks this is."""
+    return [(path, math.prod(stack)) for path, stack in layers_of(name)]
 
 
 def parts_of(name: str, array: jax.Array) -> Iterator[tuple[str, int | None, jax.Array]]:

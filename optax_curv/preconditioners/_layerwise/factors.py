@@ -1,0 +1,156 @@
+"""The running averages of Kronecker factors, by stack: the only ones of all layer-wise methods."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_curv.curvature import KroneckerFactors
+from optax_curv.linalg._compiler import slice_of_stack
+from optax_curv.linalg.factors import Dense, Diagonal, Factor
+from optax_curv.preconditioners._layerwise.members import LayerKind, PresentLayer
+from optax_curv.preconditioners._stacks.names import layers_of
+from optax_curv.preconditioners._transformation import averages
+
+
+class LayerFactors(NamedTuple):
+    """The averaged factors of a stack of layers [N, rows, out].
+
+    Attributes:
+      input_factor: A, full [N, rows, rows] or diagonal [N, rows].
+      output_factor: G, full [N, out, out] or diagonal [N, out].
+      count: how many statistics have been averaged, int32 [N].
+    """
+
+    input_factor: Factor
+    output_factor: Factor
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+def array_of(factor: Factor) -> jax.Array:
+    """The array of a factor, [N, d, d] or [N, d]."""
+    return factor.matrix if isinstance(factor, Dense) else factor.vector
+
+
+def factor_like(kind: LayerKind, arrays: tuple[jax.Array, jax.Array]) -> tuple[Factor, Factor]:
+    """The arrays of both sides of a stack as factors of its kind."""
+    a, g = arrays
+    return (
+        Dense(a) if kind.dense_input else Diagonal(a),
+        Dense(g) if kind.dense_output else Diagonal(g),
+    )
+
+
+def zero_factors(kind: LayerKind, struct: jax.ShapeDtypeStruct) -> LayerFactors:
+    """The factors of a stack [N, rows, out] before any step."""
+    count, rows, out = struct.shape
+    a = (Dense if kind.dense_input else Diagonal).zeros((count,), rows, struct.dtype)
+    g = (Dense if kind.dense_output else Diagonal).zeros((count,), out, struct.dtype)
+    return LayerFactors(a, g, jnp.zeros(count, jnp.int32))
+
+
+def is_silent(array: jax.Array) -> jax.Array:
+    """Whether an array [N, ...] is zero, or too small for arithmetic: bool [N]."""
+    axes = tuple(range(1, array.ndim))
+    return jnp.max(jnp.abs(array), axis=axes, initial=0) < jnp.finfo(array.dtype).tiny
+
+
+def averaged(
+    old: LayerFactors, new: tuple[Factor, Factor], decay: jax.Array, sound: jax.Array
+) -> tuple[LayerFactors, jax.Array]:
+    """The factors of a stack with new ones averaged in, and the weights [N] of the new ones.
+
+    Each slice has a count of its own: factors that are still zero start with what comes, and a
+    statistic that is zero, as that of an expert without tokens, leaves them as they are.
+    """
+    unseen = is_silent(array_of(new[0])) | is_silent(array_of(new[1]))
+    silent = is_silent(array_of(old.input_factor)) | is_silent(array_of(old.output_factor))
+    seen = jnp.where(silent, 0, old.count)
+    taken = sound & ~unseen
+    weight = jnp.where(taken, averages.running_weight(decay, seen), 0)
+
+    def moved(old: Any, new: Any) -> Any:
+        return jax.tree.map(lambda x, y: averages.averaged(x, by_slice(weight, x), y), old, new)
+
+    count = jnp.where(taken, jnp.asarray(optax.safe_increment(seen)), old.count)
+    factors = LayerFactors(moved(old.input_factor, new[0]), moved(old.output_factor, new[1]), count)
+    return factors, weight
+
+
+def by_slice(numbers: jax.Array, like: jax.Array) -> jax.Array:
+    """Numbers [N] as an array that broadcasts with [N, ...]."""
+    return numbers.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def mean_eigenvalue(factors: Mapping[str, LayerFactors]) -> jax.Array:
+    """tr(F) / dim over the Kronecker blocks A ⊗ G of all layers: []."""
+    total, size = jnp.zeros([], jnp.float32), 0
+    for x in factors.values():
+        means = x.input_factor.mean_diagonal() * x.output_factor.mean_diagonal()
+        block = x.input_factor.size * x.output_factor.size
+        total, size = total + block * jnp.sum(means), size + block * means.size
+    return total / max(size, 1)
+
+
+def layer_slices(name: str, tree: Any) -> dict[str, Any]:
+    """The arrays [N, ...] of a stack cut into those of its layers, [*stack, ...], by name."""
+    found, start = {}, 0
+    for layer, stack in layers_of(name):
+        found[layer] = jax.tree.map(lambda x, i=start, s=stack: slice_of_stack(x, i, s), tree)
+        start += math.prod(stack)
+    return found
+
+
+def by_layer(trees: Mapping[str, Any]) -> dict[str, Any]:
+    """Trees of arrays by stack as trees by layer."""
+    found = {}
+    for name, tree in trees.items():
+        found |= layer_slices(name, tree)
+    return found
+
+
+def kronecker_factors(factors: Mapping[str, LayerFactors]) -> dict[str, KroneckerFactors]:
+    """The factors by layer, as the public functions show them."""
+    arrays = {
+        name: KroneckerFactors(array_of(x.input_factor), array_of(x.output_factor), x.count)
+        for name, x in factors.items()
+    }
+    return by_layer(arrays)
+
+
+def spectra_of(factors: Mapping[str, LayerFactors]) -> dict[str, dict[str, jax.Array]]:
+    """The factors that diagnostics read, by stack and side."""
+    return {
+        name: {
+            "input_factor": array_of(x.input_factor),
+            "output_factor": array_of(x.output_factor),
+        }
+        for name, x in factors.items()
+    }
+
+
+def joined(layers: Sequence[PresentLayer], parts: Sequence[Any]) -> Any:
+    """The trees of arrays [*stack, ...] of a stack's layers, as one tree of arrays [N, ...]."""
+
+    def flat(x: PresentLayer, array: jax.Array) -> jax.Array:
+        stack = x.layer.stack
+        return array.reshape(math.prod(stack), *array.shape[len(stack) :])
+
+    def concatenated(*arrays: jax.Array) -> jax.Array:
+        rows = [flat(x, array) for x, array in zip(layers, arrays, strict=True)]
+        return rows[0] if len(rows) == 1 else jnp.concatenate(rows)
+
+    return jax.tree.map(concatenated, *parts)
+
+
+def names_in_order(places: Mapping[str, jax.Array]) -> list[str]:
+    """The names of all layers in the order of `Layers`, from the places that a state keeps."""
+    found = {
+        int(place): layer
+        for name, of_stack in places.items()
+        for (layer, _), place in zip(layers_of(name), of_stack, strict=True)
+    }
+    return [found[place] for place in sorted(found)]

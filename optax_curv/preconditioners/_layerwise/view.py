@@ -1,0 +1,101 @@
+"""Layers of a tree as stacks, and the averages of their factors."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from optax_curv.linalg._compiler import not_recomputed
+from optax_curv.linalg.factors import Factor
+from optax_curv.preconditioners._layerwise.factors import (
+    LayerFactors,
+    averaged,
+    factor_like,
+    joined,
+    zero_factors,
+)
+from optax_curv.preconditioners._layerwise.members import LayerKind, PresentLayer, members_of_tree
+from optax_curv.preconditioners._layerwise.statistics import layer_factors
+from optax_curv.preconditioners._stacks.rule import is_ours
+from optax_curv.preconditioners._stacks.stacks import Stacks
+from optax_curv.preconditioners._transformation.numbers import value_at
+from optax_curv.preconditioners._transformation.soundness import is_squarable
+from optax_curv.typing import Schedulable
+
+
+class LayerStacks(Stacks):
+    """The layers of a tree as stacks.
+
+    Args:
+      method: the name in messages.
+      tree: of parameters or gradients.
+      present: the layers that it holds, see `members.present_layers`.
+
+    Attributes:
+      layers: the layers of every stack of layers, in the order of its rows.
+      names: the names of all layers present, in the order of `Layers`.
+    """
+
+    layers: dict[str, list[PresentLayer]]
+    names: list[str]
+
+    def __init__(self, method: str, tree: Any, present: dict[str, PresentLayer]):
+        self._method = method
+        members = members_of_tree(present, tree)
+        super().__init__(tree, members)
+        found = {member.name: x for (member, _), x in zip(members, present.values(), strict=False)}
+        self.names = list(present)
+        self.layers = {
+            name: [found[member.name] for member in stack.members]
+            for name, stack in self.of_kind(is_ours).items()
+        }
+
+    def kind(self, name: str) -> LayerKind:
+        """What the layers of a stack have in common."""
+        return self.layers[name][0].kind
+
+    def places(self, name: str) -> list[int]:
+        """The place of each layer of a stack among all layers present."""
+        return [self.names.index(x.layer.name) for x in self.layers[name]]
+
+    def zero_factors(self) -> dict[str, LayerFactors]:
+        """The factors of all layers before any step."""
+        return {name: zero_factors(self.kind(name), self[name].struct) for name in self.layers}
+
+    def factors(self, curvature: Mapping[str, Any]) -> dict[str, Any]:
+        """The factors of this step's statistics, by stack: pairs of A and G."""
+        found: dict[str, tuple[Factor, Factor]] = {}
+        for name, layers in self.layers.items():
+            parts = [layer_factors(self._method, x, curvature[x.whole.name]) for x in layers]
+            found[name] = factor_like(self.kind(name), joined(layers, parts))
+        return found
+
+
+def averaged_of(
+    view: LayerStacks,
+    old: Mapping[str, LayerFactors],
+    count: jax.Array,
+    curvature: Mapping[str, Any],
+    decay: Schedulable,
+    sound: jax.Array,
+) -> tuple[dict[str, LayerFactors], dict[str, jax.Array], jax.Array]:
+    """The factors with this step's statistics averaged in, their weights, and their soundness.
+
+    Args:
+      view: the layers.
+      old: the averages before the step, by stack.
+      count: steps taken.
+      curvature: the statistics, by layer.
+      decay: of the averages.
+      sound: whether the gradients are sound; without that nothing is averaged in.
+
+    Returns:
+      (factors by stack, weights [N] by stack, whether the statistics are sound, too).
+    """
+    new = view.factors(curvature)
+    sound = not_recomputed(sound & is_squarable(new))
+    factors, weights = {}, {}
+    for name, x in new.items():
+        now = value_at(decay, count, view[name].dtype)
+        factors[name], weights[name] = averaged(old[name], x, now, sound)
+    return factors, weights, sound
