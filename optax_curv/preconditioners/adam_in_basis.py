@@ -88,7 +88,10 @@ class _AdamInBasis(LayerRule):
         betas: dict[str, Any] = {"b1": self.b1, "b2": self.b2}
         require_numbers(self.method, **betas, at_least=0, at_most=1, schedule=True)
         require_numbers(self.method, eps=self.eps, at_least=0)
-        periods: dict[str, Any] = {"update_every": self.update_every, "basis_every": self.basis_every}
+        periods: dict[str, Any] = {
+            "update_every": self.update_every,
+            "basis_every": self.basis_every,
+        }
         require_numbers(self.method, **periods, at_least=1)
         self.check_layers()
 

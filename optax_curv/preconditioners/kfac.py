@@ -131,7 +131,7 @@ class _KFAC(LayerRule):
 
     @property
     def inverts_always(self) -> bool:
-        """Whether every step inverts, so that none needs the inverses of an earlier one."""
+        """True if every step inverts, so that none needs the inverses of an earlier one."""
         return is_python_number(self.invert_every, 1)
 
     def init_layers(self, view):

@@ -171,7 +171,7 @@ def _as_factor(array: jax.Array, ndim: int) -> Factor:
 
 
 def _fits(a: Factor, g: Factor, grad: jax.Array) -> bool:
-    """Whether the factors' stacks and widths are those of a gradient [*stack, in, out]."""
+    """Says whether the factors' stacks and widths are those of a gradient [*stack, in, out]."""
     square = all(x.matrix.shape[-2] == x.size for x in (a, g) if isinstance(x, Dense))
     stacks = a.stack == g.stack == grad.shape[:-2]
     return square and stacks and (a.size, g.size) == grad.shape[-2:]

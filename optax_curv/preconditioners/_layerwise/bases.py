@@ -80,7 +80,9 @@ def bases_of(
     factors: Mapping[str, LayerFactors], sharding: Any
 ) -> tuple[dict[str, tuple[jax.Array, jax.Array]], dict[str, Bases]]:
     """(the eigenvalues of both factors, their bases) of every stack."""
-    sides = {(n, i): x[i] for n, x in factors.items() for i in (0, 1)}
+    sides: dict[tuple[str, int], Factor] = {}
+    for name, x in factors.items():
+        sides |= {(name, 0): x.input_factor, (name, 1): x.output_factor}
     dense = {key: x.matrix for key, x in sides.items() if isinstance(x, Dense)}
     eigh = divided(lapack.eigh, sharding)
     found = dict(zip(dense, lapack.joined(eigh, list(dense.values())), strict=True))
@@ -117,9 +119,8 @@ def carried(new: Bases, old: Bases, moments: jax.Array) -> jax.Array:
     """Moments M in new bases, as far as a diagonal says: (R_A ∘ R_A) M (R_G ∘ R_G)ᵀ, R = U'ᵀ U."""
     squares = []
     for to, base in zip(new, old, strict=True):
-        if isinstance(to, Dense):
-            turn = to.adjoint().compose(base).dense()
-            squares.append(Dense(jnp.square(turn)))
+        if isinstance(to, Dense) and isinstance(base, Dense):
+            squares.append(Dense(jnp.square(to.adjoint().compose(base).dense())))
         else:
             squares.append(Axes())
     return squares[1].adjoint().matmul(squares[0].matmul(moments), "right")

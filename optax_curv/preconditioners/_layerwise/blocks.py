@@ -38,7 +38,7 @@ class KroneckerInverse(NamedTuple):
 
 
 class LayerDiagnostics(NamedTuple):
-    """What the latest inversion and direction say about every layer; the worst of its slices.
+    """Figures of the latest inversion and direction for every layer: the worst of its slices.
 
     Figure i belongs to layer i of `layers`, those left out whose leaves are all masked.
 
@@ -68,7 +68,7 @@ def factor_damping(
     output_mean: jax.Array,
     elementwise: bool | np.ndarray = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """What is added to the diagonals of A and of G, by a rule of `scale_by_kfac`.
+    """Returns what is added to the diagonals of A and of G, by a rule of `scale_by_kfac`.
 
     Args:
       rule: "pi" or "trace".

@@ -53,7 +53,7 @@ def zero_factors(kind: LayerKind, struct: jax.ShapeDtypeStruct) -> LayerFactors:
 
 
 def is_silent(array: jax.Array) -> jax.Array:
-    """Whether an array [N, ...] is zero, or too small for arithmetic: bool [N]."""
+    """Says of which rows an array [N, ...] is zero, or too small for arithmetic: bool [N]."""
     axes = tuple(range(1, array.ndim))
     return jnp.max(jnp.abs(array), axis=axes, initial=0) < jnp.finfo(array.dtype).tiny
 

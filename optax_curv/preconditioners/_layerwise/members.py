@@ -17,7 +17,7 @@ from optax_curv.preconditioners._transformation.trees import advice_on_modules, 
 
 
 class LayerKind(NamedTuple):
-    """What the members of a stack have in common besides the shape of their matrices.
+    """The properties that the members of a stack share besides the shape of their matrices.
 
     Attributes:
       role: `METHOD` for layers, `FALLBACK` for leaves that no layer covers.
@@ -56,7 +56,7 @@ class PresentLayer:
 
     @property
     def is_whole(self) -> bool:
-        """Whether no leaf of the layer is masked."""
+        """True if no leaf of the layer is masked."""
         return self.layer.rows_of_matrix == self.whole.rows_of_matrix
 
     @property
@@ -123,7 +123,7 @@ def _path_in(leaves: dict[str, Any], path: str) -> str:
 
 
 def _is_below(path: str, gap: str) -> bool:
-    """Whether a key path leads through the node at another one."""
+    """Says whether a key path leads through the node at another one."""
     return path.startswith(gap) and path[len(gap) :][:1] in ("", "[", ".")
 
 

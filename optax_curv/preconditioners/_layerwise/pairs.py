@@ -66,7 +66,7 @@ def inverses_of(kept: Mapping[str, Kept]) -> dict[str, KroneckerInverse]:
 
 
 def with_factors(kept: Mapping[str, Kept], factors: Mapping[str, LayerFactors]) -> dict[str, Kept]:
-    """What is kept, with other factors."""
+    """Replaces the factors in what is kept."""
 
     def of_stack(x: Kept, new: LayerFactors) -> Kept:
         if isinstance(x, LayerFactors):
@@ -81,7 +81,7 @@ def with_factors(kept: Mapping[str, Kept], factors: Mapping[str, LayerFactors]) 
 def with_inverses(
     kept: Mapping[str, Kept], inverses: Mapping[str, KroneckerInverse]
 ) -> dict[str, Kept]:
-    """What is kept, with other inverses."""
+    """Replaces the inverses in what is kept."""
 
     def of_stack(x: Kept, new: KroneckerInverse) -> Kept:
         assert isinstance(x, LayerPairs)

@@ -120,9 +120,7 @@ class LayerRule(StackRule):
         """The directions u, scaled so that the step r u has r² Σ ⟨u, ∇⟩ ≤ `kl_clip`."""
         if self.kl_clip is None or not directions:
             return directions
-        parts = [
-            jnp.vdot(u, grads[name], precision=HIGHEST).real for name, u in directions.items()
-        ]
+        parts = [jnp.vdot(u, grads[name], precision=HIGHEST).real for name, u in directions.items()]
         decrease = sum(parts[1:], start=parts[0])
         decrease = jnp.square(value_at(self.step_rate, count, decrease.dtype)) * decrease
         # A NaN-free 1 where the decrease is zero, as the root of infinity is infinite.

@@ -32,7 +32,7 @@ def require_curvature(method: str, layers: Layers, curvature: Any) -> Mapping[st
 
 
 def has_rows(curvature: Mapping[str, Any]) -> bool:
-    """Whether some layer's statistic is its rows, of which factors are still to be made."""
+    """Says whether some layer's statistic is its rows, of which factors are still to be made."""
     return any(isinstance(statistic, FactorRows) for statistic in curvature.values())
 
 

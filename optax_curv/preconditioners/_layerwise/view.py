@@ -51,7 +51,7 @@ class LayerStacks(Stacks):
         }
 
     def kind(self, name: str) -> LayerKind:
-        """What the layers of a stack have in common."""
+        """Returns the properties that the layers of a stack share."""
         return self.layers[name][0].kind
 
     def places(self, name: str) -> list[int]:
