@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.layers import Layers
-from optax_curv.linalg import kron_matvec
 from optax_curv.linalg.roots import factor_roots
 from optax_curv.preconditioners._axes import kept as kept_axes
 from optax_curv.preconditioners._axes import moments, refresh
 from optax_curv.preconditioners._stacks.axes import LeafRule
 from optax_curv.preconditioners._stacks.blocks import blocks_of
+from optax_curv.preconditioners._stacks.chunks import in_chunks
 from optax_curv.preconditioners._transformation import averages
 from optax_curv.preconditioners._transformation.aliases import matrices_and_adam
 from optax_curv.preconditioners._transformation.numbers import (
@@ -46,7 +46,7 @@ class ScaleByShampooState(NamedTuple):
         of a factor and its root, [N, d, d + 1], or a `Diagonal` factor [N, d].
       bases: with `root="qr"` by stack the tuple of its axes' orthonormal columns [N, d, d], or ones
         [N, d] where the factor is diagonal; else an empty dict.
-      energies: tr(F R) of all dense factors, and what it was when R was taken, [2, n].
+      energies: by stack tr(F R) of every axis, and what it was when R was taken, [N, axes, 2].
       fallback: state of the transformation for leaves that Shampoo does not take.
       total_notfinite: steps skipped, int32 [].
     """
@@ -56,13 +56,13 @@ class ScaleByShampooState(NamedTuple):
     momentum: dict[str, jax.Array]
     factors: dict[str, kept_axes.Kept]
     bases: dict[str, tuple[jax.Array, ...]]
-    energies: jax.Array
+    energies: dict[str, jax.Array]
     fallback: Any
     total_notfinite: jax.Array
 
     def spectra(self) -> dict[str, tuple[jax.Array, ...]]:
         """The factors that diagnostics read, by stack and axis."""
-        return kept_axes.factors_of(self.factors)
+        return {name: kept_axes.factors_of(kept) for name, kept in self.factors.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -138,44 +138,50 @@ class _Shampoo(LeafRule):
         structs = {n: jax.ShapeDtypeStruct(g.shape, g.dtype) for n, g in grads.items()}
         blocks, axes = self.blocks(structs)
         momentum, ahead = self._momentum(grads, state, sound)
-        tensors, kept = blocks.take(grads), kept_axes.wide(state.factors)
         weight = averages.weight_at(self.decay, state.count, sound)
-        factors, roots = kept_axes.factors_of(kept), kept_axes.roots_of(kept)
-        new = {name: self._moments(axes[name], tensors[name], roots[name]) for name in axes}
-        bases = kept_axes.wide(state.bases) or {n: (None,) * len(roots[n]) for n in axes}
+        tensors = blocks.take(grads)
+        measure = functools.partial(self._measured, weight)
+        measured = {
+            n: in_chunks(functools.partial(measure, axes[n]), x, state.factors[n])
+            for n, x in tensors.items()
+        }
         period = value_at(self.root_every, state.count).astype(jnp.int32)
         due = sound & refresh.is_scheduled(state.count, state.since, period)
-        given = refresh.Refresh(
-            *(refresh.by_place(axes, tree) for tree in (factors, new, roots, bases)),
-            squares={name: moments.square_norms(x) for name, x in tensors.items()},
-        )
         take_roots = functools.partial(
             factor_roots, exponent=self.exponent, damping=self.damping, method=self.root
         )
-        limit = self.refresh_growth
-        found, found_bases, energies = refresh.refreshed(
-            axes, given, weight, state.energies, due, limit, take_roots
+        kept, bases, energies = refresh.refreshed(
+            axes,
+            measured,
+            state.bases,
+            state.energies,
+            weight=weight,
+            due=due,
+            limit=self.refresh_growth,
+            take_roots=take_roots,
         )
-        roots = refresh.with_places(roots, found)
-        kept = kept_axes.renewed(kept, new, roots, weight)
+        shown = blocks.take(ahead)
+        directions = {n: in_chunks(self._applied, shown[n], kept[n]) for n in axes}
         state = state._replace(
             since=jnp.where(due, 1, optax.safe_increment(state.since)),
             momentum=momentum,
-            factors=kept_axes.in_dtypes_of(kept, state.factors),
-            bases=refresh.with_places(state.bases, found_bases) if state.bases else {},
+            factors=kept,
+            bases=bases,
             energies=energies,
         )
-        applied = {
-            name: self._with_diagonal_roots(axes[name], kept[name], roots[name]) for name in axes
-        }
-        shown = blocks.take(ahead)
-        directions = {name: kron_matvec(applied[name], shown[name]) for name in axes}
-        directions = {**ahead, **blocks.give(directions)}
-        # A root that could not be taken stops its own tensor only; the next step takes it anew.
-        finite = {
-            n: jnp.where(jnp.isfinite(d), d, jnp.zeros_like(d)) for n, d in directions.items()
-        }
-        return Step(finite, state)
+        return Step({**ahead, **blocks.give(directions)}, state)
+
+    def _measured(self, weight, axes, x, kept):
+        """A part of a stack with this step's moments averaged in; see `kept.Measured`."""
+        return kept_axes.measured(x, kept, self._moments(axes, x, kept), weight)
+
+    def _applied(self, x, kept):
+        """Applies the roots of a part of a stack to it.
+
+        A root that could not be taken stops its own tensor only; the next step takes it anew.
+        """
+        u = moments.apply_roots(kept_axes.roots_with(kept, self._diagonal_root), x)
+        return jnp.where(jnp.isfinite(u), u, jnp.zeros_like(u))
 
     def _momentum(self, grads, state, sound):
         """(new momentum, what is preconditioned), both free of the bias of their start."""
@@ -186,23 +192,19 @@ class _Shampoo(LeafRule):
         ahead = averages.weight_at(self.b1, state.count + 1)  # one step more of the same gradient
         return momentum, {n: averages.averaged(momentum[n], ahead, g) for n, g in grads.items()}
 
-    def _moments(self, axes, x, roots):
+    def _moments(self, axes, x, kept):
         """The second moments of this step, of every axis of a stack."""
         if not self.kl:
             return tuple(moments.axis_moment(x, i, d) for i, d in enumerate(axes.diagonal))
+        roots = kept_axes.roots_with(kept, self._diagonal_root)
         roots = [
-            moments.root_or_identity(self._diagonal_root(r) if d else r, d)
-            for r, d in zip(roots, axes.diagonal, strict=True)
+            moments.root_or_identity(root, d) for root, d in zip(roots, axes.diagonal, strict=True)
         ]
         return tuple(moments.whitened_moment(x, roots, i, d) for i, d in enumerate(axes.diagonal))
 
     def _diagonal_root(self, factor):
+        """The root of a diagonal factor, which is cheap and new at every step."""
         return moments.diagonal_power(factor, self.exponent, self.damping)
-
-    def _with_diagonal_roots(self, axes, kept, roots):
-        """Roots of diagonal factors are cheap, and new at every step."""
-        rows = zip(kept, roots, axes.diagonal, strict=True)
-        return tuple(self._diagonal_root(x.vector) if d else root for x, root, d in rows)
 
 
 def scale_by_shampoo(

@@ -1,17 +1,30 @@
 """What a state keeps of every axis, as types: a factor and its root, or a diagonal factor."""
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optax_curv.linalg._checks import widen
 from optax_curv.linalg.factors import Diagonal, SymmetricPair
-from optax_curv.preconditioners._axes.moments import Axes
+from optax_curv.preconditioners._axes.moments import Axes, square_norms
 from optax_curv.preconditioners._transformation.averages import averaged
 
 Kept = tuple[SymmetricPair | Diagonal, ...]
+
+
+class Measured(NamedTuple):
+    """A stack after this step's gradients have been averaged into its factors.
+
+    Attributes:
+      kept: factors with the roots that they had.
+      energies: of every dense axis tr(M R) of the new moment M and the old root R, [N].
+      squares: square norms of the gradients, [N].
+    """
+
+    kept: Kept
+    energies: tuple[jax.Array, ...]
+    squares: jax.Array
 
 
 def zero_pairs(axes: Axes) -> Kept:
@@ -20,51 +33,41 @@ def zero_pairs(axes: Axes) -> Kept:
     def zeros(struct, diagonal):
         if diagonal:
             return Diagonal(jnp.zeros(struct.shape, struct.dtype))
-        *batch, d, _ = struct.shape
-        return SymmetricPair(jnp.zeros((*batch, d, d + 1), struct.dtype))
+        *stack, d, _ = struct.shape
+        return SymmetricPair.zeros(stack, d, struct.dtype)
 
     return tuple(map(zeros, axes.factors, axes.diagonal))
 
 
-def wide(tree: Any) -> Any:
-    """The arrays of a tree in float32 at least."""
-    return jax.tree.map(widen, tree)
+def wide(kept: Kept) -> Kept:
+    """The arrays in float32 at least."""
+    return jax.tree.map(widen, kept)
 
 
-def in_dtypes_of(tree: Any, like: Any) -> Any:
-    """The arrays of a tree in the dtypes of those that a state has."""
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+def factors_of(kept: Kept) -> tuple[jax.Array, ...]:
+    """The factor of every axis, dense [N, d, d] or diagonal [N, d]."""
+    return tuple(x.vector if isinstance(x, Diagonal) else x.factor for x in kept)
 
 
-def factors_of(kept: Mapping[str, Kept]) -> dict[str, tuple[jax.Array, ...]]:
-    """The factors of every stack and axis, dense [N, d, d] or diagonal [N, d]."""
+def measured(
+    x: jax.Array, kept: Kept, moments: tuple[jax.Array, ...], weight: jax.Array
+) -> Measured:
+    """The moments of the gradients x averaged into the factors; see `Measured`."""
 
-    def factor(x):
-        return x.vector if isinstance(x, Diagonal) else x.factor
+    def of_axis(old, moment):
+        factor = wide(old)
+        if isinstance(factor, Diagonal):
+            return Diagonal(averaged(factor.vector, weight, moment).astype(old.dtype))
+        return old.replace(factor=averaged(factor.lower, weight, moment))
 
-    return {name: tuple(map(factor, of_stack)) for name, of_stack in kept.items()}
+    energies = tuple(
+        jnp.sum((moment * wide(old).root.conj()).real, axis=(-2, -1))
+        for old, moment in zip(kept, moments, strict=True)
+        if not isinstance(old, Diagonal)
+    )
+    return Measured(tuple(map(of_axis, kept, moments)), energies, square_norms(x))
 
 
-def roots_of(kept: Mapping[str, Kept]) -> dict[str, tuple[jax.Array, ...]]:
-    """The roots of dense factors; a diagonal factor stands for its own, which is cheap to take."""
-
-    def root(x):
-        return x.vector if isinstance(x, Diagonal) else x.root
-
-    return {name: tuple(map(root, of_stack)) for name, of_stack in kept.items()}
-
-
-def renewed(
-    kept: Mapping[str, Kept], moments: Mapping[str, Any], roots: Mapping[str, Any], weight: Any
-) -> dict[str, Kept]:
-    """What is kept, with this step's moments averaged in and with these roots."""
-
-    def of_axis(x, moment, root):
-        if isinstance(x, Diagonal):
-            return Diagonal(averaged(x.vector, weight, moment))
-        return x.replace(factor=averaged(x.lower, weight, moment), root=root)
-
-    return {
-        name: tuple(map(of_axis, of_stack, moments[name], roots[name]))
-        for name, of_stack in kept.items()
-    }
+def roots_with(kept: Kept, diagonal_root: Any) -> tuple[jax.Array, ...]:
+    """The root of every axis, those of diagonal factors taken anew by `diagonal_root`."""
+    return tuple(diagonal_root(x.vector) if isinstance(x, Diagonal) else x.root for x in wide(kept))

@@ -1,11 +1,13 @@
 """When the roots of dense factors are taken anew, and how those of one width share a call."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from optax_curv.linalg._checks import widen
+from optax_curv.preconditioners._axes.kept import Kept, Measured
 from optax_curv.preconditioners._axes.moments import Axes, rounded
 from optax_curv.preconditioners._transformation.averages import averaged
 
@@ -15,24 +17,6 @@ EARLY = 4
 SMALL = 64  # elsewhere than on CPU a root of this width costs less than one more call
 
 Place = tuple[str, int]  # name of a stack, axis
-
-
-class Refresh(NamedTuple):
-    """What a refresh reads, by place; all dense factors only.
-
-    Attributes:
-      factors: the old factors, in float32 at least.
-      moments: the second moments of this step.
-      roots: the old roots.
-      bases: the old bases, or None.
-      squares: square norms of the gradients [N] by stack.
-    """
-
-    factors: dict[Place, jax.Array]
-    moments: dict[Place, jax.Array]
-    roots: dict[Place, jax.Array]
-    bases: dict[Place, Any]
-    squares: dict[str, jax.Array]
 
 
 def dense_places(axes: Mapping[str, Axes]) -> list[list[Place]]:
@@ -46,11 +30,12 @@ def dense_places(axes: Mapping[str, Axes]) -> list[list[Place]]:
     return list(batches.values())
 
 
-def zero_energies(axes: Mapping[str, Axes]) -> jax.Array:
-    """Zeros [2, n] for tr(F R) of n dense factors: the running one, and that when R was taken."""
-    count = sum(axes[name].struct.shape[0] for batch in dense_places(axes) for name, _ in batch)
-    dtypes = (jnp.finfo(x.struct.dtype).dtype for x in axes.values())
-    return jnp.zeros([2, count], jnp.result_type(jnp.float32, *dtypes))
+def zero_energies(axes: Mapping[str, Axes]) -> dict[str, jax.Array]:
+    """Zeros [N, axes, 2] by stack: tr(F R) of every axis, and what it was when R was taken."""
+    return {
+        name: jnp.zeros((x.struct.shape[0], len(x.diagonal), 2), jnp.finfo(x.struct.dtype).dtype)
+        for name, x in axes.items()
+    }
 
 
 def is_scheduled(count: jax.Array, since: jax.Array, period: jax.Array) -> jax.Array:
@@ -59,22 +44,18 @@ def is_scheduled(count: jax.Array, since: jax.Array, period: jax.Array) -> jax.A
     return (count == 0) | (since >= gap)
 
 
-@jax.jit
-def _energy(factor: jax.Array, root: jax.Array) -> jax.Array:
-    """tr(F R) of dense factors and roots [N, d, d], [N]."""
-    return jnp.sum((factor * root.conj()).real, axis=(-2, -1))
-
-
 def refreshed(
     axes: Mapping[str, Axes],
-    given: Refresh,
+    measured: Mapping[str, Measured],
+    bases: Mapping[str, tuple[jax.Array, ...]],
+    energies: Mapping[str, jax.Array],
+    *,
     weight: jax.Array,
-    energies: jax.Array,
     due: jax.Array,
     limit: Any,
     take_roots: Callable,
-) -> tuple[dict[Place, jax.Array], dict[Place, Any], jax.Array]:
-    """(roots, bases, energies), with roots taken anew where they are due or a factor has moved.
+) -> tuple[dict[str, Kept], dict[str, tuple[jax.Array, ...]], dict[str, jax.Array]]:
+    """(what is kept, bases, energies), with roots taken anew where due or where a factor has moved.
 
     A factor has moved when tr(F R) has grown by more than `limit` since the root R was taken, which
     happens when gradients grow, or turn to where there were none and R is large, or come for the
@@ -83,68 +64,69 @@ def refreshed(
 
     Args:
       axes: the stacks.
-      given: see `Refresh`.
-      weight: of the moments in the averages, [].
+      measured: of every stack.
+      bases: by stack the basis of every axis, or an empty dict.
       energies: see `zero_energies`.
+      weight: of this step's moments in the averages, [].
       due: bool [].
       limit: see above.
       take_roots: (factors, bases) -> a list of (root R, tr(F R), basis) for each.
     """
-    roots: dict[Place, jax.Array] = {}
-    bases: dict[Place, Any] = {}
-    of_batches, start = [], 0
+    kept = {name: list(x.kept) for name, x in measured.items()}
+    new_bases = {name: list(of_stack) for name, of_stack in bases.items()}
+    columns = {name: [x[:, i] for i in range(x.shape[1])] for name, x in energies.items()}
     for batch in dense_places(axes):
-        count = sum(axes[name].struct.shape[0] for name, _ in batch)
-        old = energies[:, start : start + count]
-        found, new_bases, new = _batch(axes, given, batch, weight, old, due, limit, take_roots)
-        roots |= dict(zip(batch, found, strict=True))
-        bases |= dict(zip(batch, new_bases, strict=True))
-        of_batches.append(new)
-        start += count
-    return roots, bases, jnp.concatenate([energies[:, :0], *of_batches], axis=1)
-
-
-def _batch(axes, given, batch, weight, energies, due, limit, take_roots):
-    """`refreshed` of one batch: (roots, bases, energies)."""
-    dtypes = [axes[name].factor_dtype for name, _ in batch]
-    factors, moments, roots, bases = (
-        [tree[place] for place in batch]
-        for tree in (given.factors, given.moments, given.roots, given.bases)
+        own = {place: _energy_of(axes, measured, place) for place in batch}
+        old = [
+            jnp.stack([averaged(column[:, 0], weight, own[name, axis]), column[:, 1]], -1)
+            for name, axis in batch
+            for column in [columns[name][axis]]
+        ]
+        moved = [
+            _has_moved(x, measured[name].squares, weight, limit)
+            for x, (name, _) in zip(old, batch, strict=True)
+        ]
+        again = due | jnp.any(jnp.concatenate(moved))
+        pairs = [kept[name][axis] for name, axis in batch]
+        olds = [new_bases[name][axis] if bases else None for name, axis in batch]
+        new = jax.lax.cond(
+            again,
+            lambda p, b, e: _fresh(p, b, e, take_roots),
+            lambda p, b, e: (p, b, e),
+            *(pairs, olds, old),
+        )
+        for (name, axis), pair, basis, energy in zip(batch, *new, strict=True):
+            kept[name][axis], columns[name][axis] = pair, energy
+            if bases:
+                new_bases[name][axis] = basis
+    return (
+        {name: tuple(x) for name, x in kept.items()},
+        {name: tuple(x) for name, x in new_bases.items()},
+        {name: jnp.stack(x, axis=1) for name, x in columns.items()},
     )
 
-    def flat(arrays):
-        return jnp.concatenate([x.reshape(-1) for x in arrays]).astype(energies.dtype)
 
-    running, reference = energies
-    running = averaged(running, weight, flat(map(_energy, moments, roots)))
-    wakes = (weight > 0) & (reference == 0) & (flat(given.squares[name] for name, _ in batch) > 0)
+def _energy_of(axes: Mapping[str, Axes], measured: Mapping[str, Measured], place: Place) -> Any:
+    """tr(M R) of one dense axis, [N]."""
+    name, axis = place
+    dense = [i for i, diagonal in enumerate(axes[name].diagonal) if not diagonal]
+    return measured[name].energies[dense.index(axis)]
+
+
+def _has_moved(energy: jax.Array, squares: jax.Array, weight: jax.Array, limit: Any) -> jax.Array:
+    """Whether each factor of a stack needs another root, [N]."""
+    running, reference = energy[:, 0], energy[:, 1]
+    wakes = (weight > 0) & (reference == 0) & (squares > 0)
     lost = ~jnp.isfinite(reference)  # where LAPACK has found no root
-    moved = jnp.any(wakes | lost | (running > limit * reference))
-    old = roots, bases, jnp.stack([running, reference])
-
-    def fresh():
-        new = [averaged(f, weight, m) for f, m in zip(factors, moments, strict=True)]
-        new = list(map(rounded, new, dtypes))
-        taken, now, found = zip(*take_roots(new, bases), strict=True)
-        found = [q if q is None else rounded(q, d) for q, d in zip(found, dtypes, strict=True)]
-        return list(map(rounded, taken, dtypes)), found, jnp.stack([flat(now)] * 2)
-
-    return jax.lax.cond(due | moved, fresh, lambda: old)
+    return wakes | lost | (running > limit * reference)
 
 
-def by_place(axes: Mapping[str, Axes], tree: Mapping[str, Any]) -> dict[Place, Any]:
-    """The entries of dense axes in a tree by stack and axis."""
-    return {
-        (name, axis): tree[name][axis]
-        for name, of_stack in axes.items()
-        for axis, diagonal in enumerate(of_stack.diagonal)
-        if not diagonal
-    }
-
-
-def with_places(tree: Mapping[str, Any], entries: Mapping[Place, Any]) -> dict[str, Any]:
-    """A tree by stack and axis with other entries at these places, in the dtypes that it has."""
-    return {
-        name: tuple(entries.get((name, axis), x).astype(x.dtype) for axis, x in enumerate(of_stack))
-        for name, of_stack in tree.items()
-    }
+def _fresh(pairs: Any, bases: Any, energies: Any, take_roots: Callable) -> Any:
+    """(pairs with new roots, bases, energies) of a batch."""
+    factors = [widen(pair.factor) for pair in pairs]
+    wide_bases = [None if q is None else widen(q) for q in bases]
+    taken, now, found = zip(*take_roots(factors, wide_bases), strict=True)
+    pairs = [p.replace(root=rounded(r, p.dtype)) for p, r in zip(pairs, taken, strict=True)]
+    bases = [q if q is None else x.astype(q.dtype) for q, x in zip(bases, found, strict=True)]
+    same = zip(now, energies, strict=True)
+    return pairs, bases, [jnp.stack([x, x], -1).astype(e.dtype) for x, e in same]

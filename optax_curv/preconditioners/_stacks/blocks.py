@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_curv.linalg._compiler import cut_out
+from optax_curv.linalg._compiler import slice_of_stack
 from optax_curv.preconditioners._stacks.names import block_name
 
 
@@ -39,7 +39,11 @@ class Blocks(NamedTuple):
         for own, (name, slices) in self.places.items():
             rows = self.structs[name].shape[0]
             for i, place in enumerate(slices):
-                part = blocks[own] if len(slices) == 1 else cut_out(blocks[own], i * rows, (rows,))
+                part = (
+                    blocks[own]
+                    if len(slices) == 1
+                    else slice_of_stack(blocks[own], i * rows, (rows,))
+                )
                 found.setdefault(name, {})[tuple(s.start for s in place)] = part
         return {name: self._whole(name, parts) for name, parts in found.items()}
 

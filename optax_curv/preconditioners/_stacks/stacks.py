@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_curv.linalg._compiler import cut_out
+from optax_curv.linalg._compiler import slice_of_stack
 from optax_curv.preconditioners._stacks.names import member_name, stack_name
 from optax_curv.preconditioners._transformation.trees import path_of, wide_dtype
 
@@ -118,7 +118,7 @@ class Stacks(Mapping[str, Stack]):
         for name, array in stacks.items():
             start = 0
             for member in self[name].members:
-                part = cut_out(array, start, (member.rows,))
+                part = slice_of_stack(array, start, (member.rows,))
                 for place, leaf in member.give(part, like_leaves).items():
                     leaves[place] = leaf
                 start += member.rows
