@@ -1,8 +1,8 @@
-"""Trains a Flax network on scikit-learn's handwritten digits, once with each method: ``python -m optax_curv.demo``.
+"""Trains a Flax network on handwritten digits with each method: ``python -m optax_curv.demo``.
 
-Every method starts from the same weights, sees the same batches and lets its learning rate fall to
-zero along a cosine. The network has two hidden layers of 64 tanh units; a quarter of the 1797
-images is held out.
+The digits are scikit-learn's. Every method starts from the same weights, sees the same batches and
+lets its learning rate fall to zero along a cosine. The network has two hidden layers of 64 tanh
+units; a quarter of the 1797 images is held out.
 
 Learning rates, and the dampings of kfac (0.01 or 0.1) and branch_fisher (0.1 or 1), are those with
 the lowest training loss after 300 steps from seed 100, on one grid for all of 1, 3, 10, 30, …; seed
@@ -30,7 +30,7 @@ EVALUATIONS = 20
 
 
 class Problem(NamedTuple):
-    """What they share."""
+    """The network, the loss and the images that all methods share."""
 
     predict: Callable  # (params, images [N, 64]) -> logits [N, 10]
     loss: Callable  # (params, images, labels) -> mean loss []
@@ -40,7 +40,7 @@ class Problem(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What became of one method."""
+    """The training of one method, and how good its network is in the end."""
 
     method: str
     losses: np.ndarray  # [steps], of each batch before the step

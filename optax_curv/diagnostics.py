@@ -20,7 +20,7 @@ Factors: TypeAlias = tuple[Factor, ...] | Mapping[str, Factor]
 
 @runtime_checkable
 class CurvatureState(Protocol):
-    """What diagnostics read of a state; the state of every method of this package is one.
+    """Protocol of the states that diagnostics read; that of every method of this package is one.
 
     Attributes:
       count: steps taken, int32 [].
@@ -122,8 +122,8 @@ def _spectra_of(state: CurvatureState) -> Iterator[FactorSpectrum]:
         found = []
         for factor, array in named.items():
             array, dense = _array_of(array)
-            for name, block, rows in parts_of(stack, np.asarray(array)):  # pyright: ignore[reportArgumentType]
-                values = _magnitudes(rows, dense)  # pyright: ignore[reportArgumentType]
+            for name, block, rows in parts_of(stack, array):
+                values = _magnitudes(np.asarray(rows), dense)
                 values = values[0] if len(values) == 1 else values
                 if block is not None:
                     blocks_here[name] = block + 1

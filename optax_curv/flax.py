@@ -54,5 +54,5 @@ class TrainState(train_state.TrainState):
         names = {field.name for field in dataclasses.fields(self)}
         fields = {name: extra_args.pop(name) for name in names & extra_args.keys()}
         update = functools.partial(optax.with_extra_args_support(self.tx).update, **extra_args)
-        told = self.replace(tx=optax.GradientTransformationExtraArgs(self.tx.init, update))
+        told = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
         return super(TrainState, told).apply_gradients(grads=grads, **fields).replace(tx=self.tx)

@@ -34,10 +34,7 @@ TODO = {
         "preconditioners/kron_psgd.py",
         "preconditioners/quadratic_model.py",
     ],
-    "method_imports": [
-        "preconditioners/branch_fisher.py",
-        "preconditioners/flat_psgd.py",
-    ],
+    "method_imports": ["preconditioners/branch_fisher.py", "preconditioners/flat_psgd.py"],
     "plain_defaults": [
         "optax_curv.branch_kfac",
         "optax_curv.dense_psgd",
@@ -48,7 +45,6 @@ TODO = {
         "optax_curv.scale_by_kron_psgd",
         "optax_curv.scale_by_lra_psgd",
     ],
-    "private_imports": [],
     "riddles": [
         "capture/_graph/marks.py",
         "capture/_graph/replay.py",
@@ -210,14 +206,8 @@ TODO = {
         "preconditioners/_psgd/kron_layout.py",
         "preconditioners/_psgd/options.py",
         "preconditioners/_psgd/step.py",
-        "preconditioners/_stacks/blocks.py",
-        "preconditioners/_stacks/names.py",
         "preconditioners/_stacks/owners.py",
-        "preconditioners/_transformation/aliases.py",
-        "preconditioners/_transformation/averages.py",
         "preconditioners/_transformation/contracts.py",
-        "preconditioners/_transformation/numbers.py",
-        "preconditioners/_transformation/transformation.py",
         "preconditioners/branch_fisher.py",
         "preconditioners/branch_kfac.py",
         "preconditioners/chain_pieces.py",
@@ -225,6 +215,5 @@ TODO = {
         "preconditioners/gauss_newton.py",
         "preconditioners/kron_psgd.py",
         "preconditioners/quadratic_model.py",
-        "preconditioners/shampoo.py",
     ],
 }

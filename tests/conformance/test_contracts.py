@@ -12,6 +12,7 @@ import pytest
 from conformance import cases, problems
 
 import optax_curv
+from optax_curv import diagnostics
 
 STEPS = 3
 # A few steps of rounding through factorisations, in float32.
@@ -205,6 +206,39 @@ def test_counters_stay_at_the_largest_number(name):
     for field, path, leaf in named(state):
         if field in ("count", "total_notfinite"):
             assert leaf in (COUNTER_LIMIT, COUNTER_LIMIT - 1), path
+
+
+def dense_magnitudes(state):
+    """Singular values of every tensor's factor, in float64, in no order: of one state of ours."""
+    for factors in state.spectra().values():
+        for factor in factors.values() if isinstance(factors, dict) else factors:
+            for x in np.asarray(jax.tree.leaves(factor)[0], np.float64):
+                yield np.linalg.svd(x if x.ndim == 2 else np.diag(x), compute_uv=False)
+
+
+@every_guarded
+@pytest.mark.parametrize("where", ["alone", "in a chain"])
+def test_diagnostics_show_the_spectrum_of_every_factor(name, where):
+    state = jitted_walk(name)[1][-1]
+    state = (optax.EmptyState(), state) if where == "in a chain" else state
+    spectra = diagnostics.factor_spectra(state)
+    shown = [row for x in spectra for row in np.atleast_2d(x.eigenvalues)]
+    ours = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, diagnostics.CurvatureState))
+    ours = [x for x in ours if isinstance(x, diagnostics.CurvatureState)]
+    dense = [values for x in ours for values in dense_magnitudes(x)]
+    assert len(spectra) == cases.CASES[name].factors
+    assert len(shown) == len(dense)
+    for values, expected in zip(sorted(shown, key=tuple), sorted(dense, key=tuple), strict=True):
+        np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-12 * max(expected))
+
+    lines = diagnostics.curvature_table(state).splitlines()
+    assert any(line.endswith("State: 3 steps, 0 skipped") or "3 steps" in line for line in lines)
+    for spectrum in spectra:
+        figures = spectrum.eigenvalues.max(), spectrum.eigenvalues.min()
+        line = next(
+            x for x in lines if x.startswith(f"  {spectrum.name} ") and spectrum.factor in x
+        )
+        assert [f"{x:.3g}" for x in figures] == line.split()[-4:-2]
 
 
 @pytest.mark.parametrize("name", cases.ALIASES)

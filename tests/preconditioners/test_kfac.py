@@ -589,7 +589,9 @@ class TestRefusals:
     def test_gradients_unlike_the_parameters_and_unfit_leaves(self):
         tx, grads = scale_by_kfac(ZOO), draw(0)
         other = {name: x for name, x in grads.items() if name != "tokens"}
-        with pytest.raises(ValueError, match="tree of the gradients differs from that of the parameters"):
+        with pytest.raises(
+            ValueError, match="tree of the gradients differs from that of the parameters"
+        ):
             tx.update(other, tx.init(grads), grads, curvature=statistics(1))
         for dtype in (jnp.complex64, jnp.int32):
             with pytest.raises(ValueError, match=r"leaf \['tokens'\] has dtype"):
