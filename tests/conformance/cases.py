@@ -352,7 +352,7 @@ ALIASES = {
         ),
         suite=Suite(optax_curv.shampoo, {"learning_rate": 1e-2}, True),
         devices=RULE_COMPARED,
-        factors=2,
+        factors=4,
     ),
     "soap": Case(
         **_of(optax_curv.soap, "eps", basis_every=2, **DECAYED),
@@ -364,7 +364,7 @@ ALIASES = {
         ),
         suite=Suite(optax_curv.soap, {"learning_rate": 1e-2}),
         devices=RULE_COMPARED,
-        factors=2,
+        factors=4,
     ),
     "branch_fisher": Case(
         **_of(optax_curv.branch_fisher, "damping", **DECAYED),
