@@ -176,10 +176,8 @@ class _Shampoo(LeafRule):
         return kept_axes.measured(x, kept, self._moments(axes, x, kept), weight)
 
     def _applied(self, x, kept):
-        """Applies the roots of a part of a stack to it.
-
-        A root that could not be taken stops its own tensor only; the next step takes it anew.
-        """
+        """The product ⊗R · x for a part of a stack."""
+        # A root that could not be taken stops its own tensor only; the next step takes it anew.
         u = moments.apply_roots(kept_axes.roots_with(kept, self._diagonal_root), x)
         return jnp.where(jnp.isfinite(u), u, jnp.zeros_like(u))
 

@@ -39,8 +39,8 @@ def zero_pairs(axes: Axes) -> Kept:
     return tuple(map(zeros, axes.factors, axes.diagonal))
 
 
-def wide(kept: Kept) -> Kept:
-    """The arrays in float32 at least."""
+def wide(kept: Any) -> Any:
+    """The arrays of what is kept in float32 at least."""
     return jax.tree.map(widen, kept)
 
 

@@ -22,8 +22,8 @@ def in_chunks(function: Callable[..., Any], *trees: Any) -> Any:
       *trees: arrays [N, ...].
 
     Returns:
-      What the function returns, [N, ...], from parts of the largest length that divides N and has at
-      most `ENTRIES` entries of the first array.
+      What the function returns, [N, ...], from parts of the largest length that divides N and
+      has at most `ENTRIES` entries of the first array.
     """
     first = jax.tree.leaves(trees)[0]
     count, size = first.shape[0], math.prod(first.shape[1:])
