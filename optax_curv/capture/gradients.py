@@ -69,8 +69,8 @@ def find_layers(
       loss_fn: `loss_fn(params, *args, **kwargs)`, or an `Objective`.
       params: parameters (a pytree of arrays, or an nnx Module or State).
       *args: further arguments of the loss.
-      batch_size: number of examples, as `value_grad_and_curvature` takes it; None: the leading axis
-        of the first array after the parameters.
+      batch_size: number of examples, as `value_grad_and_curvature` takes it; None: it is read off
+        the arrays.
       **kwargs: further arguments of the loss by name.
 
     Returns:
@@ -357,8 +357,9 @@ def value_grad_and_curvature(
       samples: number of drawn targets; "sampled" only.
       sharing: "expand" takes every row as an example, "reduce" first averages inputs and sums
         output gradients over the positions and uses of one.
-      batch_size: N; None: the leading axis of the first array after the parameters that is no PRNG
-        key and, where there are others, in no tree of trees (as batch statistics are).
+      batch_size: N; None: the leading axis of the first array after the parameters whose leading
+        axis reaches the mean at the end of the loss (PRNG keys are not asked, and arrays in a tree
+        of trees, as batch statistics are, come last).
       has_aux: whether the loss returns (loss, aux).
 
     Returns:

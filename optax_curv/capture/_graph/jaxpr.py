@@ -217,6 +217,13 @@ def counters_carried(eqn) -> set[int]:
     return set(filter(counts, range(carry)))
 
 
+def number(variable) -> float | None:
+    """The number that a literal is; None for variables and arrays."""
+    if not is_literal(variable) or jnp.ndim(variable.val):
+        return None
+    return float(variable.val)
+
+
 def is_range(jaxpr, variable) -> bool:
     """Whether a variable is 0, 1, … along its only axis."""
     made_by = maker(jaxpr, variable)

@@ -101,6 +101,7 @@ class Node:
       carried: for each carry of a scan, the uses that it is made of and that all examples share.
       started: for each carry of a scan that starts with what all examples share, but does not stay
         so, the axis of the examples.
+      marks: what is known of each variable.
     """
 
     def __init__(self, jaxpr: Any):
@@ -110,6 +111,7 @@ class Node:
         self.children: dict[int, tuple[Node, ...]] = {}
         self.carried: dict[int, list[frozenset[int]]] = {}
         self.started: dict[int, dict[int, int]] = {}
+        self.marks: dict[Any, Mark] = {}
 
     def uses(self) -> list[int]:
         """Numbers of all uses in and below."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +12,13 @@ import numpy as np
 from optax_curv.capture._graph import views
 from optax_curv.capture._graph.jaxpr import inlined
 from optax_curv.capture._graph.marks import UNKNOWN, Batch, Mark, Node
+from optax_curv.capture._graph.mean import divisors, final_sums, shows_examples
 from optax_curv.capture._graph.uses import Use, group
 from optax_curv.capture._graph.walk import Walk
 from optax_curv.layers import Layers
+
+# Shapes and dtypes of raw keys of the generators threefry and rbg.
+RAW_KEYS = {((2,), np.dtype(np.uint32)), ((4,), np.dtype(np.uint32))}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,17 +100,21 @@ def trace(
     static: list = []
     jaxpr = inlined(jax.make_jaxpr(flat)(leaves, arrays))
     shapes = [tuple(v.aval.shape) for v in jaxpr.jaxpr.invars]
-    batch = _number_of_examples((args, kwargs)) if batch_size is None else batch_size
-    if not isinstance(batch, int | np.integer) or batch < 1:
-        raise ValueError(
-            f"{caller}: the number of examples (batch_size, or the leading axis of the first array "
-            f"after the parameters) is {batch!r}; expected at least one, known at trace time."
-        )
-    batch = int(batch)
-    walk = Walk([jax.tree_util.keystr(path) for path in paths], batch)
-    node = Node(jaxpr)
-    constants = [*map(jnp.shape, jaxpr.consts)]
-    results = walk.node(node, *_initial_marks(shapes, constants, len(leaves), batch))
+    candidates = _leading_axes((args, kwargs)) if batch_size is None else [batch_size]
+    for count in candidates:
+        if not isinstance(count, int | np.integer) or count < 1:
+            raise ValueError(
+                f"{caller}: the number of examples (batch_size, or the leading axis of the first "
+                f"array after the parameters) is {count!r}; expected at least one, known at trace "
+                "time."
+            )
+    names = [jax.tree_util.keystr(path) for path in paths]
+    walks = (_walk(jaxpr, names, shapes, int(count)) for count in candidates)
+    if batch_size is None:
+        node, walk, results = _that_shows_examples(caller, walks)
+    else:
+        node, walk, results = next(walks)
+    batch = walk.batch
     walk.seeds.settle(walk.found, results)
     unused = {leaf: reason for mark in results for leaf, reason in mark.derived}
     layers, uses = group(walk.found, walk.refused, unused, paths, shapes[: len(leaves)], batch)
@@ -134,14 +142,56 @@ def _require_array(caller: str, params: Any, path: tuple, leaf: Any):
     )
 
 
-def _number_of_examples(args_and_kwargs) -> int:
-    """Reads the number of examples off the arguments, see `value_grad_and_curvature`."""
-    leading = {
-        len(path) > 3: x.shape[0]  # args or kwargs, the argument, and one key into it
-        for path, x in reversed(jax.tree.leaves_with_path(args_and_kwargs))
-        if _is_array(x) and x.shape and (x.shape, x.dtype) != ((2,), np.uint32)
-    }
-    return leading.get(False, leading.get(True, 1))
+def _leading_axes(args_and_kwargs) -> list[int]:
+    """Lists the sizes of leading axes of the arguments, the likeliest number of examples first.
+
+    Arrays in a tree of trees, such as batch statistics, come last, and raw PRNG keys are left out.
+    """
+    sizes: dict[bool, dict[int, None]] = {False: {}, True: {}}
+    for path, x in jax.tree.leaves_with_path(args_and_kwargs):
+        if _is_array(x) and x.shape and (x.shape, x.dtype) not in RAW_KEYS:
+            deep = len(path) > 3  # args or kwargs, the argument, and one key into it
+            sizes[deep][x.shape[0]] = None
+    first, *others = dict.fromkeys([*sizes[False], *sizes[True]]) or [1]
+    return [first, *(size for size in others if size > 0)]
+
+
+def _walk(jaxpr, names: list[str], shapes: list, batch: int) -> tuple[Node, Walk, list[Mark]]:
+    """Walks a loss for a number of examples."""
+    walk, node = Walk(names, batch), Node(jaxpr)
+    constants = [*map(jnp.shape, jaxpr.consts)]
+    return node, walk, walk.node(node, *_initial_marks(shapes, constants, len(names), batch))
+
+
+def _that_shows_examples(caller: str, walks: Iterator) -> tuple[Node, Walk, list[Mark]]:
+    """Picks the number of examples that reaches the mean at the end of the loss.
+
+    If several do, because an array has the length of a feature axis, the one at which most uses of
+    layers see the examples is picked, and the first among equals. Where none does, the first
+    stands, unless the mean is over another number.
+    """
+    first, means, best, most = None, set(), None, -1.0
+    for node, walk, results in walks:
+        sums = list(final_sums(node, node.jaxpr.jaxpr.outvars[0]))
+        if first is None:
+            first, means = (node, walk, results), divisors(sums)
+        seen = [use.examples is not None for use in walk.found] or [True]
+        share = sum(seen) / len(seen)
+        if shows_examples(sums) and share > most:
+            best, most = (node, walk, results), share
+            if share == 1:
+                break
+    if best is not None:
+        return best
+    assert first is not None  # there is at least one number
+    count = first[1].batch
+    if means and all(mean % count for mean in means):
+        raise ValueError(
+            f"{caller}: the leading axis of the arrays after the parameters says that the batch "
+            f"has {count} examples, but the loss is a mean over {sorted(means)}; give batch_size=, "
+            "the number of examples, as for a time-major batch [time, examples, ...]."
+        )
+    return first
 
 
 def _initial_marks(shapes, constants, parameters: int, batch: int) -> tuple[list[Mark], list[Mark]]:

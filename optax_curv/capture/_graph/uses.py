@@ -168,7 +168,7 @@ def group(
         layer = (
             _kernel_layer(own, shape, key, matrices[leaf])
             if leaf in matrices
-            else _elementwise_layer(own, shape, key)
+            else _elementwise_layer(own, shape, key, batch)
         )
         if isinstance(layer, str):
             uncovered[leaf] = layer
@@ -286,11 +286,11 @@ def _kernel_layer(uses: list[Found], shape, kernel: str, matrix: Matrix) -> Laye
     )
 
 
-def _elementwise_layer(uses: list[Found], shape, key: str) -> Layer | str:
+def _elementwise_layer(uses: list[Found], shape, key: str, batch: int) -> Layer | str:
     """A scale or shift; the reason why not if its uses differ too much."""
     loops = _loops(uses[0])
     for found in uses:
-        if found.examples == LOST:
+        if found.examples == LOST and batch > 1:
             return "the examples cannot be told apart where it is used"
         if _loops(found) != loops or any(stride < 0 for stride, _ in found.outputs):
             return "its uses run along different axes"

@@ -157,6 +157,7 @@ class Walk:
             if any(mark is not NOTHING for mark in given):
                 at = _At(self, around, node, index, counts)
                 env.update(zip(eqn.outvars, self._equation(at, given), strict=True))
+        node.marks = env
         return [read(v) for v in jaxpr.outvars]
 
     def _equation(self, at: _At, given: list[Mark]) -> list[Mark]:
