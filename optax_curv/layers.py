@@ -125,6 +125,7 @@ class Layer:
         return first, second
 
 
+@jax.tree_util.register_static
 class Layers:
     """The layers of one loss in the order of use: iterable, hashable, and a table when printed.
 

@@ -1,10 +1,11 @@
 """A layer's leaves as one matrix and back."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_curv.layers import MAX_FULL_ELEMENTWISE, Layer, layer_leaves, layer_matrix
+from optax_curv.layers import MAX_FULL_ELEMENTWISE, Layer, Layers, layer_leaves, layer_matrix
 
 
 def leaf(*shape, dtype=jnp.float32):
@@ -76,3 +77,16 @@ def test_a_leaf_of_another_size_is_refused():
         ValueError, match=r"'l': the leaf w has shape \(3, 3\), expected .* 3 × out_dim=2"
     ):
         layer_matrix(Layer("l", "dense", "w", None, 3, 2), {"w": leaf(3, 3)})
+
+
+def test_layers_may_be_an_argument_of_a_jitted_function():
+    """They have no leaves, so that a program is compiled for each table."""
+    layer = Layer("dense", "dense", "['w']", None, 3, 2)
+    layers = Layers([layer])
+
+    @jax.jit
+    def names(layers, x):
+        return x + len(layers)
+
+    assert names(layers, jnp.zeros(())) == 1
+    assert not jax.tree.leaves(layers)
