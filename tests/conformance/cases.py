@@ -599,11 +599,12 @@ VARIANTS = {
     "branch_fisher_rows_auto": _options(FISHER, fisher, "damping", solver="auto")._replace(
         extras=problems.parameter_rows,
         any_tree=False,
+        complex=True,
         fault=_branches(fisher, regression.rows_of, 1.0, solver="auto", centered=False),
     ),
     "branch_fisher_rows_momentum": _options(
         FISHER, fisher, "damping", solver="auto", momentum=0.9, centered=False
-    )._replace(extras=problems.parameter_rows, any_tree=False),
+    )._replace(extras=problems.parameter_rows, any_tree=False, complex=True),
     "branch_kfac_complement": _options(
         BRANCH_KFAC, branch_kfac, "damping", projection="orthonormal", complement=True
     ),
@@ -679,7 +680,12 @@ OF_GAUSS_NEWTON = {
     "decay": "it is of K-FAC's factors, which need layers=",
     "diagonal_power": "it is of the diagonal preconditioner, which needs diagonal=",
 }
+OF_BRANCH_FISHER = dict.fromkeys(
+    ("max_iters", "tol"), "complement=True, the default, decomposes branches that are samples"
+)
 IGNORED: dict[str, dict[str, Reason]] = {
+    "scale_by_branch_fisher": OF_BRANCH_FISHER,
+    "branch_fisher": OF_BRANCH_FISHER,
     "scale_by_kron_psgd": {"eps": 'it is the floor of the normaliser of "right_triangular"'},
     "scale_by_gauss_newton": OF_GAUSS_NEWTON,
     "gauss_newton": OF_GAUSS_NEWTON,
