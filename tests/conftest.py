@@ -20,6 +20,7 @@ import pytest
 
 collect_ignore = [
     "conformance/many_devices.py",  # a program for eight devices, run by its test
+    "conformance/threads.py",  # a program of eight threads, run by `test_no_deadlock.py`
     "typing/usage.py",  # read by a type checker
     "typing/wrong.py",
 ]
