@@ -8,7 +8,9 @@ import os
 import sys
 import threading
 
-if hasattr(os, "sched_setaffinity"):  # the fewer threads, the sooner all of them wait
+if __name__ == "__main__" and hasattr(
+    os, "sched_setaffinity"
+):  # the fewer threads, the sooner all of them wait
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 
 import jax
