@@ -257,7 +257,7 @@ def contribution(
     zeros: Arrays,
     basis: Basis,
 ) -> Arrays:
-    """What one use adds to its probe, given its operands and its output's gradient."""
+    """Returns the part of one use in its probe, from its operands and its output's gradient."""
     inputs, grads = rows_of(use, operands, grad)
     stack = grads.ndim - 3
     if statistic.keeps_rows(use.layer):

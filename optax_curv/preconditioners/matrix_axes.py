@@ -21,7 +21,7 @@ def matrix_axes(
     adam_for: AdamFor | None = None,
     stacked: Stacked | None = None,
 ) -> MatrixAxes:
-    """What each leaf is to a method for matrices: stack, rows and columns, who takes it, and why.
+    """Tells what a method for matrices sees in each leaf: stack, rows, columns, who takes it, why.
 
     With `layers` every kernel of a dense or convolutional layer is a stack of matrices
     [*stack, in, out] as the traced loss uses it: heads lie among the rows or the columns as the

@@ -348,7 +348,7 @@ def _uses(uses, numbers, layer, matrix, shifts, batch) -> dict[int, Use]:
 
 
 def _told_apart(uses: list[Found]) -> tuple[bool, int | None]:
-    """Whether all uses tell the examples apart in one way, and their `example_loop`."""
+    """Tells if all uses know the examples apart in one way, and returns their `example_loop`."""
     ways = {
         None if f.examples is None else (f.examples.axis is None, f.examples.loop) for f in uses
     }

@@ -1,4 +1,4 @@
-"""What a state keeps of every axis, as types: a factor and its root, or a diagonal factor."""
+"""Types of what a state keeps of every axis: a factor and its root, or a diagonal factor."""
 
 from typing import Any, NamedTuple
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from optax_curv.linalg import kron_matvec
 from optax_curv.linalg._checks import widen
-from optax_curv.linalg._compiler import full_matmul
+from optax_curv.linalg._compiler import compiled_once, full_matmul
 from optax_curv.preconditioners._stacks.blocks import factor_structs
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -65,13 +65,13 @@ def identities(axes: Axes) -> tuple[jax.Array, ...]:
     return tuple(map(start, axes.factors, axes.diagonal))
 
 
-@jax.jit
+@compiled_once
 def square_norms(x: jax.Array) -> jax.Array:
     """The sum of squares of every tensor of a stack [N, ...], [N]."""
     return jnp.sum(jnp.square(jnp.abs(widen(x))), axis=tuple(range(1, jnp.ndim(x))))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(compiled_once, static_argnums=(1, 2))
 def axis_moment(x: jax.Array, axis: int, diagonal: bool) -> jax.Array:
     """The mode moments X₍ᵢ₎X₍ᵢ₎ᴴ of a stack [N, ...], [N, d, d], or their diagonals [N, d]."""
     axes = list(range(x.ndim))

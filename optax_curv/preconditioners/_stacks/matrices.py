@@ -1,4 +1,4 @@
-"""What of each leaf is a matrix, and who takes it: read from layers, else by a rule on shapes."""
+"""Which axes of a leaf are a matrix, and who takes it: from layers, else by a rule on shapes."""
 
 import dataclasses
 import math
@@ -134,7 +134,7 @@ def stack_ndims(method: str, stacked: Any, tree: Any) -> list[int]:
 
 
 def _choices(method: str, adam_for: Any, leaves: Sequence[Any], tree: Any) -> list[Any]:
-    """What `adam_for` says of every leaf: True for Adam, False for the rule, or who takes it."""
+    """Reads `adam_for` for every leaf: True for Adam, False for the rule, or who takes it."""
     if adam_for is None:
         return [False] * len(leaves)
     if is_function(adam_for):

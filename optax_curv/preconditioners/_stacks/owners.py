@@ -1,4 +1,4 @@
-"""How work is divided over the devices of a mesh: the rule behind `factor_sharding`, and leaves with sharding types."""
+"""Work divided over the devices of a mesh by `factor_sharding`, and leaves with sharding types."""
 
 import functools
 import math
@@ -15,8 +15,9 @@ def require_sharding(method: str, sharding):
         return
     if not isinstance(sharding, NamedSharding) or not len(sharding.spec) or not sharding.spec[0]:
         raise ValueError(
-            f"{method}: expected factor_sharding to be None or a jax.sharding.NamedSharding whose first entry names "
-            f"mesh axes, such as NamedSharding(mesh, PartitionSpec(('data', 'model'))), got {sharding!r}."
+            f"{method}: expected factor_sharding to be None or a jax.sharding.NamedSharding whose "
+            "first entry names mesh axes, such as NamedSharding(mesh, PartitionSpec(('data', "
+            f"'model'))), got {sharding!r}."
         )
 
 
@@ -28,7 +29,7 @@ def _parts(sharding: NamedSharding) -> int:
 
 
 def divided(function: Callable, sharding: NamedSharding | None) -> Callable:
-    """A function of arrays with one common leading axis, computed by each device for its own part of that axis.
+    """Divides a function of arrays with a common leading axis: each device computes its own part.
 
     XLA divides neither factorisations nor loops over a batch by itself. A batch that the devices do
     not divide evenly is filled up with copies of its last entry.
@@ -54,7 +55,7 @@ def divided(function: Callable, sharding: NamedSharding | None) -> Callable:
 
 
 def as_kept(tree, sharding: NamedSharding | None):
-    """The arrays as a state keeps them: divided along the first axis that the devices divide evenly, or else whole."""
+    """The arrays as a state keeps them: divided along the first axis that divides, or whole."""
     if sharding is None:
         return tree
     parts = _parts(sharding)
@@ -70,7 +71,10 @@ def as_kept(tree, sharding: NamedSharding | None):
 
 
 def equally_varying(tree):
-    """The arrays all varying over the same axes of a `jax.shard_map`, as branches and loops want what they carry."""
+    """The arrays, all varying over the same axes of a `jax.shard_map`.
+
+    Branches and loops want that of what they carry.
+    """
     if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
         return tree
     # A choice between equals varies as all that it depends on; the names of JAX's own casts change
@@ -80,10 +84,11 @@ def equally_varying(tree):
 
 
 def with_sharding_types(update: Callable) -> Callable:
-    """`update` for leaves whose shardings are part of their types (meshes of `AxisType.Explicit`), too.
+    """`update` that also takes leaves whose shardings are part of their types.
 
-    Such types would have to be given at every reshape and product. Here the compiler chooses them
-    within the update; what comes out has the types of the gradients and of the old state.
+    On meshes of `AxisType.Explicit` such types would have to be given at every reshape and product.
+    Here the compiler chooses them within the update; what comes out has the types of the gradients
+    and of the old state.
     """
 
     @functools.wraps(update)

@@ -15,7 +15,7 @@ METHOD, FALLBACK = "method", "fallback"
 
 
 class Kind(NamedTuple):
-    """What the members of a stack have in common besides their shape.
+    """Properties that the members of a stack have in common besides their shape.
 
     Attributes:
       role: `METHOD` or `FALLBACK`.

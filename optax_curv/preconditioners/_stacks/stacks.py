@@ -18,7 +18,7 @@ from optax_curv.preconditioners._transformation.trees import path_of, wide_dtype
 
 
 class Member(NamedTuple):
-    """What is to lie in a stack: a leaf, or the leaves of a layer seen as one matrix.
+    """A part of a stack: a leaf, or the leaves of a layer seen as one matrix.
 
     Attributes:
       name: the leaf's key path or the layer's name, see `names.member_name`.

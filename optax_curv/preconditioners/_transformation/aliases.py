@@ -1,4 +1,4 @@
-"""What aliases append to a method: sizes, weight decay, momentum and a learning rate, on stacks."""
+"""Pieces of aliases: sizes, weight decay, momentum and a learning rate, on stacks."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -57,7 +57,7 @@ class TreeView:
 
 
 class Step(NamedTuple):
-    """What a rule says of one step.
+    """One step, as a rule hands it to the factory.
 
     Attributes:
       directions: as its view has them.

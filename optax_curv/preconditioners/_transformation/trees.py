@@ -62,7 +62,7 @@ def require_parameters(method: str, params: Any, *, complex_leaves: bool = False
 
 
 def advice_on_modules(params: Any) -> str:
-    """What to pass in the place of another library's module; empty for other trees."""
+    """Says what to pass in the place of another library's module; empty for other trees."""
     modules = {
         "equinox": ("Module", "eqx.filter(model, eqx.is_inexact_array) or eqx.partition"),
         "flax.nnx": ("Module", "nnx.state(model, nnx.Param), or use nnx.Optimizer"),
