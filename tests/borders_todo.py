@@ -2,7 +2,6 @@
 
 TODO = {
     "hints": [
-        "preconditioners/_axes/axis_factors.py",
         "preconditioners/_psgd/geometries.py",
         "preconditioners/_psgd/step.py",
     ],
@@ -46,7 +45,6 @@ TODO = {
         "capture/_graph/marks.py",
         "capture/_graph/replay.py",
         "capture/_graph/walk.py",
-        "preconditioners/_axes/axis_factors.py",
         "preconditioners/_psgd/kron_layout.py",
         "preconditioners/_psgd/step.py",
         "preconditioners/_transformation/contracts.py",
@@ -184,7 +182,6 @@ TODO = {
         "optax_curv.scale_by_quadratic_model(damping)",
     ],
     "wide_lines": [
-        "preconditioners/_axes/axis_factors.py",
         "preconditioners/_branches/projections.py",
         "preconditioners/_psgd/geometries.py",
         "preconditioners/_psgd/kron_layout.py",
