@@ -1,10 +1,11 @@
-"""Small chainable pieces, stateless but for the reference of `normalize_by_reference`.
+"""Small chainable pieces; all but two of them keep no state.
 
 Zero updates stay zero, and dtypes stay those of the incoming updates. A NaN passes through, as in
 Optax's own pieces: the methods before them answer it with a zero update, and
 `optax.apply_if_finite` catches the rest.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,13 +14,33 @@ import numpy as np
 import optax
 
 from optax_curv.preconditioners._stacks.owners import with_sharding_types
-from optax_curv.preconditioners._transformation import contracts
+from optax_curv.preconditioners._transformation import bounds, contracts, leaves
+from optax_curv.preconditioners._transformation.numbers import require_numbers
+from optax_curv.preconditioners._transformation.transformation import (
+    PassingRule,
+    transformation,
+)
+from optax_curv.preconditioners._transformation.trees import (
+    require_parameters,
+    require_params,
+    require_same_leaves,
+)
+from optax_curv.typing import Estimator, Number
 
 
-def clip_by_max_abs(max_abs) -> optax.GradientTransformationExtraArgs:
-    """Scales each leaf so that its largest entry does not exceed a bound: u · min(1, max_abs / max|u|).
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _Clip(PassingRule):
+    method: str
+    max_abs: Number
 
-    Unlike `optax.clip` it keeps the direction of a leaf; one within the bound is returned bit for
+    def update(self, updates, state, params, **extra_args):
+        return jax.tree.map(lambda u: leaves.clipped(u, self.max_abs), updates), state
+
+
+def clip_by_max_abs(max_abs: Number) -> optax.GradientTransformationExtraArgs:
+    """Scales each leaf so that its largest entry does not exceed a bound.
+
+    The update is u · min(1, max_abs / max|u|). Unlike `optax.clip` it keeps the direction of a leaf; one within the bound is returned bit for
     bit. The original Kronecker PSGD calls this its "spectral" clip.
 
     Args:
@@ -38,34 +59,23 @@ def clip_by_max_abs(max_abs) -> optax.GradientTransformationExtraArgs:
       >>> print(updates)
       [ 0.75 -1.  ]
     """
-    contracts.require_numbers("clip_by_max_abs", max_abs=max_abs, above=0)
-
-    def clipped(u):
-        peak = _peak(u)
-        limit = jnp.asarray(max_abs, peak.dtype)
-        return jnp.where(peak > limit, _scaled(u, limit, peak), u)
-
-    return _stateless(lambda updates: jax.tree.map(clipped, updates))
+    require_numbers("clip_by_max_abs", max_abs=max_abs, above=0)
+    return transformation(_Clip(method="clip_by_max_abs", max_abs=max_abs))
 
 
-def clip_leaves(max_abs, max_rms) -> optax.GradientTransformationExtraArgs:
-    """`clip_by_max_abs` and `optax.clip_by_block_rms` in turn, either unless None; in fewer passes over the updates."""
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _NormalizeByRms(PassingRule):
+    method: str
+    target: Number
 
-    def clipped(u):
-        magnitudes, scale = _magnitudes(u), 1
-        if max_abs is not None:
-            scale = jnp.minimum(
-                1, jnp.asarray(max_abs, magnitudes.dtype) / jnp.max(magnitudes, initial=0)
-            )
-        if max_rms is not None:
-            rms = jnp.sqrt(jnp.sum(jnp.square(magnitudes * scale)) / max(1, u.size))
-            scale = scale * jnp.minimum(1, jnp.asarray(max_rms, magnitudes.dtype) / rms)
-        return (u * scale).astype(u.dtype)
+    def update(self, updates, state, params, **extra_args):
+        def normalized(u):
+            return leaves.scaled(u, self.target, leaves.norm_of(u) / max(1, u.size) ** 0.5)
 
-    return _stateless(lambda updates: jax.tree.map(clipped, updates))
+        return jax.tree.map(normalized, updates), state
 
 
-def normalize_by_rms(target) -> optax.GradientTransformationExtraArgs:
+def normalize_by_rms(target: Number) -> optax.GradientTransformationExtraArgs:
     """Gives each leaf a root mean square of `target`: u · target / rms(u).
 
     Args:
@@ -84,12 +94,26 @@ def normalize_by_rms(target) -> optax.GradientTransformationExtraArgs:
       >>> print(updates)
       [ 0.2 -0.2]
     """
-    contracts.require_numbers("normalize_by_rms", target=target, at_least=0)
-    return _stateless(
-        lambda updates: jax.tree.map(
-            lambda u: _scaled(u, target, _norm(u) / max(1, u.size) ** 0.5), updates
-        )
-    )
+    require_numbers("normalize_by_rms", target=target, at_least=0)
+    return transformation(_NormalizeByRms(method="normalize_by_rms", target=target))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _NormalizeByReference(PassingRule):
+    method: str
+    reference: optax.GradientTransformationExtraArgs
+
+    def init(self, params):
+        return self.reference.init(params)
+
+    def update(self, updates, state, params, *, grad=None, **extra_args):
+        given = updates if grad is None else grad
+        reference, state = self.reference.update(given, state, params, **extra_args)
+
+        def sized(u, r):
+            return leaves.scaled(u, leaves.norm_of(r), leaves.norm_of(u))
+
+        return jax.tree.map(sized, updates, reference), state
 
 
 def normalize_by_reference(
@@ -106,6 +130,9 @@ def normalize_by_reference(
     Returns:
       A transformation whose state is that of `tx`.
 
+    Raises:
+      ValueError: if `tx` is no transformation.
+
     Examples:
       >>> import jax.numpy as jnp, optax, optax_curv
       >>> tx = optax_curv.normalize_by_reference(optax.scale(0.1))
@@ -116,16 +143,97 @@ def normalize_by_reference(
     References:
       Agarwal et al. 2020, arXiv:2002.11803.
     """
-    tx = optax.with_extra_args_support(tx)
+    if not isinstance(tx, optax.GradientTransformation):
+        raise ValueError(
+            f"normalize_by_reference: expected tx to be an optax.GradientTransformation, got {tx!r}."
+        )
+    reference = optax.with_extra_args_support(tx)
+    return transformation(
+        _NormalizeByReference(method="normalize_by_reference", reference=reference)
+    )
 
-    def update(updates, state, params=None, *, grad=None, **extra_args):
-        reference, state = tx.update(updates if grad is None else grad, state, params, **extra_args)
-        return jax.tree.map(lambda u, r: _scaled(u, _norm(r), _norm(u)), updates, reference), state
 
-    return optax.GradientTransformationExtraArgs(tx.init, update)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _BoundByRunningNorm(PassingRule):
+    method: str
+    bound: bounds.NormBound
+
+    def init(self, params):
+        require_parameters(self.method, params, complex_leaves=True)
+        return self.bound.init(params)
+
+    def update(self, updates, state, params, **extra_args):
+        return self.bound.update(updates, state)
 
 
-def keep_params_in_box(bound) -> optax.GradientTransformationExtraArgs:
+def bound_by_running_norm(
+    factor: Number = 3.0, decay: Number = 0.95, start: Number = 10
+) -> optax.GradientTransformationExtraArgs:
+    """Holds each leaf's norm to a multiple of its own running mean; place it first in a chain.
+
+    With n the norm of a leaf's incoming update and m the running mean of what was let through,
+
+      u ← u · min(1, factor · m / n),    m ← m + w (min(n, factor · m) - m),
+
+    where w = (1 - decay) / (1 - decay^t) at the t-th step, so that the mean is free of the bias of
+    its start. One outlier, however large, then moves the parameters by the length of a few steps,
+    and enters the averages of the optimizer behind it no heavier than that. An update that is
+    within the bound is returned bit for bit.
+
+    A leaf follows freely in its first `start` steps. A step in which it is zero counts for nothing,
+    so that a leaf that wakes after a long time is held to what it was before. What has been too
+    large `start` times in a row is no outlier but another size: the mean starts anew from there, and
+    the leaf follows freely again.
+
+    Args:
+      factor: how many times its running mean a norm may be, at least 1; a number (or array,
+        tracer).
+      decay: of the running mean, in [0, 1]; 1 averages all steps alike.
+      start: steps in which a leaf follows freely, and steps in a row after which the bound gives
+        way; at least 1.
+
+    Returns:
+      A transformation with state `BoundByRunningNormState`. A NaN or an infinity passes, for the
+      method behind to refuse, and changes no mean.
+
+    Raises:
+      ValueError: for a Python number out of range; in `init`, for a leaf that is no floating-point
+        array.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_curv
+      >>> tx = optax.chain(optax_curv.bound_by_running_norm(start=2), optax.sgd(1.0))
+      >>> params = jnp.zeros(2)
+      >>> state = tx.init(params)
+      >>> for size in (1.0, 1.0, 1e6):
+      ...     updates, state = tx.update(jnp.array([0.0, size]), state, params)
+      >>> print(updates, int(state[0].held))
+      [-0. -3.] 1
+
+    References:
+      Pascanu, Mikolov and Bengio 2013, arXiv:1211.5063, §3.2, clips to a fixed norm, and takes a
+      multiple of the average norm for it; here that average is each leaf's own and moves.
+    """
+    bound = bounds.NormBound(factor, decay, start)
+    bound.require("bound_by_running_norm")
+    return transformation(_BoundByRunningNorm(method="bound_by_running_norm", bound=bound))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _KeepParamsInBox(PassingRule):
+    method: str
+    bound: Number
+
+    def init(self, params):
+        require_parameters(self.method, params)
+        return optax.EmptyState()
+
+    def update(self, updates, state, params, **extra_args):
+        require_params(self.method, params)
+        return leaves.boxed_tree(self.bound, updates, params), state
+
+
+def keep_params_in_box(bound: Number) -> optax.GradientTransformationExtraArgs:
     """Adjusts updates so that params + updates lies in [-bound, bound]; place it last in a chain.
 
     Holds for what `optax.apply_updates` stores: in a low-precision dtype the box, and an update
@@ -150,38 +258,31 @@ def keep_params_in_box(bound) -> optax.GradientTransformationExtraArgs:
       >>> print(optax.apply_updates(params, updates))
       [ 0.25  -0.075  0.25 ]
     """
-    contracts.require_numbers("keep_params_in_box", bound=bound, at_least=0)
-
-    def init(params):
-        contracts.require_float_leaves("keep_params_in_box", params)
-        return optax.EmptyState()
-
-    def inside(u, p):
-        if u is None:
-            return None
-        dtype = jnp.promote_types(jnp.float32, jnp.promote_types(u.dtype, p.dtype))
-        box = jnp.asarray(_rounded_inwards(bound, p.dtype), dtype)
-        p = jnp.asarray(p, dtype)
-        total = p + u.astype(dtype)
-        # Compilers may keep excess precision through a cast, never through reduce_precision.
-        info = jnp.finfo(u.dtype)
-        step = jax.lax.reduce_precision(jnp.clip(total, -box, box) - p, info.nexp, info.nmant)
-        inwards = jnp.nextafter(
-            step.astype(u.dtype), jnp.where(total > 0, -jnp.inf, jnp.inf).astype(u.dtype)
-        )
-        step = jnp.where(jnp.abs(p + step) > box, inwards, step.astype(u.dtype))
-        return jnp.where(jnp.abs(total) > box, step, u)
-
-    def update(updates, state, params=None, **extra_args):
-        del extra_args
-        contracts.require_params("keep_params_in_box", params)
-        return jax.tree.map(inside, updates, params, is_leaf=_is_none), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    require_numbers("keep_params_in_box", bound=bound, at_least=0)
+    return transformation(_KeepParamsInBox(method="keep_params_in_box", bound=bound))
 
 
-def estimate_gradients(estimator) -> optax.GradientTransformationExtraArgs:
-    """Replaces incoming updates by `estimator(params, **extra_args)`: for losses without `jax.grad`; place it first.
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _EstimateGradients(PassingRule):
+    method: str
+    estimator: Estimator
+
+    def update(self, updates, state, params, **extra_args):
+        require_params(self.method, params)
+        estimates = self.estimator(params, **extra_args)
+        require_same_leaves(self.method, "the estimate", estimates, "params", params)
+
+        def in_dtype(u, x):
+            return None if u is None else jnp.asarray(x, u.dtype)
+
+        like = params if updates is None else updates
+        return jax.tree.map(in_dtype, like, estimates, is_leaf=lambda x: x is None), state
+
+
+def estimate_gradients(estimator: Estimator) -> optax.GradientTransformationExtraArgs:
+    """Replaces incoming updates by `estimator(params, **extra_args)`; place it first in a chain.
+
+    It serves losses that `jax.grad` cannot differentiate.
 
     Args:
       estimator: function of the parameters and of all extra arguments of `update` (end it in `**_`
@@ -193,7 +294,7 @@ def estimate_gradients(estimator) -> optax.GradientTransformationExtraArgs:
       dtypes.
 
     Raises:
-      ValueError: in `update`, if `params` is missing or the estimate's tree or shapes differ from
+      ValueError: if `estimator` is no function; in `update`, if `params` is missing or the estimate's tree or shapes differ from
         theirs.
 
     Examples:
@@ -206,23 +307,28 @@ def estimate_gradients(estimator) -> optax.GradientTransformationExtraArgs:
       >>> updates.shape
       (3,)
     """
-
-    def update(updates, state, params=None, **extra_args):
-        contracts.require_params("estimate_gradients", params)
-        estimates = estimator(params, **extra_args)
-        contracts.require_same_leaves(
-            "estimate_gradients", "the estimate", estimates, "params", params
+    if not callable(estimator):
+        raise ValueError(
+            f"estimate_gradients: expected estimator to be a function, got estimator={estimator!r}."
         )
-        like = params if updates is None else updates
-        estimates = jax.tree.map(
-            lambda u, x: None if u is None else jnp.asarray(x, u.dtype),
-            like,
-            estimates,
-            is_leaf=_is_none,
-        )
-        return estimates, state
+    return transformation(_EstimateGradients(method="estimate_gradients", estimator=estimator))
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+def clip_leaves(max_abs, max_rms) -> optax.GradientTransformationExtraArgs:
+    """`clip_by_max_abs` and `optax.clip_by_block_rms` in turn, either unless None; in fewer passes over the updates."""
+
+    def clipped(u):
+        magnitudes, scale = _magnitudes(u), 1
+        if max_abs is not None:
+            scale = jnp.minimum(
+                1, jnp.asarray(max_abs, magnitudes.dtype) / jnp.max(magnitudes, initial=0)
+            )
+        if max_rms is not None:
+            rms = jnp.sqrt(jnp.sum(jnp.square(magnitudes * scale)) / max(1, u.size))
+            scale = scale * jnp.minimum(1, jnp.asarray(max_rms, magnitudes.dtype) / rms)
+        return (u * scale).astype(u.dtype)
+
+    return _stateless(lambda updates: jax.tree.map(clipped, updates))
 
 
 def with_decay(tx, learning_rate, weight_decay, *after) -> optax.GradientTransformationExtraArgs:
@@ -290,47 +396,6 @@ def _stateless(function) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def _is_none(x) -> bool:
-    return x is None
-
-
 def _magnitudes(u) -> jax.Array:
     magnitudes = jnp.abs(u)
     return magnitudes.astype(jnp.promote_types(jnp.float32, magnitudes.dtype))
-
-
-def _real(u) -> jax.Array:
-    """Real numbers of the same magnitudes: `u` itself where two reductions do without an array of magnitudes."""
-    return u if jnp.isrealobj(u) else _magnitudes(u)
-
-
-def _peak(u) -> jax.Array:
-    u = _real(u)
-    return jnp.maximum(jnp.max(u, initial=0), -jnp.min(u, initial=0)).astype(
-        jnp.promote_types(jnp.float32, u.dtype)
-    )
-
-
-def _norm(u) -> jax.Array:
-    """Euclidean norm, free of underflow and overflow in the squares."""
-    peak = _peak(u)
-    return peak * jnp.sqrt(jnp.sum(jnp.square(_real(u) / jnp.where(peak == 0, 1, peak))))
-
-
-def _scaled(u, numerator, denominator) -> jax.Array:
-    """Returns u / denominator · numerator in u's dtype, in this order lest numerator / denominator overflow."""
-    u_per_one = u / jnp.where(denominator == 0, 1, denominator)
-    return (u_per_one * jnp.asarray(numerator, denominator.dtype)).astype(u.dtype)
-
-
-def _rounded_inwards(bound, dtype):
-    """The largest number of `dtype` that is not above `bound`."""
-    xp, wide = (np, np.float64) if isinstance(bound, int | float) else (jnp, jnp.float32)
-    bound = xp.asarray(bound, xp.promote_types(wide, jnp.result_type(bound)))
-    with np.errstate(over="ignore"):
-        rounded = bound.astype(dtype)
-        return xp.where(
-            rounded.astype(bound.dtype) > bound,
-            xp.nextafter(rounded, xp.zeros_like(rounded)),
-            rounded,
-        )

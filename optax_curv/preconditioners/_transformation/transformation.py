@@ -7,9 +7,12 @@ least, and returns a `Step`. Around the rule, and around the whole chain of an a
 * decides whether the step is sound, gives a zero update and the old state where it is not, and
   counts such steps in `total_notfinite`;
 * counts with saturation, and keeps every dtype of the state and of the updates.
+
+Small pieces of a chain (`PassingRule`) have none of this: they hand a NaN on to the guard of the
+method before or behind them, and have no counters.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -45,7 +48,12 @@ class View(Protocol):
 
 
 class TreeView:
-    """A tree seen as a tree."""
+    """A tree seen as a tree; it remembers the shapes and dtypes of the one it was made for."""
+
+    def __init__(self, tree: Any = None):
+        self.structs = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree
+        )
 
     def take(self, tree: Any) -> Any:
         """The tree in float32 at least."""
@@ -86,8 +94,12 @@ class Rule:
 
     def view(self, tree: Any) -> Any:
         """How the rule sees a tree, decided from paths and shapes."""
-        del tree
-        return TreeView()
+        return TreeView(tree)
+
+    def require_gradients(self, updates: Any, params: Any):
+        """Refuses gradients that do not fit the parameters, where these are given."""
+        if params is not None:
+            require_same_leaves(self.method, "the gradients", updates, "the parameters", params)
 
     def check(self, updates: Any, params: Any, extra_args: Mapping[str, Any]) -> Any:
         """Refuses extra arguments that do not fit; returns those whose numbers must be sound."""
@@ -105,6 +117,28 @@ class Rule:
         raise NotImplementedError
 
 
+class PassingRule:
+    """A piece of a chain that passes on what is not finite, as Optax's own pieces do.
+
+    It sees the leaves in their own dtypes. The methods around it answer a NaN with a zero update;
+    a zero made of the NaN here would hide it from them.
+
+    Attributes:
+      method: the name in messages.
+    """
+
+    method: str
+
+    def init(self, params: Any) -> Any:
+        """The state; nothing by default."""
+        del params
+        return optax.EmptyState()
+
+    def update(self, updates: Any, state: Any, params: Any, **extra_args: Any) -> tuple[Any, Any]:
+        """(new updates, new state)."""
+        raise NotImplementedError
+
+
 Piece = optax.GradientTransformation | Callable[[Any], optax.GradientTransformation]
 
 
@@ -113,33 +147,46 @@ def counters() -> dict[str, jax.Array]:
     return {"count": jnp.zeros([], jnp.int32), "total_notfinite": jnp.zeros([], jnp.int32)}
 
 
-def transformation(rule: Rule, *pieces: Piece) -> optax.GradientTransformationExtraArgs:
-    """The transformation of a rule, followed by Optax's own pieces within the same guard.
+def transformation(
+    rule: Rule | PassingRule,
+    *pieces: Piece,
+    first: Sequence[Piece] = (),
+    last: Callable[[Any, Any], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation of a rule, with Optax's own pieces around it within the same guard.
 
     Args:
-      rule: the method.
-      *pieces: transformations that run on what the rule's view shows, in float32 at least, or
-        functions of the view that return one. With any, the state is the tuple of the rule's state
-        and theirs, as in `optax.chain`.
+      rule: the method, or a piece that passes on what is not finite, which takes no other.
+      *pieces: transformations that follow the rule. They run on what its view shows, in float32 at
+        least; or functions of the view that return such a transformation.
+      first: transformations, or functions of the view, that the gradients go through before the
+        rule sees them, such as `aliases.bounded`.
+      last: a function (updates, params) -> updates of the finished leaves in their own dtypes, for
+        what has to hold of the very numbers that are added to the parameters, as a box has.
 
     Returns:
-      A `GradientTransformationExtraArgs`. A step with a NaN or an infinity, in gradients, in
-      statistics, or in what is made of them, moves no parameter and changes no state but
-      `total_notfinite`.
+      A `GradientTransformationExtraArgs`. Its state is the rule's own; with any pieces it is the
+      tuple of the rule's state, those of `first` and those of `pieces`, as in `optax.chain`. A step
+      with a NaN or an infinity, in gradients, in statistics, or in what is made of them, moves no
+      parameter and changes no state but `total_notfinite`.
     """
+    if isinstance(rule, PassingRule):
+        return _passing(rule)
+    around = (*first, *pieces)
 
     def chain_of(view):
-        made = [piece(view) if callable(piece) else piece for piece in pieces]
-        return [optax.with_extra_args_support(piece) for piece in made]
+        made = [piece(view) if callable(piece) else piece for piece in around]
+        made = [optax.with_extra_args_support(piece) for piece in made]
+        return made[: len(first)], made[len(first) :]
 
     def all_states(params):
         view = rule.view(params)
         head = rule.init(view, params)
-        if not pieces:
+        if not around:
             return head
         arrays = jax.eval_shape(view.take, params)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), arrays)
-        return (head, *(piece.init(zeros) for piece in chain_of(view)))
+        return (head, *(piece.init(zeros) for some in chain_of(view) for piece in some))
 
     def init(params):
         require_parameters(rule.method, params, complex_leaves=rule.complex_leaves)
@@ -147,34 +194,58 @@ def transformation(rule: Rule, *pieces: Piece) -> optax.GradientTransformationEx
         return state if jax.tree.leaves(params) else _with_leaves(state)
 
     def update(updates, state, params=None, **extra_args):
-        if params is not None:
-            require_same_leaves(rule.method, "the gradients", updates, "the parameters", params)
+        rule.require_gradients(updates, params)
         statistics = rule.check(updates, params, extra_args)
-        head, *others = state if pieces else (state,)
+        head, *others = state if around else (state,)
         if not jax.tree.leaves(updates):
             head = head._replace(count=jnp.asarray(optax.safe_increment(head.count)))
-            return updates, (head, *others) if pieces else head
+            return updates, (head, *others) if around else head
         _require_state(rule.method, state, jax.eval_shape(all_states, updates))
 
         view = rule.view(updates)
         grads = view.take(updates)
         sound = not_recomputed(is_squarable(grads, statistics))
+        shown = None if params is None or not around else view.take(params)
+        before, behind = chain_of(view)
+        grads, prepared = _through(before, grads, others[: len(first)], shown, extra_args)
         step = rule.update(view, grads, head, params, sound, **extra_args)
-        directions, after = step.directions, []
-        shown = None if params is None or not pieces else view.take(params)
-        for piece, old in zip(chain_of(view), others, strict=True):
-            directions, new = piece.update(directions, old, shown, **extra_args)
-            after.append(new)
+        directions, after = _through(
+            behind, step.directions, others[len(first) :], shown, extra_args
+        )
 
         sound = not_recomputed(sound & step.sound & is_finite(directions))
         directions = jax.tree.map(lambda d: jnp.where(sound, d, jnp.zeros_like(d)), directions)
         new_head = _kept_head(rule, sound, step.state, head)
-        after = [kept_unless(sound, *pair) for pair in zip(after, others, strict=True)]
-        new_state = (new_head, *after) if pieces else new_head
+        kept = [kept_unless(sound, *pair) for pair in zip([*prepared, *after], others, strict=True)]
+        new_state = (new_head, *kept) if around else new_head
         new_state = jax.tree.map(lambda new, old: new.astype(old.dtype), new_state, state)
-        return view.give(materialize(directions), updates), new_state
+        new_updates = view.give(materialize(directions), updates)
+        if last is not None:
+            new_updates = kept_unless(sound, last(new_updates, params), new_updates)
+        return new_updates, new_state
 
     return optax.GradientTransformationExtraArgs(init, with_sharding_types(update))
+
+
+def _through(pieces: Any, updates: Any, states: Any, params: Any, extra_args: Any):
+    """(updates, states) behind transformations that run one after the other."""
+    after = []
+    for piece, old in zip(pieces, states, strict=True):
+        updates, new = piece.update(updates, old, params, **extra_args)
+        after.append(new)
+    return updates, after
+
+
+def _passing(rule: PassingRule) -> optax.GradientTransformationExtraArgs:
+    """The transformation of a piece that passes on what is not finite."""
+
+    def init(params):
+        return rule.init(params)
+
+    def update(updates, state, params=None, **extra_args):
+        return rule.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _kept_head(rule: Rule, sound: jax.Array, new: Any, old: Any) -> Any:
