@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_curv.preconditioners.branch_fisher import cheaper, solve_rows
+from optax_curv.preconditioners._branches.rows import cheaper, solve_rows
 
 BOUND = 1.2
 SOLVERS = ("woodbury", "cholesky")
@@ -22,7 +22,8 @@ SOLVERS = ("woodbury", "cholesky")
 
 @functools.partial(jax.jit, static_argnames="solver")
 def solve(rows, b, solver):
-    return solve_rows(rows, b, jnp.asarray(1e-3, b["w"].dtype), solver=solver, max_iters=0, tol=0.0)
+    damping = jnp.asarray(1e-3, b["w"].dtype)
+    return solve_rows(rows, b, damping, solver=solver, max_iters=0, tol=0.0).x
 
 
 def seconds(rows, b, solver):

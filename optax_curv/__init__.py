@@ -13,6 +13,7 @@ from optax_curv.curvature import EigenbasisMoments as EigenbasisMoments
 from optax_curv.curvature import FactorRows as FactorRows
 from optax_curv.curvature import KroneckerFactors as KroneckerFactors
 from optax_curv.curvature import RawSamples as RawSamples
+from optax_curv.curvature import SplitRows as SplitRows
 from optax_curv.layers import Layer as Layer
 from optax_curv.layers import Layers as Layers
 from optax_curv.objective import Likelihood as Likelihood
@@ -33,6 +34,10 @@ from optax_curv.preconditioners.branch_fisher import (
 from optax_curv.preconditioners.branch_kfac import ScaleByBranchKFACState as ScaleByBranchKFACState
 from optax_curv.preconditioners.branch_kfac import branch_kfac as branch_kfac
 from optax_curv.preconditioners.branch_kfac import scale_by_branch_kfac as scale_by_branch_kfac
+from optax_curv.preconditioners._transformation.bounds import (
+    BoundByRunningNormState as BoundByRunningNormState,
+)
+from optax_curv.preconditioners.chain_pieces import bound_by_running_norm as bound_by_running_norm
 from optax_curv.preconditioners.chain_pieces import clip_by_max_abs as clip_by_max_abs
 from optax_curv.preconditioners.chain_pieces import estimate_gradients as estimate_gradients
 from optax_curv.preconditioners.chain_pieces import keep_params_in_box as keep_params_in_box

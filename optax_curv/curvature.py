@@ -64,6 +64,21 @@ class FactorRows(NamedTuple):
     weights: jax.Array
 
 
+class SplitRows(NamedTuple):
+    """Derivatives along the real and along the imaginary part of a complex leaf.
+
+    They stand in the place of the leaf in rows of a function that is not holomorphic, whose
+    derivatives are two independent arrays (`jacobian_rows`).
+
+    Attributes:
+      real: ∂ψ / ∂Re z, [K, *leaf.shape], real or complex as ψ is.
+      imag: ∂ψ / ∂Im z, [K, *leaf.shape].
+    """
+
+    real: jax.Array
+    imag: jax.Array
+
+
 def second_moment(rows: jax.Array, full: bool) -> jax.Array:
     """Computes Σ x xᵀ over rows x of [*stack, R, d], or only its diagonal."""
     if not full:

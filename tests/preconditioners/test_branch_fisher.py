@@ -16,7 +16,9 @@ FLOAT64 = 1e-9
 def test_every_solver_equals_the_dense_solve(solver, count, dimension, x64):
     rng = np.random.default_rng(count)
     branches, gradient = rng.normal(size=(count, dimension)), rng.normal(size=dimension)
-    tx = optax_curv.scale_by_branch_fisher(0.01, solver=solver, max_iters=200, tol=1e-12)
+    tx = optax_curv.scale_by_branch_fisher(
+        0.01, solver=solver, max_iters=200, tol=1e-12, complement=False
+    )
     step = jax.jit(
         lambda g: tx.update(g, tx.init(g), branches=branches, projection=np.eye(dimension))[0]
     )
@@ -27,7 +29,9 @@ def test_every_solver_equals_the_dense_solve(solver, count, dimension, x64):
 
 
 def test_max_iters_may_be_injected():
-    tx = optax.inject_hyperparams(optax_curv.scale_by_branch_fisher)(0.1, max_iters=0)
+    tx = optax.inject_hyperparams(optax_curv.scale_by_branch_fisher)(
+        0.1, max_iters=0, complement=False
+    )
     params = {"w": jnp.ones(3)}
     state, step = tx.init(params), jax.jit(tx.update)
     extra = {

@@ -36,7 +36,7 @@ def test_traced_blocks_are_refused_and_the_default_may_be_injected():
         jax.jit(optax.inject_hyperparams(optax_curv.scale_by_branch_kfac)(0.1, blocks=2).init)(
             params
         )
-    tx = optax.inject_hyperparams(optax_curv.scale_by_branch_kfac)(0.1)
+    tx = optax.inject_hyperparams(optax_curv.scale_by_branch_kfac)(0.1, complement=False)
     updates, _ = jax.jit(tx.update)(
         params, tx.init(params), params, branches=jnp.ones((2, 3)), projection=jnp.eye(3)
     )

@@ -32,9 +32,10 @@ def number(value, default):
 def transformation(file, case, bound):
     """The alias for a case: its first state is the preconditioner's, its last link the box."""
     damping, lr = number(case["damping"], 1e-3), float(case["lr"])
+    given = {"complement": False, "param_bound": bound}  # the originals' rule
     if file == "branch_kfac.npz":
-        return optax_curv.branch_kfac(lr, damping, blocks=int(case["blocks"]), param_bound=bound)
-    return optax_curv.branch_fisher(lr, damping, max_iters=int(case["cg_iters"]), param_bound=bound)
+        return optax_curv.branch_kfac(lr, damping, blocks=int(case["blocks"]), **given)
+    return optax_curv.branch_fisher(lr, damping, max_iters=int(case["cg_iters"]), **given)
 
 
 def flat(tree):
@@ -60,7 +61,7 @@ def follow(file, name, dtype, limit):
     state, update = tx.init(params), jax.jit(tx.update)
     for t in range(len(case["steps"])):
         grads = {leaf: jnp.asarray(case[f"grads_{leaf}"][t], dtype) for leaf in names}
-        extra = {}
+        extra: dict = {"branches": None}
         if "branches" in case and (case["has_branches"][t] or case["branches"][t].ndim != 2):
             extra["branches"] = jnp.asarray(case["branches"][t], dtype)
         if case["has_branches"][t]:

@@ -40,11 +40,7 @@ def low_rank(count, rank, seed=0):
 
 def dense_direction(rows, gradient, damping, centered):
     """(F + λI)⁻¹ g by the singular values of the rows, which loses nothing at small λ."""
-    rows = (
-        (rows - rows.mean(0)) / np.sqrt(max(1, len(rows) - 1))
-        if centered
-        else rows / np.sqrt(len(rows))
-    )
+    rows = (rows - rows.mean(0)) / np.sqrt(len(rows)) if centered else rows / np.sqrt(len(rows))
     _, s, vt = np.linalg.svd(rows, full_matrices=True)
     eigenvalues = np.zeros(SIZE)
     eigenvalues[: len(s)] = s**2 * (s > 1e-12 * s.max(initial=0))
@@ -236,7 +232,7 @@ def complex_low_rank(count, rank):
 def test_complex_rows_make_the_real_or_the_full_complex_metric(solver, count, rank, centered, x64):
     rows, gradient = complex_low_rank(count, rank)
     centred = rows - rows.mean(0) if centered else rows
-    metric = centred.conj().T @ centred / (count - 1 if centered else count)
+    metric = centred.conj().T @ centred / count
     damping = 1e-3
     for kind, g, m in (("real", gradient.real, metric.real), ("full", gradient, metric)):
         options = {
@@ -346,10 +342,6 @@ def test_bad_rows_are_refused():
     with pytest.raises(ValueError, match=r"no rows \(K = 0\)"):
         tx.update(grads, state, branches=jax.tree.map(lambda x: x[:0], rows))
     complex_rows = jax.tree.map(lambda x: x * 1j, rows)
-    with pytest.raises(
-        ValueError, match=r'choose complex_metric="real" .* or complex_metric="full"'
-    ):
-        tx.update(grads, state, branches=complex_rows)
     full = optax_curv.scale_by_branch_fisher(complex_metric="full")
     with pytest.raises(
         ValueError, match=r"expected complex gradients with complex_metric='full', got .*float32"

@@ -1,5 +1,7 @@
 """What both branch methods promise for branches [K, D], checked against dense matrices in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +17,10 @@ MONTE_CARLO = (
 FLOAT32 = 1e-5
 NOISELESS = 1e-6
 
+# the originals' rule where a test does not say otherwise
 METHODS = {
-    "fisher": optax_curv.scale_by_branch_fisher,
-    "kfac": lambda *args, **kwargs: optax_curv.scale_by_branch_kfac(*args, blocks=2, **kwargs),
+    "fisher": functools.partial(optax_curv.scale_by_branch_fisher, complement=False),
+    "kfac": functools.partial(optax_curv.scale_by_branch_kfac, blocks=2, complement=False),
 }
 both_methods = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
 
@@ -151,7 +154,7 @@ def test_complement_passes_what_the_projection_cannot_see(make, projection):
 
 def test_orthonormal_is_a_projector_at_zero_covariance(x64):
     grads, _, _ = problem(n=40)
-    tx = optax_curv.scale_by_branch_fisher(1.0, projection="orthonormal")
+    tx = optax_curv.scale_by_branch_fisher(1.0, projection="orthonormal", complement=False)
     state, step = tx.init(grads), jax.jit(tx.update)
     once, after = step(grads, state, branches=jnp.ones((3, 4)))
     twice, _ = step(once, state, branches=jnp.ones((3, 4)))
@@ -164,7 +167,7 @@ def test_orthonormal_is_a_projector_at_zero_covariance(x64):
 )
 def test_only_a_drawn_gaussian_moves_the_key(projection, explicit, moves):
     grads, branches, matrix = problem()
-    tx = optax_curv.scale_by_branch_fisher(0.1, projection=projection, key=3)
+    tx = optax_curv.scale_by_branch_fisher(0.1, projection=projection, complement=False, key=3)
     start, step = tx.init(grads), jax.jit(tx.update)
     extra = {"branches": branches, "projection": matrix if explicit else None}
     first, state = step(grads, start, **extra)
@@ -253,15 +256,83 @@ def test_an_overflowing_direction_is_skipped_and_counted(make):
 
 
 @both_methods
-def test_changed_branches_are_refused_until_init(make):
-    grads, branches, _ = problem()
+@pytest.mark.parametrize("complement", [False, True])
+def test_one_transformation_serves_models_and_batches_of_any_size(make, complement):
+    tx, alone = (make(0.1, complement=complement) for _ in range(2))
+    problems = [problem(), problem(n=12, count=5, dimension=3, seed=1)]
+    states = [tx.init(grads) for grads, _, _ in problems]
+    for count in (5, 2):  # the last batch of an epoch is short
+        for (grads, branches, _), state in zip(problems, states, strict=True):
+            expected, _ = alone.update(grads, alone.init(grads), branches=branches[:count])
+            assert_equal_trees(tx.update(grads, state, branches=branches[:count])[0], expected)
+
+
+@both_methods
+def test_the_default_keeps_the_complement(make):
+    grads, branches, projection = problem()
+    given = {"branches": branches, "projection": projection}
+    found, _ = make.func(0.1).update(grads, make.func(0.1).init(grads), **given)
+    tx = make.func(0.1, complement=True)
+    assert_equal_trees(found, tx.update(grads, tx.init(grads), **given)[0])
+
+
+@both_methods
+@pytest.mark.parametrize("complement", [False, True])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_weights_are_those_of_the_mean_and_the_covariance(make, complement, ddof, x64):
+    grads, branches, projection = problem(count=7)
+    tx = make(
+        0.1,
+        complement=complement,
+        ddof=ddof,
+        **({"max_iters": 50} if make is METHODS["fisher"] else {}),
+    )
+
+    def step(branches, weights=None):
+        given = {"branches": branches, "projection": projection, "weights": weights}
+        updates, state = jax.jit(tx.update)(grads, tx.init(grads), **given)
+        assert int(state.total_notfinite) == 0
+        return flat(updates)
+
+    weights = jnp.array([1.0, 2, 0, 1, 3, 0, 1])
+    kept = np.array([0, 1, 3, 4, 6])
+    assert relative(step(branches, weights), step(branches[kept], weights[kept])) < FLOAT64
+    assert relative(step(branches, 7 * jnp.ones(7)), step(branches)) < FLOAT64
+    cov = np.cov(branches.T, aweights=weights, ddof=ddof)
+    run = np.arange(4) >= 2
+    cov = cov * (run[:, None] == run) if make is METHODS["kfac"] else cov
+    dense = projection @ np.linalg.solve(cov + 0.1 * np.eye(4), projection.T @ flat(grads))
+    if complement:
+        pulled_back = projection @ cov @ projection.T
+        dense = 0.1 * np.linalg.solve(0.1 * np.eye(9) + pulled_back, flat(grads))
+    assert relative(step(branches, weights), dense) < FLOAT64
+
+
+@both_methods
+def test_weights_that_are_none_are_refused_or_skipped(make):
+    grads, branches, projection = problem()
+    tx = make(0.1)
+    state = tx.init(grads)
+    for wrong, message in (
+        (np.ones(5), r"one number for each of the K = 6 branches, got shape \(5,\)"),
+        (-np.ones(6), "not negative"),
+        (np.zeros(6), "do not sum to zero"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tx.update(grads, state, branches=branches, weights=wrong)
+    step = jax.jit(lambda w: tx.update(grads, state, branches=branches, weights=w))
+    for wrong in (jnp.zeros(6), -jnp.ones(6), jnp.full(6, jnp.nan)):
+        updates, after = step(wrong)
+        assert not np.any(flat(updates)) and int(after.total_notfinite) == 1
+
+
+@both_methods
+def test_branches_have_to_be_said_if_only_as_none(make):
+    grads = {"w": jnp.ones(2)}
     tx = make()
-    step, state = jax.jit(lambda g, s, b: tx.update(g, s, branches=b)), tx.init(grads)
-    step.trace(grads, state, branches)
-    for wrong in (branches[:-1], branches[:, :-1]):
-        with pytest.raises(ValueError, match=r"changed shape from \(6, 4\) to \(\d, \d\).*init"):
-            step(grads, state, wrong)
-    step.trace(grads, tx.init(grads), branches[:-1])
+    for extra in ({}, {"branch": jnp.ones((3, 2))}):
+        with pytest.raises(ValueError, match=r"branches= is missing.*branches=None"):
+            tx.update(grads, tx.init(grads), grads, **extra)
 
 
 @both_methods
@@ -270,6 +341,10 @@ def test_changed_branches_are_refused_until_init(make):
     [
         ({"damping": -1e-3}, r"damping >= 0, got damping=-0.001"),
         ({"projection": "uniform"}, r"unknown projection='uniform'.*gaussian"),
+        ({"complement": "no"}, r"complement to be True or False, got complement='no'"),
+        ({"centered": 1}, r"centered to be True or False, got centered=1"),
+        ({"damping": "high"}, r"damping='high'"),
+        ({"ddof": 2}, r"ddof to be None, 0 or 1, got 2"),
     ],
 )
 def test_bad_options_are_refused(make, options, message):
@@ -290,8 +365,11 @@ def test_bad_shapes_are_refused(make):
         tx.update(grads, state, grads | {"a": jnp.ones(8)}, branches=branches)
     with pytest.raises(ValueError, match=r"expected real branches \[K, D\], got complex ones"):
         make().update(grads, state, branches=branches * 1j)
-    with pytest.raises(ValueError, match=r"\['b'\] has dtype complex64"):
-        make().init({"b": jnp.ones(2, jnp.complex64)})
+    with pytest.raises(
+        ValueError, match=r"expected real gradients for branches \[K, D\]|complex64"
+    ):
+        complex_grads = {"b": jnp.ones(2, jnp.complex64)}
+        make().update(complex_grads, make().init(complex_grads), branches=branches)
 
 
 @both_methods

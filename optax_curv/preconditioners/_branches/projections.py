@@ -1,4 +1,4 @@
-"""Linear maps P from a D-dimensional state space into parameter space: drawn, orthonormal, or given."""
+"""Linear maps P from a D-dimensional state into parameter space: drawn, orthonormal, or given."""
 
 import math
 from collections.abc import Callable
@@ -11,8 +11,6 @@ from jax.flatten_util import ravel_pytree
 
 from optax_curv import linalg
 from optax_curv.linalg import _lapack as lapack
-
-PROJECTIONS = ("gaussian", "fixed", "orthonormal")
 
 # Entries of P that exist at once while it is drawn: 16 MiB of float32, so that a chunk costs much
 # more than its loop.
@@ -38,7 +36,10 @@ class Projection(NamedTuple):
 
 
 def gaussian(key, like, dimension: int, dtype) -> Projection:
-    """P with entries N(0, 1/D), never whole: every pass draws the same chunks of rows again from the typed `key`."""
+    """P with entries N(0, 1/D), never whole.
+
+    Every pass draws the same chunks of rows again from the typed `key`.
+    """
     leaves, treedef = jax.tree.flatten(like)
     shapes = list(map(jnp.shape, leaves))
     sizes = list(map(math.prod, shapes))
