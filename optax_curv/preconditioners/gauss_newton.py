@@ -1,5 +1,6 @@
-"""Matrix-free Gauss-Newton: conjugate gradients on products with the curvature, as in Hessian-free optimisation."""
+"""Matrix-free Gauss-Newton: conjugate gradients on products with the curvature."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,14 +18,32 @@ from optax_curv.preconditioners._layerwise.factors import (
 )
 from optax_curv.preconditioners._layerwise.preconditioner import layer_preconditioner, layer_view
 from optax_curv.preconditioners._layerwise.statistics import require_curvature
-from optax_curv.preconditioners._stacks.owners import with_sharding_types
-from optax_curv.preconditioners._transformation import contracts
-from optax_curv.preconditioners.chain_pieces import with_decay
-from optax_curv.preconditioners.quadratic_model import (
-    adapt_damping,
+from optax_curv.preconditioners._transformation.aliases import decayed
+from optax_curv.preconditioners._transformation.numbers import (
+    require_flags,
+    require_learning_rate,
+    require_numbers,
+    value_at,
+)
+from optax_curv.preconditioners._transformation.objectives import (
     refuse_weight_decay,
     require_objective,
+    require_whole,
 )
+from optax_curv.preconditioners._transformation.soundness import is_finite
+from optax_curv.preconditioners._transformation.transformation import (
+    Rule,
+    Step,
+    counters,
+    transformation,
+)
+from optax_curv.preconditioners._transformation.trees import (
+    require_params,
+    require_same_leaves,
+    wide_zeros,
+)
+from optax_curv.preconditioners.quadratic_model import adapt_damping
+from optax_curv.typing import Number, Schedulable, Tree
 
 
 class ScaleByGaussNewtonState(NamedTuple):
@@ -40,8 +59,8 @@ class ScaleByGaussNewtonState(NamedTuple):
       total_notfinite: steps skipped, int32 [].
     """
 
-    count: jax.Array  # type: ignore[override]
-    start: Any
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    start: Tree
     iterations: jax.Array
     returned: jax.Array
     stacks: dict[str, LayerFactors]
@@ -53,20 +72,170 @@ class ScaleByGaussNewtonState(NamedTuple):
         return kronecker_factors(self.stacks)
 
     def spectra(self) -> dict[str, dict[str, jax.Array]]:
-        """The factors that diagnostics read, by stack and side."""
+        """Returns the factors that diagnostics read, by stack and side."""
         return spectra_of(self.stacks)
 
 
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _GaussNewton(Rule):
+    """The solve of `scale_by_gauss_newton`, which documents the options."""
+
+    # A solve that is not sound ends at its start: no second copy need be kept to go back to.
+    guarded = ("start",)
+
+    method: str
+    damping: Schedulable
+    max_iters: Number
+    tol: Number
+    warm_start: Number
+    backtrack: bool
+    diagonal_power: Number
+    layers: Layers | None
+    decay: Schedulable
+
+    def check_options(self):
+        """Refuses options that cannot be, by name."""
+        require_numbers(self.method, damping=self.damping, at_least=0, schedule=True)
+        require_numbers(self.method, max_iters=self.max_iters, tol=self.tol, at_least=0)
+        require_numbers(self.method, warm_start=self.warm_start, at_least=0, at_most=1)
+        require_numbers(self.method, decay=self.decay, at_least=0, at_most=1, schedule=True)
+        require_numbers(self.method, diagonal_power=self.diagonal_power)
+        require_flags(self.method, backtrack=self.backtrack)
+        if self.layers is not None and not isinstance(self.layers, Layers):
+            raise ValueError(
+                f"{self.method}: expected layers from optax_curv.find_layers, got a "
+                f"{type(self.layers).__name__}."
+            )
+
+    def init(self, view, params):
+        """A start at zero, and factors of zero."""
+        del view
+        stacks = {}
+        if self.layers is not None:
+            stacks = layer_view(self.method, self.layers, params).zero_factors()
+        return ScaleByGaussNewtonState(
+            **counters(),
+            start=wide_zeros(params),
+            iterations=jnp.zeros([], jnp.int32),
+            returned=jnp.zeros([], jnp.int32),
+            stacks=stacks,
+        )
+
+    def update(
+        self, view, grads, state, params, sound, *, diagonal=None, curvature=None, **extra_args
+    ):
+        """(F + λI)⁻¹ g, preconditioned by a diagonal or by K-FAC."""
+        product = self._product(params, extra_args)
+        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(state.start))
+        damping = value_at(self.damping, state.count, dtype)
+        stacks, preconditioner = state.stacks, None
+        if self.layers is not None:
+            if diagonal is not None:
+                raise ValueError(
+                    f"{self.method}: got diagonal= beside layers; give one or the other."
+                )
+            given = require_curvature(self.method, self.layers, curvature)
+            stacks, fit, preconditioner = layer_preconditioner(
+                layer_view(self.method, self.layers, view.structs),
+                state.stacks,
+                state.count,
+                given,
+                self.decay,
+                damping,
+            )
+            sound &= fit
+        elif diagonal is not None:
+            require_same_leaves(self.method, "diagonal", diagonal, "updates", grads)
+            sound &= is_finite(diagonal)
+            power = jnp.asarray(self.diagonal_power, jnp.float32)
+            scale = jax.tree.map(
+                lambda d, p: (d.astype(p.dtype) + damping) ** -power,
+                diagonal,
+                state.start,
+            )
+            preconditioner = _times(scale)
+        gradient = jax.tree.map(lambda g: jnp.where(sound, g, jnp.nan), grads)
+        like = view.structs if params is None else params
+
+        def damped(v):
+            narrow = jax.tree.map(lambda x, y: x.astype(y.dtype), v, like)
+            return jax.tree.map(
+                lambda fv, x: fv.astype(x.dtype) + damping.astype(x.dtype) * x, product(narrow), v
+            )
+
+        direction, info = linalg.conjugate_gradient(
+            damped,
+            gradient,
+            x0=state.start,
+            max_iters=self.max_iters,
+            preconditioner=preconditioner,
+            min_progress=self.tol,
+            merit=self._merit(params, extra_args) if self.backtrack else None,
+            keep_finite=True,
+        )
+        # A solve that breaks off after some iterations has a solution all the same.
+        ended = jnp.isfinite(info.residual_norm) | (info.iterations > 1)
+        good = sound & is_finite(direction) & ended
+        kept = jnp.where(good, self.warm_start, 1)
+        state = state._replace(
+            start=jax.tree.map(lambda d: jnp.asarray(kept, d.dtype) * d, direction),
+            iterations=info.iterations,
+            returned=info.returned,
+            stacks=stacks,
+        )
+        return Step(direction, state, good)
+
+    def _product(self, params: Any, given: Mapping[str, Any]) -> Callable[[Any], Any]:
+        """The map v ↦ F v that the extra arguments name."""
+        product, objective = given.get("curvature_product"), given.get("objective")
+        if (product is None) == (objective is None):
+            raise ValueError(
+                f"{self.method}: expected one of two extra arguments, got "
+                f"{'neither' if product is None else 'both'}: curvature_product=, a function v -> "
+                "F v of trees like the gradients, or objective=, an optax_curv.Objective, with "
+                "batch=(inputs, targets)."
+            )
+        if objective is None:
+            if not callable(product):
+                raise ValueError(
+                    f"{self.method}: expected a function as curvature_product, got {product!r}."
+                )
+            return product
+        require_params(self.method, params)
+        require_objective(self.method, objective, given.get("batch"), params)
+        return objective.curvature_operator(params, given["batch"][0], weights=given.get("weights"))
+
+    def _merit(self, params: Any, given: Mapping[str, Any]) -> Callable[[Any], jax.Array]:
+        """The loss after a step back by d, as a function of d."""
+        require_params(self.method, params)
+        require_whole(self.method, params)
+        objective, value_fn = given.get("objective"), given.get("value_fn")
+        if value_fn is None and objective is None:
+            raise ValueError(
+                f"{self.method}: backtrack=True needs a loss to evaluate: pass value_fn=, a "
+                "function of the parameters, or objective= with batch=."
+            )
+
+        def merit(d):
+            moved = jax.tree.map(lambda p, x: (p - x).astype(p.dtype), params, d)
+            if objective is not None:
+                return objective(moved, *given["batch"], weights=given.get("weights"))
+            assert value_fn is not None
+            return value_fn(moved)
+
+        return merit
+
+
 def scale_by_gauss_newton(
-    damping=1e-3,
+    damping: Schedulable = 1e-3,
     *,
-    max_iters=50,
-    tol=5e-4,
-    warm_start=0.95,
+    max_iters: Number = 50,
+    tol: Number = 5e-4,
+    warm_start: Number = 0.95,
     backtrack: bool = False,
-    diagonal_power=0.75,
+    diagonal_power: Number = 0.75,
     layers: Layers | None = None,
-    decay=0.95,
+    decay: Schedulable = 0.95,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The direction d = (F + λI)⁻¹ g of a curvature that is known only by its products v ↦ F v.
 
@@ -135,130 +304,19 @@ def scale_by_gauss_newton(
       that is worse; here all are compared), §4.7 for the diagonal. Martens and Sutskever 2012,
       doi:10.1007/978-3-642-35289-8_27, for the warm start's decay.
     """
-    method = "scale_by_gauss_newton"
-    contracts.require_numbers(method, damping=damping, max_iters=max_iters, tol=tol, at_least=0)
-    contracts.require_numbers(method, warm_start=warm_start, decay=decay, at_least=0, at_most=1)
-    if layers is not None and not isinstance(layers, Layers):
-        raise ValueError(
-            f"{method}: expected layers from optax_curv.find_layers, got a {type(layers).__name__}."
-        )
-
-    def init(params):
-        contracts.require_float_leaves(method, params)
-        stacks = {} if layers is None else layer_view(method, layers, params).zero_factors()
-        # numbers of their own, as a buffer that stands twice in a state cannot be donated
-        numbers = {
-            name: jnp.int32(0) for name in ("count", "iterations", "returned", "total_notfinite")
-        }
-        return ScaleByGaussNewtonState(start=contracts.wide_zeros(params), stacks=stacks, **numbers)
-
-    def update(updates, state, params=None, *, diagonal=None, curvature=None, **extra_args):
-        if params is not None:
-            contracts.require_same_leaves(method, "updates", updates, "params", params)
-        product = _product(method, params, extra_args)
-        lam = contracts.value_at(
-            damping, state.count, jnp.result_type(jnp.float32, *jax.tree.leaves(state.start))
-        )
-        stacks, fit, preconditioner = state.stacks, True, None
-        if layers is not None:
-            if diagonal is not None:
-                raise ValueError(f"{method}: got diagonal= beside layers; give one or the other.")
-            given = require_curvature(method, layers, curvature)
-            stacks, fit, preconditioner = layer_preconditioner(
-                layer_view(method, layers, updates), state.stacks, state.count, given, decay, lam
-            )
-        elif diagonal is not None:
-            contracts.require_same_leaves(method, "diagonal", diagonal, "updates", updates)
-            scale = jax.tree.map(
-                lambda d, p: (d.astype(p.dtype) + lam) ** -diagonal_power, diagonal, state.start
-            )
-            preconditioner = _times(scale)
-
-        # What is unsound ends the solve at its start, so that no second copy of that need be kept
-        # to go back to.
-        sound = contracts.is_squarable(updates) & contracts.is_finite(diagonal) & fit
-        gradient = jax.tree.map(
-            lambda u, p: jnp.where(sound, u.astype(p.dtype), jnp.nan), updates, state.start
-        )
-
-        def damped(v):
-            narrow = jax.tree.map(
-                lambda x, like: x.astype(like.dtype), v, updates if params is None else params
-            )
-            return jax.tree.map(
-                lambda fv, x: fv.astype(x.dtype) + lam.astype(x.dtype) * x, product(narrow), v
-            )
-
-        direction, info = linalg.conjugate_gradient(
-            damped,
-            gradient,
-            x0=state.start,
-            max_iters=max_iters,
-            preconditioner=preconditioner,
-            min_progress=tol,
-            merit=_merit(method, params, extra_args) if backtrack else None,
-            keep_finite=True,
-        )
-        new_updates = jax.tree.map(lambda d, u: d.astype(u.dtype), direction, updates)
-        # A solve that breaks off after some iterations has a solution all the same.
-        good = (
-            sound
-            & contracts.is_finite(new_updates)
-            & (jnp.isfinite(info.residual_norm) | (info.iterations > 1))
-        )
-        kept = jnp.where(good, warm_start, 1)
-        start = jax.tree.map(lambda d: jnp.asarray(kept, d.dtype) * d, direction)
-        old = state._replace(start=None)
-        new = old._replace(
-            count=optax.safe_increment(state.count),
-            iterations=info.iterations,
-            returned=info.returned,
-            stacks=stacks,
-        )
-        new_updates, new_state = contracts.skip_unless(good, new_updates, new, old)
-        return new_updates, new_state._replace(start=start)
-
-    return optax.GradientTransformationExtraArgs(init, with_sharding_types(update))
-
-
-def _product(method, params, given) -> Callable[[Any], Any]:
-    """The map v ↦ F v that the extra arguments name."""
-    product, objective = given.get("curvature_product"), given.get("objective")
-    if (product is None) == (objective is None):
-        raise ValueError(
-            f"{method}: expected one of two extra arguments, got {'neither' if product is None else 'both'}: "
-            "curvature_product=, a function v -> F v of trees like the gradients, or objective=, an "
-            "optax_curv.Objective, with batch=(inputs, targets)."
-        )
-    if product is not None:
-        if not callable(product):
-            raise ValueError(
-                f"{method}: expected a function as curvature_product, got {product!r}."
-            )
-        return product
-    contracts.require_params(method, params)
-    require_objective(method, objective, given.get("batch"))
-    return objective.curvature_operator(params, given["batch"][0], weights=given.get("weights"))
-
-
-def _merit(method, params, given):
-    """The loss after a step back by d, as a function of d."""
-    contracts.require_params(method, params)
-    objective, value_fn = given.get("objective"), given.get("value_fn")
-    if value_fn is None and objective is None:
-        raise ValueError(
-            f"{method}: backtrack=True needs a loss to evaluate: pass value_fn=, a function of the parameters, or "
-            "objective= with batch=."
-        )
-
-    def merit(d):
-        moved = jax.tree.map(lambda p, x: (p - x).astype(p.dtype), params, d)
-        if objective is not None:
-            return objective(moved, *given["batch"], weights=given.get("weights"))
-        assert value_fn is not None
-        return value_fn(moved)
-
-    return merit
+    rule = _GaussNewton(
+        method="scale_by_gauss_newton",
+        damping=damping,
+        max_iters=max_iters,
+        tol=tol,
+        warm_start=warm_start,
+        backtrack=backtrack,
+        diagonal_power=diagonal_power,
+        layers=layers,
+        decay=decay,
+    )
+    rule.check_options()
+    return transformation(rule)
 
 
 def _times(scale):
@@ -266,45 +324,52 @@ def _times(scale):
 
 
 def gauss_newton(
-    learning_rate: optax.ScalarOrSchedule | None,
-    damping=None,
+    learning_rate: Schedulable | None,
+    damping: Schedulable | None = None,
     *,
-    max_iters=50,
-    tol=5e-4,
-    warm_start=0.95,
+    max_iters: Number = 50,
+    tol: Number = 5e-4,
+    warm_start: Number = 0.95,
     backtrack: bool = False,
-    diagonal_power=0.75,
+    diagonal_power: Number = 0.75,
     layers: Layers | None = None,
-    decay=0.95,
-    weight_decay=0.0,
+    decay: Schedulable = 0.95,
+    weight_decay: Number = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Gauss-Newton with a learning rate; or Hessian-free optimisation, with none to choose.
 
-    With a learning rate: a chain of `scale_by_gauss_newton`, `optax.add_decayed_weights` and
-    `optax.scale_by_learning_rate`.
+    With a learning rate and d the direction of `scale_by_gauss_newton`, θ ← θ - lr (d +
+    weight_decay θ).
 
-    With `learning_rate=None`: `adapt_damping` around `scale_by_gauss_newton` and a step of length
-    one, the damping changed at every step by the factor 2/3 or 3/2. `update` then needs
-    `objective=`, `batch=` and `value=` (the loss).
+    With `learning_rate=None` the step has length one, and `adapt_damping` changes the damping by
+    the factor 2/3 or 3/2 at every step, as the quadratic model foretells the change of the loss well or
+    not. A step after which the loss would be higher, or not finite, is not taken. `update` then
+    needs `objective=`, `batch=` and `value=` (the loss), and takes `judge_batch=`.
 
     Args:
       learning_rate: a number or a schedule; None: adaptive damping.
-      damping: λ; None: 1e-3, and 1 as the first one of the adaptive damping.
-      max_iters: see `scale_by_gauss_newton`, as for all up to `decay`.
-      tol: see there.
-      warm_start: see there.
-      backtrack: see there.
-      diagonal_power: see there.
-      layers: see there.
-      decay: see there.
+      damping: λ, at least 0, a number or a schedule; None: 1e-3, and 1 as the first one of the
+        adaptive damping, where it is a number.
+      max_iters: most iterations of conjugate gradients.
+      tol: ε, at least 0: the solve ends when an iteration gains less than ε of the model's
+        decrease; with 0 only `max_iters` ends it.
+      warm_start: what of the last solution the next solve starts from, in [0, 1].
+      backtrack: whether the best of the iterates by the loss is returned, and not the last one. It
+        costs one more vector, and a forward pass for the iterates 1, 2, 3, 4, 6, 8, 11, …
+      diagonal_power: of the preconditioner made of `diagonal=`; 1 is Jacobi's, 3/4 Martens'.
+      layers: from `find_layers`, for a solve preconditioned by K-FAC; `update` then needs
+        `curvature=`. None: no K-FAC factors.
+      decay: weight of the old factors in their running averages, in [0, 1]; a number or a schedule.
       weight_decay: decoupled weight decay, added after preconditioning; 0 with adaptive damping.
 
     Returns:
-      A transformation whose `update` takes the extra arguments of `scale_by_gauss_newton`.
+      A `GradientTransformationExtraArgs` whose `update` takes the extra arguments of
+      `scale_by_gauss_newton`. With a NaN or an infinity no parameter moves.
 
     Raises:
-      ValueError: as `scale_by_gauss_newton`; and for a weight decay with adaptive damping, whose
-        model would not know of it.
+      ValueError: for a learning rate that is neither a number, a schedule nor None, and numbers out
+        of range; for a weight decay with adaptive damping, whose model would not know of it; in
+        `update` for a curvature that is missing or given twice, and masked parameters.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_curv
@@ -314,26 +379,43 @@ def gauss_newton(
       >>> state = tx.init(w)
       >>> for _ in range(20):
       ...     value, grads = jax.value_and_grad(objective)(w, *batch)
-      ...     updates, state = tx.update(grads, state, w, objective=objective, batch=batch, value=value)
+      ...     given = {"objective": objective, "batch": batch, "value": value}
+      ...     updates, state = tx.update(grads, state, w, **given)
       ...     w = optax.apply_updates(w, updates)
       >>> print(w.round(3))
       0.5
 
     References:
-      Martens 2010, §4.1 for the adaptive damping; else see `scale_by_gauss_newton`.
+      Martens, Deep Learning via Hessian-Free Optimization, ICML 2010: §4.1 for the adaptive
+      damping, §4.4 to §4.7 for the solve.
     """
-    given = locals()
 
-    def direction(damping):
-        return contracts.handed_on(scale_by_gauss_newton, given | {"damping": damping})
-
-    if learning_rate is not None:
-        return with_decay(
-            direction(1e-3 if damping is None else damping), learning_rate, weight_decay
+    def rule(damping):
+        made = _GaussNewton(
+            method="gauss_newton",
+            damping=damping,
+            max_iters=max_iters,
+            tol=tol,
+            warm_start=warm_start,
+            backtrack=backtrack,
+            diagonal_power=diagonal_power,
+            layers=layers,
+            decay=decay,
         )
+        made.check_options()
+        return made
+
+    rate: Any = learning_rate
+    if rate is not None:
+        require_learning_rate("gauss_newton", learning_rate)
+        require_numbers("gauss_newton", weight_decay=weight_decay)
+        pieces = [*decayed(weight_decay), optax.scale_by_learning_rate(rate)]
+        return transformation(rule(1e-3 if damping is None else damping), *pieces)
     refuse_weight_decay("gauss_newton", weight_decay)
+    first: Any = 1.0 if damping is None else damping
+    rule(first)  # options are refused now, and not first in init
 
     def damped(lam):
-        return optax.chain(direction(lam), optax.scale_by_learning_rate(1.0))
+        return transformation(rule(lam), optax.scale_by_learning_rate(1.0))
 
-    return adapt_damping(damped, 1.0 if damping is None else damping, adapt_every=1, factor=2 / 3)
+    return adapt_damping(damped, first, adapt_every=1, factor=2 / 3)

@@ -230,7 +230,7 @@ def test_what_is_not_finite_leaves_the_state_alone_and_is_counted(poison):
         ({"batch": None}, r"batch=\(inputs, targets\), got None"),
         ({"batch": jnp.ones(2)}, r"batch=\(inputs, targets\), got a ArrayImpl"),
         ({"value": None}, "value= is missing"),
-        ({"updates": {"w": jnp.ones((2, 3))}}, "tree of updates differs"),
+        ({"updates": {"w": jnp.ones((2, 3))}}, "tree of the gradients differs"),
     ],
 )
 def test_missing_arguments_are_refused(changes, message):
