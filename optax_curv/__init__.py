@@ -34,7 +34,7 @@ from optax_curv.preconditioners.branch_fisher import (
 from optax_curv.preconditioners.branch_kfac import ScaleByBranchKFACState as ScaleByBranchKFACState
 from optax_curv.preconditioners.branch_kfac import branch_kfac as branch_kfac
 from optax_curv.preconditioners.branch_kfac import scale_by_branch_kfac as scale_by_branch_kfac
-from optax_curv.preconditioners._transformation.bounds import (
+from optax_curv.preconditioners.chain_pieces import (
     BoundByRunningNormState as BoundByRunningNormState,
 )
 from optax_curv.preconditioners.chain_pieces import bound_by_running_norm as bound_by_running_norm

@@ -112,8 +112,8 @@ class _BranchFisher(StateBranches):
             raise ValueError(
                 f"{self.method}: the gradients hold optax_curv.SplitRows, which jacobian_rows "
                 "makes of a function that is not holomorphic in a complex leaf. Make the gradient "
-                "of such a leaf from its two halves, Re Σ f* ∂ψ/∂Re z + i Re Σ f* ∂ψ/∂Im z, or take the "
-                "conjugate of jax.grad's."
+                "of such a leaf from its two halves, Re Σ f* ∂ψ/∂Re z + i Re Σ f* ∂ψ/∂Im z, or take "
+                "the conjugate of jax.grad's."
             )
         super().require_gradients(updates, params)
 
@@ -269,16 +269,17 @@ def scale_by_branch_fisher(
 
     which is full rank: what P cannot see of g passes unchanged. `complement=False` is the original
     rule d = P M⁻¹ Pᵀ g, which *only adds noise*: with a fresh Gaussian P, E[P M⁻¹ Pᵀ] =
-    tr(M⁻¹)/D · I, a multiple of the gradient whatever the branches say. A P that means something (the Jacobian of
-    the state with respect to the parameters, as `projection`) makes the metric a pullback.
+    tr(M⁻¹)/D · I, a multiple of the gradient whatever the branches say. A P that means something
+    (the Jacobian of the state with respect to the parameters, as `projection`) makes the metric a
+    pullback.
 
     `update` takes the extra arguments
 
     * `branches`: an array [K, D], K ≥ 0, D ≥ 1 (D = 0: a zero direction, or with `complement` the
       gradient); or a tree [K, \*leaf.shape], K ≥ 1. K and D may change from step to step. With
       None, said on purpose, or an array that is not two-dimensional, the gradient passes unchanged
-      and the key does not move. Where the parameters are a single array, branches [K, \*shape] are rows in
-      parameter space, unless `projection` is given;
+      and the key does not move. Where the parameters are a single array, branches [K, \*shape] are
+      rows in parameter space, unless `projection` is given;
     * `projection`: P itself, [n, D] over the flattened parameters in `jax.tree.leaves` order or a
       tree of [\*leaf.shape, D]; the key does not move;
     * `weights`: [K], not negative, for the mean and the metric (importance sampling, quadrature, a
@@ -384,22 +385,25 @@ def branch_fisher(
     Args:
       learning_rate: a number or a schedule.
       damping: λ, at least 0; a number or a schedule.
-      max_iters: most iterations of conjugate gradients for `solver="cg"`.
-      tol: "cg" stops when the residual's norm (absolute) is below it.
-      solver: "woodbury" factors a K × K matrix, "cholesky" D × D or n × n; "auto" takes the
-        smaller, and beyond 8192 rows and parameters conjugate gradients to a relative tolerance of
-        1e-4; "cg" is matrix-free.
+      max_iters: most iterations of conjugate gradients for `solver="cg"`; in state space 0 gives a
+        zero solution.
+      tol: "cg" stops when the residual's norm (absolute) is below it, in state space after one
+        iteration at least.
+      solver: "woodbury" factors a K × K matrix, "cholesky" D × D or n × n; both refine their
+        solution to the accuracy of the branches. "auto" takes the smaller; where that is beyond
+        8192 it iterates without a matrix until the residual is 1e-4 of the gradient, in at most
+        1000 iterations, and counts in `unconverged` where it is not. "cg" is matrix-free (up to D =
+        128 it forms the covariance as the original does). `complement` with [K, D] takes a singular
+        value decomposition of min(n, D) × K instead, accurate for any λ.
       projection: "gaussian" (entries N(0, 1/D), new at every step), "fixed" (drawn once) or
         "orthonormal" (orthonormal columns, drawn once; D <= n).
-      complement: whether what the projection cannot see of the gradient passes unchanged; False is
-        the original rule, which with a "gaussian" projection only adds noise. In parameter space it
-        changes nothing.
+      complement: whether what P cannot see of the gradient passes; False is the original rule. In
+        parameter space, where P is the identity, it changes nothing.
       centered: whether the mean of the branches is removed; False divides by K.
-      ddof: centred branches are divided by max(1, K - ddof). None: 0 in parameter space and 1 for
-        samples of a state.
+      ddof: centred branches are divided by max(1, K - ddof). None: 0 in parameter space, the metric
+        of stochastic reconfiguration, and 1 for samples of a state, as the original.
       momentum: SPRING's decay μ, in parameter space only; None: none.
-      complex_metric: None chooses by the dtypes; "real" refuses complex parameters and "full" real
-        ones.
+      complex_metric: None chooses as above; "real" refuses complex parameters and "full" real ones.
       key: a seed from 0 to 2⁶⁴ - 1, or a PRNG key.
       weight_decay: decoupled weight decay, added after preconditioning.
       param_bound: half-width of a box in which the *parameters* stay; None: no box.

@@ -198,13 +198,13 @@ def branch_kfac(
     Args:
       learning_rate: a number or a schedule.
       damping: λ, at least 0; a number or a schedule. A singular block gets more of it.
-      blocks: number of runs of state coordinates, limited to 1..D; a Python int.
+      blocks: number of runs, limited to 1..D. It decides shapes: name it in `static_args` of
+        `optax.inject_hyperparams`.
       projection: "gaussian" (entries N(0, 1/D), new at every step), "fixed" (drawn once) or
         "orthonormal" (orthonormal columns, drawn once; D <= n).
-      complement: whether what the projection cannot see of the gradient passes unchanged; False is
-        the original rule, which with a "gaussian" projection only adds noise.
+      complement: whether what P cannot see of the gradient passes; False is the original rule.
       centered: whether the mean of the branches is removed; False divides by K.
-      ddof: centred branches are divided by max(1, K - ddof); None is 1.
+      ddof: centred branches are divided by max(1, K - ddof); None is 1, the original's.
       key: a seed from 0 to 2⁶⁴ - 1, or a PRNG key.
       weight_decay: decoupled weight decay, added after preconditioning.
       param_bound: half-width of a box in which the *parameters* stay; None: no box.

@@ -15,6 +15,9 @@ import optax
 
 from optax_curv.preconditioners._stacks.owners import with_sharding_types
 from optax_curv.preconditioners._transformation import bounds, contracts, leaves
+from optax_curv.preconditioners._transformation.bounds import (
+    BoundByRunningNormState as BoundByRunningNormState,
+)
 from optax_curv.preconditioners._transformation.numbers import require_numbers
 from optax_curv.preconditioners._transformation.transformation import (
     PassingRule,

@@ -268,13 +268,15 @@ def scale_by_gauss_newton(
     Args:
       damping: λ, at least 0; a number or a schedule.
       max_iters: most iterations.
-      tol: ε, at least 0; with 0 only `max_iters` ends the solve.
+      tol: ε, at least 0: the solve ends when an iteration gains less than this share of the model's
+        decrease; with 0 only `max_iters` ends it.
       warm_start: what of the last solution the next solve starts from, in [0, 1].
-      backtrack: return the best of the iterates i = 1, 2, 3, 4, 6, 8, 11, … (each 1.3 times the one
-        before) and the last one, by the loss L(θ - d_i). It costs one more vector, and these
-        forward passes.
-      diagonal_power: of the diagonal preconditioner; 1 is Jacobi's, 3/4 Martens'.
-      layers: from `find_layers`; None: no K-FAC factors.
+      backtrack: whether the best by the loss of the iterates 1, 2, 3, 4, 6, 8, 11, … (each 1.3 times
+        the one before) and the last is returned, and not always the last. It costs one more vector,
+        and these forward passes.
+      diagonal_power: of the preconditioner made of `diagonal=`; 1 is Jacobi's, 3/4 Martens'.
+      layers: from `find_layers`, for a solve preconditioned by K-FAC; `update` then needs
+        `curvature=`. None: no K-FAC factors.
       decay: weight of the old factors in their running averages, in [0, 1]; a number or a schedule.
 
     Returns:
@@ -342,20 +344,21 @@ def gauss_newton(
     weight_decay θ).
 
     With `learning_rate=None` the step has length one, and `adapt_damping` changes the damping by
-    the factor 2/3 or 3/2 at every step, as the quadratic model foretells the change of the loss well or
-    not. A step after which the loss would be higher, or not finite, is not taken. `update` then
-    needs `objective=`, `batch=` and `value=` (the loss), and takes `judge_batch=`.
+    the factor 2/3 or 3/2 at every step, as the quadratic model foretells the change of the loss
+    well or not. A step after which the loss would be higher, or not finite, is not taken. `update`
+    then needs `objective=`, `batch=` and `value=` (the loss), and takes `judge_batch=`.
 
     Args:
       learning_rate: a number or a schedule; None: adaptive damping.
-      damping: λ, at least 0, a number or a schedule; None: 1e-3, and 1 as the first one of the
-        adaptive damping, where it is a number.
+      damping: λ, at least 0; a number or a schedule. None: 1e-3; with adaptive damping it is the
+        first one, a number, and None: 1.
       max_iters: most iterations of conjugate gradients.
-      tol: ε, at least 0: the solve ends when an iteration gains less than ε of the model's
+      tol: ε, at least 0: the solve ends when an iteration gains less than this share of the model's
         decrease; with 0 only `max_iters` ends it.
       warm_start: what of the last solution the next solve starts from, in [0, 1].
-      backtrack: whether the best of the iterates by the loss is returned, and not the last one. It
-        costs one more vector, and a forward pass for the iterates 1, 2, 3, 4, 6, 8, 11, …
+      backtrack: whether the best by the loss of the iterates 1, 2, 3, 4, 6, 8, 11, … (each 1.3
+        times the one before) and the last is returned, and not always the last. It costs one more
+        vector, and these forward passes.
       diagonal_power: of the preconditioner made of `diagonal=`; 1 is Jacobi's, 3/4 Martens'.
       layers: from `find_layers`, for a solve preconditioned by K-FAC; `update` then needs
         `curvature=`. None: no K-FAC factors.

@@ -144,8 +144,8 @@ def scale_by_quadratic_model(
 ) -> optax.GradientTransformationExtraArgs:
     """Step size and momentum that minimise the damped quadratic model of the objective.
 
-    The model is that of the batch. With p the incoming direction and v the previous update, the update is α p + μ v for the (α, μ)
-    that minimise
+    The model is that of the batch. With p the incoming direction and v the previous update, the
+    update is α p + μ v for the (α, μ) that minimise
 
       L(θ − α p − μ v) ≈ L − ⟨∇L, α p + μ v⟩ + ½ ⟨α p + μ v, (C + λ I)(α p + μ v)⟩,
 
@@ -191,6 +191,7 @@ def scale_by_quadratic_model(
 class _AdaptDamping(Rule):
     """The damping of `adapt_damping`, around the transformation that it damps."""
 
+    guarded = ("inner",)  # it is kept here, as it has counters of its own
     complex_leaves = True  # what is damped decides
 
     method: str
@@ -254,13 +255,14 @@ class _AdaptDamping(Rule):
         **extra_args,
     ):
         """The step of what is damped, or none where the loss would rise; and the next damping."""
-        del view, sound
+        del view
         inner = optax.with_extra_args_support(self.damped(state.damping))
         step, new = inner.update(grads, state.inner, params, value=value, **extra_args)
         objective, weights = extra_args["objective"], extra_args.get("weights")
         batch, before = extra_args["batch"], value
         if judge_batch is not None:
             batch, weights, before = judge_batch, None, objective(params, *judge_batch)
+        sound &= is_finite(step, before)
         change = objective(optax.apply_updates(params, step), *batch, weights=weights) - before
         rounding = ROUNDINGS * jnp.finfo(change.dtype).eps * jnp.abs(before)
         refused = ~(change <= rounding)  # a NaN is refused, too
@@ -283,9 +285,8 @@ class _AdaptDamping(Rule):
             damping=jnp.clip(damping, self.min_damping, self.max_damping).astype(jnp.float32),
             reduction_ratio=ratio,
             refused=jnp.where(refused, optax.safe_increment(state.refused), state.refused),
-            inner=_with_momentum_restarted(refused, new),
+            inner=_kept_inner(sound, _with_momentum_restarted(refused, new), state.inner),
         )
-        sound = is_finite(step, before)
         step = jax.tree.map(lambda u: jnp.where(refused, jnp.zeros_like(u), u), step)
         return Step(step, state, sound)
 
@@ -311,9 +312,9 @@ def adapt_damping(
     loss that is not finite, or a positive denominator, counts as ρ = 0.
 
     At every step L(θ + δ) is evaluated. Where it is not finite, or above L(θ) by more than
-    rounding, the step is not taken: the update is zero, λ ← λ / factorᵏ, a `scale_by_quadratic_model` within
-    `damped` forgets its momentum, and `refused` in the state counts it. A batch that a step was
-    fitted to flatters it; `judge_batch` judges on another one.
+    rounding, the step is not taken: the update is zero, λ ← λ / factorᵏ, a
+    `scale_by_quadratic_model` within `damped` forgets its momentum, and `refused` in the state
+    counts it. A batch that a step was fitted to flatters it; `judge_batch` judges on another one.
 
     A step costs one forward pass more, and every k-th step (under `jax.vmap` each) another one and
     a Jacobian product.
@@ -390,6 +391,16 @@ def _reduction_ratio(objective, batch, weights, params, step, change, damping):
     sound = (predicted < 0) & jnp.isfinite(change)
     ratio = jnp.where(sound, change / jnp.where(sound, predicted, 1), 0)
     return ratio.astype(jnp.float32), predicted != 0
+
+
+def _kept_inner(sound: jax.Array, new: Any, old: Any) -> Any:
+    """The inner state after a step; after an unsound one the old state, whose counters go on."""
+
+    def kept(path, x, y):
+        counts = getattr(path[-1], "name", "") == "total_notfinite" if path else False
+        return jnp.where(sound, x, optax.safe_increment(y) if counts else y).astype(y.dtype)
+
+    return jax.tree.map_with_path(kept, new, old)
 
 
 def _with_momentum_restarted(refused: jax.Array, inner: Any) -> Any:

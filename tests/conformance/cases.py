@@ -457,6 +457,17 @@ PIECES = {
         ),
         devices=BY_LEAF,
     ),
+    "bound_by_running_norm": Case(
+        **_of(optax_curv.bound_by_running_norm, "factor"),
+        value=3.0,
+        complex=True,
+        inject={"factor": 3.0},
+        fault=NO_CURVATURE,
+        suite=Suite(
+            adapters.with_learning_rate(optax_curv.bound_by_running_norm(), optax.trace(0.9)), RATE
+        ),
+        devices=BY_LEAF,
+    ),
     "normalize_by_rms": Case(
         **_of(optax_curv.normalize_by_rms, "target"),
         complex=True,

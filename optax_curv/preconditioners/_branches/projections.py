@@ -35,80 +35,115 @@ class Projection(NamedTuple):
     factor: Callable[[], tuple["Projection", jax.Array]]
 
 
-def gaussian(key, like, dimension: int, dtype) -> Projection:
+def gaussian(key: jax.Array, like: Any, dimension: int, dtype: Any) -> Projection:
     """P with entries N(0, 1/D), never whole.
 
     Every pass draws the same chunks of rows again from the typed `key`.
     """
-    leaves, treedef = jax.tree.flatten(like)
-    shapes = list(map(jnp.shape, leaves))
-    sizes = list(map(math.prod, shapes))
+    drawn = _Drawn(key, like, dimension, dtype)
+    return Projection(drawn.pull, drawn.push, drawn.factor)
 
-    def groups():
-        """For leaves of one size, which share a loop: their places, and what names each chunk."""
+
+class _Group(NamedTuple):
+    """Leaves of one size, which share a loop.
+
+    Attributes:
+      size: numbers in each leaf.
+      rows: rows of P in a chunk.
+      members: places of the leaves.
+      names: by chunk, the leaf, the number within it, and how many of the rows are inside.
+    """
+
+    size: int
+    rows: int
+    members: list[int]
+    names: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class _Drawn:
+    """A Gaussian P, drawn anew in every pass."""
+
+    def __init__(self, key: jax.Array, like: Any, dimension: int, dtype: Any):
+        leaves, self.treedef = jax.tree.flatten(like)
+        self.shapes = [jnp.shape(x) for x in leaves]
+        self.key, self.like, self.dimension, self.dtype = key, like, dimension, dtype
+
+    def groups(self) -> list[_Group]:
+        """The groups of leaves that are not empty."""
+        sizes = list(map(math.prod, self.shapes))
+        found = []
         for size in sorted(set(sizes) - {0}):
             members = [i for i, other in enumerate(sizes) if other == size]
-            chunks = -(-size * dimension // CHUNK_ENTRIES)
+            chunks = -(-size * self.dimension // CHUNK_ENTRIES)
             rows = -(-size // min(chunks, size))
             chunks = -(-size // rows)
             leaf, chunk = np.repeat(members, chunks), np.tile(np.arange(chunks), len(members))
-            yield size, rows, members, (leaf, chunk, np.minimum(rows, size - chunk * rows))
+            names = leaf, chunk, np.minimum(rows, size - chunk * rows)
+            found.append(_Group(size, rows, members, names))
+        return found
 
-    def draw(name, rows):
+    def draw(self, name: Any, rows: int) -> jax.Array:
+        """The rows of one chunk, [rows, D]; zeros where it is filled up."""
         leaf, chunk, inside = name
-        chunk_key = jax.random.fold_in(jax.random.fold_in(key, leaf), chunk)
-        entries = jax.random.normal(chunk_key, (rows, dimension), dtype) / np.sqrt(
-            dimension
-        ).astype(dtype)
+        chunk_key = jax.random.fold_in(jax.random.fold_in(self.key, leaf), chunk)
+        scale = np.sqrt(self.dimension).astype(self.dtype)
+        entries = jax.random.normal(chunk_key, (rows, self.dimension), self.dtype) / scale
         return jnp.where(jnp.arange(rows)[:, None] < inside, entries, 0)
 
-    def pull(tree):
-        leaves, total = jax.tree.leaves(tree), jnp.zeros(dimension, dtype)
-        for size, rows, members, names in groups():
-            flat = jnp.stack([jnp.ravel(leaves[i]).astype(dtype) for i in members])
-            flat = jnp.pad(flat, ((0, 0), (0, -size % rows))).reshape(-1, rows)
-            total, _ = jax.lax.scan(
-                lambda sum_, chunk: (sum_ + _dot(chunk[0], draw(chunk[1], rows)), None),  # noqa: B023
-                total,
-                (flat, names),
-            )
+    def pull(self, tree: Any) -> jax.Array:
+        """Pᵀ g, [D]."""
+        leaves, total = jax.tree.leaves(tree), jnp.zeros(self.dimension, self.dtype)
+        for group in self.groups():
+            flat = jnp.stack([jnp.ravel(leaves[i]).astype(self.dtype) for i in group.members])
+            flat = jnp.pad(flat, ((0, 0), (0, -group.size % group.rows))).reshape(-1, group.rows)
+
+            def add(total, chunk, rows=group.rows):
+                return total + _dot(chunk[0], self.draw(chunk[1], rows)), None
+
+            total, _ = jax.lax.scan(add, total, (flat, group.names))
         return total
 
-    def push(v):
-        leaves = [jnp.zeros(shape + v.shape[1:], dtype) for shape in shapes]
-        for size, rows, members, names in groups():
-            flat = jax.lax.map(lambda name: _dot(draw(name, rows), v), names)  # noqa: B023
-            flat = flat.reshape(len(members), -1, *v.shape[1:])[:, :size]
-            for i, leaf in zip(members, flat, strict=True):
-                leaves[i] = leaf.reshape(shapes[i] + v.shape[1:])
-        return jax.tree.unflatten(treedef, leaves)
+    def push(self, v: jax.Array) -> Any:
+        """P v, a tree."""
+        leaves = [jnp.zeros(shape + v.shape[1:], self.dtype) for shape in self.shapes]
+        for group in self.groups():
 
-    def gram():
-        total = jnp.zeros((dimension, dimension), dtype)
-        for _, rows, _, names in groups():
+            def product(name, rows=group.rows):
+                return _dot(self.draw(name, rows), v)
 
-            def add(sum_, name):
-                entries = draw(name, rows)  # noqa: B023
-                return sum_ + _dot(entries.T, entries), None
+            flat = jax.lax.map(product, group.names)
+            flat = flat.reshape(len(group.members), -1, *v.shape[1:])[:, : group.size]
+            for i, leaf in zip(group.members, flat, strict=True):
+                leaves[i] = leaf.reshape(self.shapes[i] + v.shape[1:])
+        return jax.tree.unflatten(self.treedef, leaves)
 
-            total, _ = jax.lax.scan(add, total, names)
+    def gram(self) -> jax.Array:
+        """PᵀP, [D, D]."""
+        total = jnp.zeros((self.dimension, self.dimension), self.dtype)
+        for group in self.groups():
+
+            def add(total, name, rows=group.rows):
+                entries = self.draw(name, rows)
+                return total + _dot(entries.T, entries), None
+
+            total, _ = jax.lax.scan(add, total, group.names)
         return total
 
-    def factor():
-        if sum(sizes) < TALL * dimension:
-            columns = jax.tree.leaves(push(jnp.eye(dimension, dtype=dtype)))
-            return dense(
-                jnp.concatenate([jnp.reshape(leaf, (-1, dimension)) for leaf in columns]), like
-            ).factor()
-        lower, _ = linalg.cholesky(gram())
-        return _orthonormal(
-            lambda tree: linalg.triangular_solve(lower, pull(tree), lower=True),
-            lambda v: push(linalg.triangular_solve(lower, v, lower=True, transpose=True)),
-            dimension,
-            dtype,
-        ), lower.T
+    def factor(self) -> tuple[Projection, jax.Array]:
+        """(Q, T) with P = Q T; see `Projection`."""
+        if sum(map(math.prod, self.shapes)) < TALL * self.dimension:
+            columns = jax.tree.leaves(self.push(jnp.eye(self.dimension, dtype=self.dtype)))
+            columns = [jnp.reshape(leaf, (-1, self.dimension)) for leaf in columns]
+            return dense(jnp.concatenate(columns), self.like).factor()
+        lower, _ = linalg.cholesky(self.gram())
 
-    return Projection(pull, push, factor)
+        def pull(tree):
+            return linalg.triangular_solve(lower, self.pull(tree), lower=True)
+
+        def push(v):
+            return self.push(linalg.triangular_solve(lower, v, lower=True, transpose=True))
+
+        return _orthonormal(pull, push, self.dimension, self.dtype), lower.T
 
 
 def dense(matrix, like) -> Projection:
@@ -134,8 +169,8 @@ def explicit(method: str, projection, like, dimension: int, dtype) -> Projection
     got = jax.tree.map(jnp.shape, projection)
     if got not in ((size, dimension), expected):
         raise ValueError(
-            f"{method}: projection has shape {got}; expected {(size, dimension)} (parameters, state dimensions) or a "
-            f"tree like the parameters with the shapes {expected}."
+            f"{method}: projection has shape {got}; expected {(size, dimension)} (parameters, "
+            f"state dimensions) or a tree like the parameters with the shapes {expected}."
         )
     rows = [
         jnp.reshape(leaf, (-1, dimension)).astype(dtype) for leaf in jax.tree.leaves(projection)

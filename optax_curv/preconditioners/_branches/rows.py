@@ -98,7 +98,7 @@ def combine_rows(rows: Any, y: jax.Array) -> Any:
 
 
 class Solution(NamedTuple):
-    """What `solve_rows` found.
+    """A solution of `solve_rows`.
 
     Attributes:
       x: (AᴴA + λI)⁻¹ b, a tree like b.

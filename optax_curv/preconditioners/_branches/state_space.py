@@ -96,7 +96,7 @@ class StateBranches(Rule):
         return self.state_statistics(updates, extra_args)
 
     def state_statistics(self, updates: Any, extra_args: Any) -> Any:
-        """What of the extra arguments enters the step, for branches that are no rows."""
+        """Checks and returns the extra arguments that enter a step in state space."""
         branches, projection = extra_args["branches"], extra_args.get("projection")
         if not is_state_sample(branches):
             return ()

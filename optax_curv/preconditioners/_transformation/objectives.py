@@ -14,8 +14,8 @@ def require_objective(method: str, objective: Any, batch: Any, params: Any):
         raise ValueError(
             f"{method}: expected the extra argument objective= to be an optax_curv.Objective, got "
             f"{objective!r}. A plain loss hides its curvature: make optax_curv.Objective("
-            "predict_fn, likelihood) and call update(..., objective=objective, batch=(inputs, targets), "
-            "value=value)."
+            "predict_fn, likelihood) and call update(..., objective=objective, batch=(inputs, "
+            "targets), value=value)."
         )
     require_batch(method, "batch", batch)
     require_whole(method, params)
@@ -38,8 +38,8 @@ def require_whole(method: str, params: Any):
         raise ValueError(
             f"{method}: the model cannot be evaluated, as optax.masked or optax.partition has "
             f"masked its leaves {masked}. Give this method the whole tree and mask what follows, "
-            "optax.chain(method, optax.masked(optax.set_to_zero(), frozen)); or train a tree of the "
-            "other leaves alone, with a model that closes over the masked ones."
+            "optax.chain(method, optax.masked(optax.set_to_zero(), frozen)); or train a tree of "
+            "the other leaves alone, with a model that closes over the masked ones."
         )
 
 

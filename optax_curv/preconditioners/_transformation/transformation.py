@@ -172,21 +172,12 @@ def transformation(
     """
     if isinstance(rule, PassingRule):
         return _passing(rule)
-    around = (*first, *pieces)
-
-    def chain_of(view):
-        made = [piece(view) if callable(piece) else piece for piece in around]
-        made = [optax.with_extra_args_support(piece) for piece in made]
-        return made[: len(first)], made[len(first) :]
+    around = _Stages(tuple(first), pieces)
 
     def all_states(params):
         view = rule.view(params)
         head = rule.init(view, params)
-        if not around:
-            return head
-        arrays = jax.eval_shape(view.take, params)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), arrays)
-        return (head, *(piece.init(zeros) for some in chain_of(view) for piece in some))
+        return (head, *around.init(view, params)) if any(around) else head
 
     def init(params):
         require_parameters(rule.method, params, complex_leaves=rule.complex_leaves)
@@ -196,17 +187,17 @@ def transformation(
     def update(updates, state, params=None, **extra_args):
         rule.require_gradients(updates, params)
         statistics = rule.check(updates, params, extra_args)
-        head, *others = state if around else (state,)
+        head, *others = state if any(around) else (state,)
         if not jax.tree.leaves(updates):
             head = head._replace(count=jnp.asarray(optax.safe_increment(head.count)))
-            return updates, (head, *others) if around else head
+            return updates, (head, *others) if any(around) else head
         _require_state(rule.method, state, jax.eval_shape(all_states, updates))
 
         view = rule.view(updates)
         grads = view.take(updates)
         sound = not_recomputed(is_squarable(grads, statistics))
-        shown = None if params is None or not around else view.take(params)
-        before, behind = chain_of(view)
+        shown = None if params is None or not any(around) else view.take(params)
+        before, behind = around.of(view)
         grads, prepared = _through(before, grads, others[: len(first)], shown, extra_args)
         step = rule.update(view, grads, head, params, sound, **extra_args)
         directions, after = _through(
@@ -217,7 +208,7 @@ def transformation(
         directions = jax.tree.map(lambda d: jnp.where(sound, d, jnp.zeros_like(d)), directions)
         new_head = _kept_head(rule, sound, step.state, head)
         kept = [kept_unless(sound, *pair) for pair in zip([*prepared, *after], others, strict=True)]
-        new_state = (new_head, *kept) if around else new_head
+        new_state = (new_head, *kept) if any(around) else new_head
         new_state = jax.tree.map(lambda new, old: new.astype(old.dtype), new_state, state)
         new_updates = view.give(materialize(directions), updates)
         if last is not None:
@@ -225,6 +216,28 @@ def transformation(
         return new_updates, new_state
 
     return optax.GradientTransformationExtraArgs(init, with_sharding_types(update))
+
+
+class _Stages(NamedTuple):
+    """The pieces before and behind a rule."""
+
+    first: tuple[Piece, ...]
+    behind: tuple[Piece, ...]
+
+    def of(self, view: Any) -> tuple[list[Any], list[Any]]:
+        """The transformations before and behind the rule, for a view."""
+
+        def made(pieces):
+            found: Any = [piece(view) if callable(piece) else piece for piece in pieces]
+            return [optax.with_extra_args_support(piece) for piece in found]
+
+        return made(self.first), made(self.behind)
+
+    def init(self, view: Any, params: Any) -> list[Any]:
+        """Their states."""
+        arrays = jax.eval_shape(view.take, params)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), arrays)
+        return [piece.init(zeros) for pieces in self.of(view) for piece in pieces]
 
 
 def _through(pieces: Any, updates: Any, states: Any, params: Any, extra_args: Any):
