@@ -112,8 +112,8 @@ class _BranchFisher(StateBranches):
             raise ValueError(
                 f"{self.method}: the gradients hold optax_curv.SplitRows, which jacobian_rows "
                 "makes of a function that is not holomorphic in a complex leaf. Make the gradient "
-                "of such a leaf from its two halves, Re Σ f* ∂ψ/∂Re z + i Re Σ f* ∂ψ/∂Im z, or take "
-                "the conjugate of jax.grad's."
+                "of such a leaf from its two halves, Re Σ f* ∂ψ/∂Re z + i Re Σ f* ∂ψ/∂Im z, or "
+                "take the conjugate of jax.grad's."
             )
         super().require_gradients(updates, params)
 
@@ -133,7 +133,7 @@ class _BranchFisher(StateBranches):
                 f"{self.method}: branches in parameter space take no projection; give one or the "
                 "other."
             )
-        count = _require_rows(self.method, branches, updates)
+        count = _count_of_rows(self.method, branches, updates)
         _require_metric(self.method, self.complex_metric, updates)
         weights = extra_args.get("weights")
         if weights is not None:
@@ -461,8 +461,8 @@ def _are_rows(branches: Any, updates: Any, projection: Any) -> bool:
     return fits and (projection is None or jnp.ndim(branches) != 2)
 
 
-def _require_rows(method: str, branches: Any, updates: Any) -> int:
-    """Counts samples of the parameters; refuses those that do not fit these or are none."""
+def _count_of_rows(method: str, branches: Any, updates: Any) -> int:
+    """Returns K of samples of the parameters; refuses those that do not fit or are none."""
     halves = jax.tree.leaves(branches, is_leaf=is_split)
     for x in halves:
         if is_split(x):

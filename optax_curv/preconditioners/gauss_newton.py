@@ -128,32 +128,10 @@ class _GaussNewton(Rule):
         product = self._product(params, extra_args)
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(state.start))
         damping = value_at(self.damping, state.count, dtype)
-        stacks, preconditioner = state.stacks, None
-        if self.layers is not None:
-            if diagonal is not None:
-                raise ValueError(
-                    f"{self.method}: got diagonal= beside layers; give one or the other."
-                )
-            given = require_curvature(self.method, self.layers, curvature)
-            stacks, fit, preconditioner = layer_preconditioner(
-                layer_view(self.method, self.layers, view.structs),
-                state.stacks,
-                state.count,
-                given,
-                self.decay,
-                damping,
-            )
-            sound &= fit
-        elif diagonal is not None:
-            require_same_leaves(self.method, "diagonal", diagonal, "updates", grads)
-            sound &= is_finite(diagonal)
-            power = jnp.asarray(self.diagonal_power, jnp.float32)
-            scale = jax.tree.map(
-                lambda d, p: (d.astype(p.dtype) + damping) ** -power,
-                diagonal,
-                state.start,
-            )
-            preconditioner = _times(scale)
+        stacks, fit, preconditioner = self._preconditioner(
+            view, grads, state, diagonal, curvature, damping
+        )
+        sound &= fit
         gradient = jax.tree.map(lambda g: jnp.where(sound, g, jnp.nan), grads)
         like = view.structs if params is None else params
 
@@ -184,6 +162,26 @@ class _GaussNewton(Rule):
             stacks=stacks,
         )
         return Step(direction, state, good)
+
+    def _preconditioner(self, view, grads, state, diagonal, curvature, damping):
+        """(the averaged factors, whether what entered is sound, the preconditioner or None)."""
+        if self.layers is not None:
+            if diagonal is not None:
+                raise ValueError(
+                    f"{self.method}: got diagonal= beside layers; give one or the other."
+                )
+            given = require_curvature(self.method, self.layers, curvature)
+            seen = layer_view(self.method, self.layers, view.structs)
+            return layer_preconditioner(seen, state.stacks, state.count, given, self.decay, damping)
+        if diagonal is None:
+            return state.stacks, True, None
+        require_same_leaves(self.method, "diagonal", diagonal, "updates", grads)
+
+        def scale(d, p):
+            return (d.astype(p.dtype) + damping) ** -jnp.asarray(self.diagonal_power, p.dtype)
+
+        scales = jax.tree.map(scale, diagonal, state.start)
+        return state.stacks, is_finite(diagonal), _times(scales)
 
     def _product(self, params: Any, given: Mapping[str, Any]) -> Callable[[Any], Any]:
         """The map v ↦ F v that the extra arguments name."""
@@ -271,9 +269,9 @@ def scale_by_gauss_newton(
       tol: ε, at least 0: the solve ends when an iteration gains less than this share of the model's
         decrease; with 0 only `max_iters` ends it.
       warm_start: what of the last solution the next solve starts from, in [0, 1].
-      backtrack: whether the best by the loss of the iterates 1, 2, 3, 4, 6, 8, 11, … (each 1.3 times
-        the one before) and the last is returned, and not always the last. It costs one more vector,
-        and these forward passes.
+      backtrack: whether the best by the loss of the iterates 1, 2, 3, 4, 6, 8, 11, … (each 1.3
+        times the one before) and the last is returned, and not always the last. It costs one more
+        vector, and these forward passes.
       diagonal_power: of the preconditioner made of `diagonal=`; 1 is Jacobi's, 3/4 Martens'.
       layers: from `find_layers`, for a solve preconditioned by K-FAC; `update` then needs
         `curvature=`. None: no K-FAC factors.
