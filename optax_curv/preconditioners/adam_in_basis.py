@@ -9,6 +9,7 @@ import optax
 
 from optax_curv.curvature import KroneckerFactors
 from optax_curv.layers import Layers
+from optax_curv.linalg.factors import Factor
 from optax_curv.preconditioners._layerwise.bases import (
     Bases,
     Eigenbasis,
@@ -67,7 +68,7 @@ class ScaleByAdamInBasisState(NamedTuple):
         """The eigenvectors by layer."""
         return eigenbasis_by_layer(self.bases)
 
-    def spectra(self) -> dict[str, dict[str, jax.Array]]:
+    def spectra(self) -> dict[str, dict[str, Factor]]:
         """The factors that diagnostics read, by stack and side."""
         return spectra_of(self.stacks)
 
@@ -147,6 +148,7 @@ def scale_by_adam_in_basis(
     eps: Number = 1e-8,
     decay: Schedulable = 0.95,
     update_every: Number = 1,
+    statistic_bound: Number | None = 10.0,
     basis_every: Number = 10,
     fallback: optax.GradientTransformation | None = None,
     factor_sharding: Sharding = None,
@@ -171,6 +173,11 @@ def scale_by_adam_in_basis(
       eps: at least 0.
       decay: of the averages of A and G, in [0, 1]; a number or a schedule.
       update_every: steps between averaging statistics in.
+      statistic_bound: b ≥ 1, or None. After a layer's first ten statistics a factor whose mean
+        eigenvalue is more than b times that of its average is scaled down to that before it is
+        averaged in, so that an outlier neither stalls the layer nor stays. A second one in a row
+        may be b² times as large, and so on, so that growth is followed within a few steps. The
+        state counts them in `held`.
       basis_every: steps between eigendecompositions, after each of which the moments are carried
         into the new basis, as far as their diagonal says.
       fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`. It
@@ -211,6 +218,7 @@ def scale_by_adam_in_basis(
         eps=eps,
         decay=decay,
         update_every=update_every,
+        statistic_bound=statistic_bound,
         basis_every=basis_every,
         fallback=fallback_of(fallback),
         factor_sharding=factor_sharding,

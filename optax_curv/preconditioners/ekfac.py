@@ -9,6 +9,7 @@ import optax
 
 from optax_curv.curvature import KroneckerFactors
 from optax_curv.layers import Layers
+from optax_curv.linalg.factors import Factor
 from optax_curv.preconditioners._layerwise.bases import (
     Bases,
     Eigenbasis,
@@ -28,11 +29,9 @@ from optax_curv.preconditioners._layerwise.factors import (
     kronecker_factors,
     spectra_of,
 )
-from optax_curv.preconditioners._layerwise.rule import LayerRule, fallback_of
+from optax_curv.preconditioners._layerwise.rule import LayerRule, fallback_of, heavy_ball
 from optax_curv.preconditioners._transformation import averages
-from optax_curv.preconditioners._transformation.aliases import decayed
 from optax_curv.preconditioners._transformation.numbers import (
-    require_learning_rate,
     require_numbers,
     value_at,
 )
@@ -79,7 +78,7 @@ class ScaleByEKFACState(NamedTuple):
         """The averaged moments by layer, float [*stack, rows, out]."""
         return by_layer(self.moments_of_stacks)
 
-    def spectra(self) -> dict[str, dict[str, jax.Array]]:
+    def spectra(self) -> dict[str, dict[str, Factor]]:
         """The factors that diagnostics read, by stack and side."""
         return spectra_of(self.stacks)
 
@@ -151,11 +150,11 @@ class _EKFAC(LayerRule):
         measured = self._measured(view, curvature)
 
         def averaged():
-            factors, weights, fit = self.averaged(
+            factors, how, fit = self.averaged(
                 view, state.stacks, state.count, curvature, sound & is_squarable(measured)
             )
             moments = {
-                name: _moved(old, measured[name], weights[name])
+                name: _moved(old, measured[name], how[name])
                 for name, old in state.moments_of_stacks.items()
             }
             return factors, moments, fit
@@ -209,10 +208,10 @@ class _EKFAC(LayerRule):
         return new, {name: in_new_bases(name) for name in moments}
 
 
-def _moved(old, new, weight):
+def _moved(old, new, how):
     """The moments with new ones averaged in, which replace those that are still zero."""
-    weight = jnp.where(is_silent(old) & (weight > 0), 1, weight)
-    return averages.averaged(old, by_slice(weight, old), new)
+    weight = jnp.where(is_silent(old) & (how.weights > 0), 1, how.weights)
+    return averages.averaged(old, by_slice(weight, old), by_slice(how.scales, new) * new)
 
 
 def _damped(moments, damping):
@@ -226,6 +225,7 @@ def scale_by_ekfac(
     *,
     decay: Schedulable = 0.95,
     update_every: Number = 1,
+    statistic_bound: Number | None = 10.0,
     invert_every: Number = 1,
     kl_clip: Number | None = None,
     fallback: optax.GradientTransformation | None = None,
@@ -252,6 +252,11 @@ def scale_by_ekfac(
       decay: of the averages of A, G and M, in [0, 1]; a number or a schedule. The averages are free
         of the bias of their start, and A and G are those of `scale_by_kfac` with the same decay.
       update_every: steps between averaging statistics in.
+      statistic_bound: b ≥ 1, or None. After a layer's first ten statistics a factor whose mean
+        eigenvalue is more than b times that of its average is scaled down to that before it is
+        averaged in, so that an outlier neither stalls the layer nor stays. A second one in a row
+        may be b² times as large, and so on, so that growth is followed within a few steps. The
+        state counts them in `held`.
       invert_every: steps between eigendecompositions, after each of which the moments are carried
         into the new basis, as far as their diagonal says. Under `jax.vmap` over a hyper-parameter
         longer periods save nothing.
@@ -294,6 +299,7 @@ def scale_by_ekfac(
         damping=damping,
         decay=decay,
         update_every=update_every,
+        statistic_bound=statistic_bound,
         invert_every=invert_every,
         kl_clip=kl_clip,
         fallback=fallback_of(fallback),
@@ -310,6 +316,7 @@ def ekfac(
     *,
     decay: Schedulable = 0.95,
     update_every: Number = 1,
+    statistic_bound: Number | None = 10.0,
     invert_every: Number = 1,
     kl_clip: Number | None = None,
     fallback: optax.GradientTransformation | None = None,
@@ -329,6 +336,11 @@ def ekfac(
       damping: λ ≥ 0, added to the second moments in the eigenbasis; a number or a schedule.
       decay: of the averages of the factors and moments, in [0, 1]; a number or a schedule.
       update_every: steps between averaging statistics in.
+      statistic_bound: b ≥ 1, or None. After a layer's first ten statistics a factor whose mean
+        eigenvalue is more than b times that of its average is scaled down to that before it is
+        averaged in, so that an outlier neither stalls the layer nor stays. A second one in a row
+        may be b² times as large, and so on, so that growth is followed within a few steps. The
+        state counts them in `held`.
       invert_every: steps between eigendecompositions of the factors, after each of which the
         moments are carried into the new basis, as far as their diagonal says.
       kl_clip: None, or c > 0: all directions are scaled down where the step -η u would exceed
@@ -357,14 +369,13 @@ def ekfac(
     References:
       George et al. 2018, arXiv:1806.03884, §3 and Algorithm 1.
     """
-    require_learning_rate("ekfac", learning_rate)
-    require_numbers("ekfac", momentum=momentum, weight_decay=weight_decay)
     rule = _EKFAC(
         method="ekfac",
         layers=layers,
         damping=damping,
         decay=decay,
         update_every=update_every,
+        statistic_bound=statistic_bound,
         invert_every=invert_every,
         kl_clip=kl_clip,
         step_rate=learning_rate,
@@ -372,5 +383,4 @@ def ekfac(
         factor_sharding=factor_sharding,
     )
     rule.check_options()
-    after = optax.trace(momentum), optax.scale_by_learning_rate(learning_rate)
-    return transformation(rule, *decayed(weight_decay), *after)
+    return heavy_ball(rule, learning_rate, momentum, weight_decay)

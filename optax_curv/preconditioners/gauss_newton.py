@@ -11,6 +11,7 @@ import optax
 from optax_curv import linalg
 from optax_curv.curvature import KroneckerFactors
 from optax_curv.layers import Layers
+from optax_curv.linalg.factors import Factor
 from optax_curv.preconditioners._layerwise.factors import (
     LayerFactors,
     kronecker_factors,
@@ -71,7 +72,7 @@ class ScaleByGaussNewtonState(NamedTuple):
         """The running averages by layer; empty without `layers`."""
         return kronecker_factors(self.stacks)
 
-    def spectra(self) -> dict[str, dict[str, jax.Array]]:
+    def spectra(self) -> dict[str, dict[str, Factor]]:
         """Returns the factors that diagnostics read, by stack and side."""
         return spectra_of(self.stacks)
 

@@ -10,6 +10,7 @@ import optax
 
 from optax_curv.curvature import KroneckerFactors
 from optax_curv.layers import Layers, aligned
+from optax_curv.linalg.factors import Factor
 from optax_curv.preconditioners._layerwise import pairs
 from optax_curv.preconditioners._layerwise.blocks import (
     Blocks,
@@ -26,14 +27,12 @@ from optax_curv.preconditioners._layerwise.factors import (
     spectra_of,
 )
 from optax_curv.preconditioners._layerwise.rows import held_to_rows
-from optax_curv.preconditioners._layerwise.rule import LayerRule, fallback_of
+from optax_curv.preconditioners._layerwise.rule import LayerRule, fallback_of, heavy_ball
 from optax_curv.preconditioners._layerwise.statistics import has_rows
-from optax_curv.preconditioners._transformation.aliases import decayed
 from optax_curv.preconditioners._transformation.averages import is_due
 from optax_curv.preconditioners._transformation.numbers import (
     is_python_number,
     require_choice,
-    require_learning_rate,
     require_numbers,
     value_at,
 )
@@ -103,7 +102,7 @@ class ScaleByKFACState(NamedTuple):
         }
         return by_layer(arrays)
 
-    def spectra(self) -> dict[str, dict[str, jax.Array]]:
+    def spectra(self) -> dict[str, dict[str, Factor]]:
         """The factors that diagnostics read, by stack and side."""
         return spectra_of(pairs.factors_of(self.stacks))
 
@@ -214,6 +213,7 @@ def scale_by_kfac(
     damping_rule: DampingRule = "pi",
     inverse: Inverse = "cholesky",
     update_every: Number | None = 1,
+    statistic_bound: Number | None = 10.0,
     invert_every: Number = 1,
     kl_clip: Number | None = None,
     fallback: optax.GradientTransformation | None = None,
@@ -250,6 +250,11 @@ def scale_by_kfac(
         (conjugate gradients at every step, for layers too wide to factorise).
       update_every: steps between averaging statistics in; None: 1, or `invert_every` where the
         statistics are rows.
+      statistic_bound: b ≥ 1, or None. After a layer's first ten statistics a factor whose mean
+        eigenvalue is more than b times that of its average is scaled down to that before it is
+        averaged in, so that an outlier neither stalls the layer nor stays. A second one in a row
+        may be b² times as large, and so on, so that growth is followed within a few steps. The
+        state counts them in `held`.
       invert_every: steps between inversions; the first step always inverts. The Python number 1,
         the default, keeps no inverses in the state, which halves it. Under `jax.vmap` over a
         hyper-parameter longer periods save nothing. Without effect under "cg".
@@ -296,6 +301,7 @@ def scale_by_kfac(
         damping_rule=damping_rule,
         inverse=inverse,
         update_every=update_every,
+        statistic_bound=statistic_bound,
         invert_every=invert_every,
         kl_clip=kl_clip,
         fallback=fallback_of(fallback),
@@ -314,6 +320,7 @@ def kfac(
     damping_rule: DampingRule = "pi",
     inverse: Inverse = "cholesky",
     update_every: Number | None = None,
+    statistic_bound: Number | None = 10.0,
     invert_every: Number | None = None,
     kl_clip: Number | None = None,
     fallback: optax.GradientTransformation | None = None,
@@ -347,6 +354,11 @@ def kfac(
         (conjugate gradients at every step, for layers too wide to factorise).
       update_every: steps between averaging statistics in; None: 1, or `invert_every` where the
         statistics are rows.
+      statistic_bound: b ≥ 1, or None. After a layer's first ten statistics a factor whose mean
+        eigenvalue is more than b times that of its average is scaled down to that before it is
+        averaged in, so that an outlier neither stalls the layer nor stays. A second one in a row
+        may be b² times as large, and so on, so that growth is followed within a few steps. The
+        state counts them in `held`.
       invert_every: steps between inversions; the first step always inverts, and a direction that
         the current factors find off by more than a factor of two inverts out of turn. None: 20, and
         10 in the adaptive mode.
@@ -397,6 +409,7 @@ def kfac(
             damping_rule=damping_rule,
             inverse=inverse,
             update_every=update_every,
+            statistic_bound=statistic_bound,
             invert_every=period,
             kl_clip=kl_clip,
             step_rate=step_rate,
@@ -406,17 +419,14 @@ def kfac(
         made.check_options()
         return made
 
-    require_numbers("kfac", momentum=momentum, weight_decay=weight_decay)
     if learning_rate is not None:
-        require_learning_rate("kfac", learning_rate)
         head = rule("kfac", 1e-3 if damping is None else damping, learning_rate)
-        after = optax.trace(momentum), optax.scale_by_learning_rate(learning_rate)
-        return transformation(head, *decayed(weight_decay), *after)
+        return heavy_ball(head, learning_rate, momentum, weight_decay)
     refuse_weight_decay("kfac", weight_decay)
-    start = 0.1 if damping is None else damping
+    start: Any = 0.1 if damping is None else damping
     rule("kfac", start, 1.0)  # whose options are refused now, and not in `init`
 
-    def damped(lam: jax.Array) -> optax.GradientTransformation:
+    def damped(lam: Any) -> optax.GradientTransformation:
         direction = transformation(rule("kfac", ADAPTIVE_SHARE * lam, 1.0))
         return optax.chain(
             direction, scale_by_quadratic_model(lam), optax.scale_by_learning_rate(1.0)

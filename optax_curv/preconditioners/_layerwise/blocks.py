@@ -128,7 +128,7 @@ class Blocks:
         self._view, self._sharding = view, sharding
         self._blocks: dict[str, _Block] = {}
         for name in view.layers:
-            a, g, _ = factors[name]
+            a, g = factors[name].input_factor, factors[name].output_factor
             means = a.mean_diagonal(), g.mean_diagonal()
             elementwise = view.kind(name).elementwise
             added = factor_damping(rule, damping.astype(a.dtype), *means, elementwise)

@@ -15,6 +15,8 @@ from optax_curv.preconditioners._layerwise.members import LayerKind, PresentLaye
 from optax_curv.preconditioners._stacks.names import layers_of
 from optax_curv.preconditioners._transformation import averages
 
+FREE = 10  # statistics of a slice that are averaged before its averages bound the next ones
+
 
 class LayerFactors(NamedTuple):
     """The averaged factors of a stack of layers [N, rows, out].
@@ -23,11 +25,25 @@ class LayerFactors(NamedTuple):
       input_factor: A, full [N, rows, rows] or diagonal [N, rows].
       output_factor: G, full [N, out, out] or diagonal [N, out].
       count: how many statistics have been averaged, int32 [N].
+      held: how many of them were held to the bound, and how many in a row just now, int32 [N, 2].
     """
 
     input_factor: Factor
     output_factor: Factor
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    held: jax.Array
+
+
+class Averaging(NamedTuple):
+    """How statistics of a stack were averaged in.
+
+    Attributes:
+      weights: of the new ones, [N]; 0 where nothing was averaged in.
+      scales: how much was taken of what is quadratic in inputs and in output gradients, [N].
+    """
+
+    weights: jax.Array
+    scales: jax.Array
 
 
 def array_of(factor: Factor) -> jax.Array:
@@ -49,7 +65,7 @@ def zero_factors(kind: LayerKind, struct: jax.ShapeDtypeStruct) -> LayerFactors:
     count, rows, out = struct.shape
     a = (Dense if kind.dense_input else Diagonal).zeros((count,), rows, struct.dtype)
     g = (Dense if kind.dense_output else Diagonal).zeros((count,), out, struct.dtype)
-    return LayerFactors(a, g, jnp.zeros(count, jnp.int32))
+    return LayerFactors(a, g, jnp.zeros(count, jnp.int32), jnp.zeros((count, 2), jnp.int32))
 
 
 def is_silent(array: jax.Array) -> jax.Array:
@@ -59,25 +75,58 @@ def is_silent(array: jax.Array) -> jax.Array:
 
 
 def averaged(
-    old: LayerFactors, new: tuple[Factor, Factor], decay: jax.Array, sound: jax.Array
-) -> tuple[LayerFactors, jax.Array]:
-    """The factors of a stack with new ones averaged in, and the weights [N] of the new ones.
+    old: LayerFactors,
+    new: tuple[Factor, Factor],
+    decay: jax.Array,
+    bound: Any,
+    sound: jax.Array,
+) -> tuple[LayerFactors, Averaging]:
+    """The factors of a stack with new ones averaged in, and how that was done.
 
     Each slice has a count of its own: factors that are still zero start with what comes, and a
     statistic that is zero, as that of an expert without tokens, leaves them as they are.
+
+    Args:
+      old: the averages before the step.
+      new: the factors of this step's statistics.
+      decay: of the averages, [].
+      bound: how many times an average's mean eigenvalue that of a new factor may be; a larger one
+        is scaled down to it. A k-th one in a row may be bound^k times as large, so that an outlier
+        changes little, and what has grown for good is followed. The first `FREE` statistics of a
+        slice are taken as they come. None: all are.
+      sound: whether the step is; without that nothing is averaged in.
     """
     unseen = is_silent(array_of(new[0])) | is_silent(array_of(new[1]))
     silent = is_silent(array_of(old.input_factor)) | is_silent(array_of(old.output_factor))
     seen = jnp.where(silent, 0, old.count)
     taken = sound & ~unseen
     weight = jnp.where(taken, averages.running_weight(decay, seen), 0)
+    sides = (old.input_factor, new[0]), (old.output_factor, new[1])
+    scales, held = [jnp.ones_like(weight)] * 2, old.held
+    if bound is not None:
+        limits = jnp.power(jnp.asarray(bound, weight.dtype), jnp.minimum(old.held[:, 1], 8) + 1)
+        limits = jnp.where(seen < FREE, jnp.inf, limits)
+        scales = [_scale(*side, limits) for side in sides]
+        is_held = taken & ((scales[0] < 1) | (scales[1] < 1))
+        total = jnp.where(is_held, optax.safe_increment(old.held[:, 0]), old.held[:, 0])
+        row = jnp.where(is_held, optax.safe_increment(old.held[:, 1]), 0)
+        held = jnp.stack([total, jnp.where(taken, row, old.held[:, 1])], axis=1)
 
-    def moved(old: Any, new: Any) -> Any:
-        return jax.tree.map(lambda x, y: averages.averaged(x, by_slice(weight, x), y), old, new)
+    def moved(old: Factor, new: Factor, scale: jax.Array) -> Any:
+        def of_array(x: jax.Array, y: jax.Array) -> jax.Array:
+            return averages.averaged(x, by_slice(weight, x), by_slice(scale, y) * y)
+
+        return jax.tree.map(of_array, old, new)
 
     count = jnp.where(taken, jnp.asarray(optax.safe_increment(seen)), old.count)
-    factors = LayerFactors(moved(old.input_factor, new[0]), moved(old.output_factor, new[1]), count)
-    return factors, weight
+    a, g = (moved(*side, scale) for side, scale in zip(sides, scales, strict=True))
+    return LayerFactors(a, g, count, held), Averaging(weight, scales[0] * scales[1])
+
+
+def _scale(old: Factor, new: Factor, limits: jax.Array) -> jax.Array:
+    """How much of a new factor is taken, at most 1, [N]."""
+    largest, size = limits * old.mean_diagonal(), new.mean_diagonal()
+    return jnp.where(size > largest, largest / jnp.where(size > largest, size, 1), 1)
 
 
 def by_slice(numbers: jax.Array, like: jax.Array) -> jax.Array:
@@ -121,15 +170,10 @@ def kronecker_factors(factors: Mapping[str, LayerFactors]) -> dict[str, Kronecke
     return by_layer(arrays)
 
 
-def spectra_of(factors: Mapping[str, LayerFactors]) -> dict[str, dict[str, jax.Array]]:
+def spectra_of(factors: Mapping[str, LayerFactors]) -> dict[str, dict[str, Factor]]:
     """The factors that diagnostics read, by stack and side."""
-    return {
-        name: {
-            "input_factor": array_of(x.input_factor),
-            "output_factor": array_of(x.output_factor),
-        }
-        for name, x in factors.items()
-    }
+    sides = "input_factor", "output_factor"
+    return {name: {side: getattr(x, side) for side in sides} for name, x in factors.items()}
 
 
 def joined(layers: Sequence[PresentLayer], parts: Sequence[Any]) -> Any:

@@ -17,11 +17,13 @@ class LayerPairs(NamedTuple):
       input_pair: A and (A + d_A I)⁻¹.
       output_pair: G and (G + d_G I)⁻¹.
       count: how many statistics have been averaged, int32 [N].
+      held: how many of them were held to the bound, and how many in a row just now, int32 [N, 2].
     """
 
     input_pair: SymmetricPair | DiagonalPair
     output_pair: SymmetricPair | DiagonalPair
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    held: jax.Array
 
 
 Kept = LayerPairs | LayerFactors
@@ -39,7 +41,7 @@ def _of_pair(pair: SymmetricPair | DiagonalPair, array: jax.Array) -> Factor:
 def zero_pairs(factors: LayerFactors) -> LayerPairs:
     """Pairs of zeros for a stack's zero factors."""
     pairs = _zero_pair(factors.input_factor), _zero_pair(factors.output_factor)
-    return LayerPairs(*pairs, factors.count)
+    return LayerPairs(*pairs, factors.count, factors.held)
 
 
 def factors_of(kept: Mapping[str, Kept]) -> dict[str, LayerFactors]:
@@ -49,7 +51,7 @@ def factors_of(kept: Mapping[str, Kept]) -> dict[str, LayerFactors]:
         if isinstance(x, LayerFactors):
             return x
         a, g = (_of_pair(pair, pair.factor) for pair in (x.input_pair, x.output_pair))
-        return LayerFactors(a, g, x.count)
+        return LayerFactors(a, g, x.count, x.held)
 
     return {name: factors(x) for name, x in kept.items()}
 
@@ -73,7 +75,7 @@ def with_factors(kept: Mapping[str, Kept], factors: Mapping[str, LayerFactors]) 
             return new
         a = x.input_pair.replace(factor=array_of(new.input_factor))
         g = x.output_pair.replace(factor=array_of(new.output_factor))
-        return LayerPairs(a, g, new.count)
+        return LayerPairs(a, g, new.count, new.held)
 
     return {name: of_stack(x, factors[name]) for name, x in kept.items()}
 
@@ -87,6 +89,6 @@ def with_inverses(
         assert isinstance(x, LayerPairs)
         a = x.input_pair.replace(root=array_of(new.input_inverse))
         g = x.output_pair.replace(root=array_of(new.output_inverse))
-        return LayerPairs(a, g, x.count)
+        return LayerPairs(a, g, x.count, x.held)
 
     return {name: of_stack(x, inverses[name]) for name, x in kept.items()}

@@ -13,6 +13,8 @@ from optax_curv.preconditioners._layerwise.members import present_layers
 from optax_curv.preconditioners._layerwise.view import LayerStacks, averaged_of
 from optax_curv.typing import Schedulable
 
+STATISTIC_BOUND = 10.0  # the default of `scale_by_kfac`
+
 
 def layer_view(method: str, layers: Layers, tree: Any) -> LayerStacks:
     """The layers of a tree as stacks; leaves that no layer covers are stacks of their own."""
@@ -39,7 +41,9 @@ def layer_preconditioner(
       decay: of the averages.
       damping: λ.
     """
-    new, _, sound = averaged_of(view, factors, count, curvature, decay, jnp.bool_(True))
+    new, _, sound = averaged_of(
+        view, factors, count, curvature, decay, STATISTIC_BOUND, jnp.bool_(True)
+    )
     inverses, _ = Blocks(view, new, damping, "pi").invert("cholesky")
     mean = mean_eigenvalue(new) + damping
 

@@ -9,19 +9,21 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.layers import Layers
-from optax_curv.preconditioners._layerwise.factors import LayerFactors
+from optax_curv.preconditioners._layerwise.factors import Averaging, LayerFactors
 from optax_curv.preconditioners._layerwise.members import present_layers
 from optax_curv.preconditioners._layerwise.statistics import require_curvature
 from optax_curv.preconditioners._layerwise.view import LayerStacks, averaged_of
 from optax_curv.preconditioners._stacks.owners import as_kept, require_sharding
 from optax_curv.preconditioners._stacks.rule import Fallback, StackRule
+from optax_curv.preconditioners._transformation.aliases import decayed
 from optax_curv.preconditioners._transformation.averages import is_due
 from optax_curv.preconditioners._transformation.numbers import (
     is_python_number,
+    require_learning_rate,
     require_numbers,
     value_at,
 )
-from optax_curv.preconditioners._transformation.transformation import Step
+from optax_curv.preconditioners._transformation.transformation import Step, transformation
 from optax_curv.typing import Number, Schedulable
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -38,6 +40,7 @@ class LayerRule(StackRule):
     layers: Layers
     decay: Schedulable
     update_every: Number | None
+    statistic_bound: Number | None
     kl_clip: Number | None = None
     step_rate: Schedulable = 1.0
     factor_sharding: Any = None
@@ -46,6 +49,8 @@ class LayerRule(StackRule):
         """Refuses options that cannot be, by name."""
         require_numbers(self.method, decay=self.decay, at_least=0, at_most=1, schedule=True)
         require_numbers(self.method, update_every=self.update_every, at_least=1, or_none=True)
+        bound = self.statistic_bound
+        require_numbers(self.method, statistic_bound=bound, at_least=1, or_none=True)
         require_numbers(self.method, kl_clip=self.kl_clip, above=0, or_none=True)
         require_sharding(self.method, self.factor_sharding)
         if not isinstance(self.layers, Layers):
@@ -84,7 +89,7 @@ class LayerRule(StackRule):
         require_curvature(self.method, self.layers, extra_args.get("curvature"))
         return ()
 
-    def init(self, view: LayerStacks, params: Any) -> Any:
+    def init(self, view: Any, params: Any) -> Any:
         """The state of the layers and of the fallback."""
         del params
         state = self.init_layers(view)
@@ -94,7 +99,7 @@ class LayerRule(StackRule):
 
     def update(
         self,
-        view: LayerStacks,
+        view: Any,
         grads: Any,
         state: Any,
         params: Any,
@@ -162,9 +167,20 @@ class LayerRule(StackRule):
         count: jax.Array,
         curvature: Mapping[str, Any],
         sound: jax.Array,
-    ) -> tuple[dict[str, LayerFactors], dict[str, jax.Array], jax.Array]:
+    ) -> tuple[dict[str, LayerFactors], dict[str, Averaging], jax.Array]:
         """Averages this step's statistics in; see `view.averaged_of`."""
-        return averaged_of(view, old, count, curvature, self.decay, sound)
+        bound = self.statistic_bound
+        return averaged_of(view, old, count, curvature, self.decay, bound, sound)
+
+
+def heavy_ball(
+    rule: LayerRule, learning_rate: Any, momentum: Any, weight_decay: Any
+) -> optax.GradientTransformationExtraArgs:
+    """The alias of a rule: weight decay, momentum and a learning rate within its guard."""
+    require_learning_rate(rule.method, learning_rate)
+    require_numbers(rule.method, momentum=momentum, weight_decay=weight_decay)
+    after = optax.trace(momentum), optax.scale_by_learning_rate(learning_rate)
+    return transformation(rule, *decayed(weight_decay), *after)
 
 
 def fallback_of(tx: optax.GradientTransformation | None) -> Fallback | None:

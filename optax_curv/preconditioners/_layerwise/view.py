@@ -8,6 +8,7 @@ import jax
 from optax_curv.linalg._compiler import not_recomputed
 from optax_curv.linalg.factors import Factor
 from optax_curv.preconditioners._layerwise.factors import (
+    Averaging,
     LayerFactors,
     averaged,
     factor_like,
@@ -20,7 +21,7 @@ from optax_curv.preconditioners._stacks.rule import is_ours
 from optax_curv.preconditioners._stacks.stacks import Stacks
 from optax_curv.preconditioners._transformation.numbers import value_at
 from optax_curv.preconditioners._transformation.soundness import is_squarable
-from optax_curv.typing import Schedulable
+from optax_curv.typing import Number, Schedulable
 
 
 class LayerStacks(Stacks):
@@ -77,9 +78,10 @@ def averaged_of(
     count: jax.Array,
     curvature: Mapping[str, Any],
     decay: Schedulable,
+    bound: Number | None,
     sound: jax.Array,
-) -> tuple[dict[str, LayerFactors], dict[str, jax.Array], jax.Array]:
-    """The factors with this step's statistics averaged in, their weights, and their soundness.
+) -> tuple[dict[str, LayerFactors], dict[str, Averaging], jax.Array]:
+    """The factors with this step's statistics averaged in, how, and whether these are sound.
 
     Args:
       view: the layers.
@@ -87,15 +89,16 @@ def averaged_of(
       count: steps taken.
       curvature: the statistics, by layer.
       decay: of the averages.
+      bound: how many times an average's size that of a new factor may be; see `factors.averaged`.
       sound: whether the gradients are sound; without that nothing is averaged in.
 
     Returns:
-      (factors by stack, weights [N] by stack, whether the statistics are sound, too).
+      (factors by stack, `Averaging` by stack, whether the statistics are sound, too).
     """
     new = view.factors(curvature)
     sound = not_recomputed(sound & is_squarable(new))
-    factors, weights = {}, {}
+    factors, how = {}, {}
     for name, x in new.items():
         now = value_at(decay, count, view[name].dtype)
-        factors[name], weights[name] = averaged(old[name], x, now, sound)
-    return factors, weights, sound
+        factors[name], how[name] = averaged(old[name], x, now, bound, sound)
+    return factors, how, sound
