@@ -16,6 +16,10 @@ import optax_curv
 WIDTH = 100
 # (alias, argument): why its text is not that of its source.
 OWN: dict[tuple[str, str], str] = {
+    ("ekfac", "kl_clip"): "it bounds the step at the learning rate",
+    ("kfac", "damping"): "its default depends on the mode",
+    ("kfac", "invert_every"): "its default depends on the mode",
+    ("kfac", "kl_clip"): "it bounds the step at the learning rate",
     ("shampoo", "b1"): "only the matrices have this momentum",
     ("soap", "b1"): "only the matrices have this momentum",
     ("soap", "b2"): "it is the decay of the factors, too",

@@ -333,16 +333,18 @@ def ekfac(
     Args:
       learning_rate: η, a number or a schedule.
       layers: the layers of the loss, from `find_layers` or made by hand.
-      damping: λ ≥ 0, added to the second moments in the eigenbasis; a number or a schedule.
-      decay: of the averages of the factors and moments, in [0, 1]; a number or a schedule.
+      damping: λ ≥ 0, added to the moments; a number or a schedule.
+      decay: of the averages of A, G and M, in [0, 1]; a number or a schedule. The averages are free
+        of the bias of their start, and A and G are those of `scale_by_kfac` with the same decay.
       update_every: steps between averaging statistics in.
       statistic_bound: b ≥ 1, or None. After a layer's first ten statistics a factor whose mean
         eigenvalue is more than b times that of its average is scaled down to that before it is
         averaged in, so that an outlier neither stalls the layer nor stays. A second one in a row
         may be b² times as large, and so on, so that growth is followed within a few steps. The
         state counts them in `held`.
-      invert_every: steps between eigendecompositions of the factors, after each of which the
-        moments are carried into the new basis, as far as their diagonal says.
+      invert_every: steps between eigendecompositions, after each of which the moments are carried
+        into the new basis, as far as their diagonal says. Under `jax.vmap` over a hyper-parameter
+        longer periods save nothing.
       kl_clip: None, or c > 0: all directions are scaled down where the step -η u would exceed
         Σ ⟨ηu, F ηu⟩ = c, the sum over all layers and F the damped blocks; momentum adds to that.
       fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`. It

@@ -75,7 +75,7 @@ def assert_solves(block, direction, grad):
 
 
 def in_basis(basis, moments, i=()):
-    """The block whose eigenvectors are the basis's products and whose eigenvalues are the moments."""
+    """The block with the basis's products for eigenvectors and the moments for eigenvalues."""
     u_a, u_g = (
         jnp.eye(d) if u is None else u[i] for u, d in zip(basis, moments.shape[-2:], strict=True)
     )

@@ -9,13 +9,16 @@ import optax
 import pytest
 
 from optax_curv import (
+    EigenbasisMoments,
     FactorRows,
     KroneckerFactors,
     Layer,
     Layers,
     average_curvature,
+    ekfac,
     find_layers,
     kfac,
+    layer_diagnostics,
     scale_by_kfac,
     value_grad_and_curvature,
 )
@@ -353,6 +356,69 @@ def test_kl_clip_bounds_the_models_decrease():
             np.testing.assert_allclose(a, scale * b, rtol=SINGLE)
 
 
+def test_the_alias_bounds_its_step_and_not_its_direction():
+    grads, curvature = draw(0, layers=ONE), statistics(1, layers=ONE)
+
+    def step(learning_rate, kl_clip):
+        tx = kfac(learning_rate, ONE, 0.1, momentum=0.0, kl_clip=kl_clip)
+        return tx.update(grads, tx.init(grads), curvature=curvature)[0]
+
+    for rate in (1.0, lambda count: 1e-2 + 0 * count):
+        number = rate(0) if callable(rate) else rate
+        free = step(rate, None)
+        length = number * -float(optax.tree.vdot(free, grads))  # ⟨ηu, F ηu⟩, as F u = ∇
+        for bound in (length / 4, length * 4):
+            factor = min(1, (bound / length) ** 0.5)
+            for a, b in zip(jax.tree.leaves(step(rate, bound)), jax.tree.leaves(free), strict=True):
+                np.testing.assert_allclose(a, factor * b, rtol=SINGLE)
+
+
+def test_an_outlier_among_the_statistics_is_held_to_a_multiple_of_the_average(x64):
+    grads, usual = draw(0, jnp.float64, ONE), statistics(1, jnp.float64, ONE)
+    outlier = {"hidden": usual["hidden"]._replace(output_factor=1e6 * usual["hidden"][1])}
+    tx = scale_by_kfac(ONE, 0.1, decay=0.9)
+    step, state = stepper(tx), tx.init(grads)
+
+    def last_weight(count):
+        return (1 - 0.9) / (1 - 0.9**count)
+
+    def factor(state):  # in units of the usual one
+        return float(state.factors["hidden"].output_factor[0, 0] / usual["hidden"][1][0, 0])
+
+    _, early = step(grads, step(grads, state, usual)[1], outlier)
+    np.testing.assert_allclose(factor(early), 1 + last_weight(2) * (1e6 - 1))  # still free
+    for _ in range(10):
+        _, state = step(grads, state, usual)
+    (kept,) = state.stacks.values()
+    np.testing.assert_array_equal(kept.held, [[0, 0]])
+    _, state = step(grads, state, outlier)
+    first = 1 + last_weight(11) * (10 - 1)
+    np.testing.assert_allclose(factor(state), first)
+    np.testing.assert_allclose(state.factors["hidden"][0], usual["hidden"][0])
+    _, state = step(grads, state, outlier)  # what comes again is followed
+    np.testing.assert_allclose(factor(state), first * (1 + last_weight(12) * (100 - 1)))
+    _, state = step(grads, state, usual)
+    (kept,) = state.stacks.values()
+    np.testing.assert_array_equal(kept.held, [[2, 0]])
+
+
+def test_diagnostics_are_in_the_order_of_the_layers():
+    layers = Layers([Layer(name, "dense", f"['{name}']", None, 2, 2) for name in "zab"])
+    layers = Layers([*layers, Layer("s", "scale", "['s']", None, 1, 3)])
+    params = {name: jnp.ones((2, 2)) for name in "zab"} | {"s": jnp.ones(3)}
+    curvature = {
+        name: KroneckerFactors((i + 1.0) * jnp.eye(2), jnp.eye(2), jnp.int32(1))
+        for i, name in enumerate("zab")
+    } | {"s": KroneckerFactors(jnp.eye(1), 0.25 * jnp.eye(3), jnp.int32(1))}
+    tx = scale_by_kfac(layers)
+    _, state = jax.jit(lambda g, s: tx.update(g, s, curvature=curvature))(params, tx.init(params))
+    np.testing.assert_allclose(state.diagnostics.trace_ratio, [1.0, 2.0, 3.0, 4.0])
+    lines = [line.split() for line in layer_diagnostics(state).splitlines()]
+    assert [(line[0], float(line[5])) for line in lines[1:]] == list(
+        zip("zabs", (1, 2, 3, 4), strict=True)
+    )
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize("where", ["gradient", "statistic"])
 def test_a_bad_number_anywhere_leaves_the_state_alone(where, bad):
@@ -416,6 +482,36 @@ def test_masked_leaves_take_their_rows_out_of_the_block(x64):
     only = Layers([Layer("stacked", "shift", None, "['stacked']['b']", 0, 2, (2,))])
     assert_directions(updates, grads, {"stacked": row}, 0.1, layers=only)
     np.testing.assert_array_equal(updates["tokens"], grads["tokens"])
+
+
+@pytest.mark.parametrize("wrap", ["masked", "partition"])
+@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+def test_one_label_may_stand_for_all_leaves_of_a_module(method, wrap):
+    module = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    params = {"frozen": module, "trained": module, "other": jnp.ones(2)}
+    names = "frozen", "trained"
+    found = [Layer(n, "dense", f"['{n}']['w']", f"['{n}']['b']", 3, 2) for n in names]
+    layers = Layers(found)
+    factors = statistics(1, layers=Layers([Layer("frozen", "dense", "w", "b", 3, 2)]))["frozen"]
+    statistic = EigenbasisMoments(*factors, jnp.ones((4, 2)))
+    curvature = dict.fromkeys(names, factors if method == "kfac" else statistic)
+    make = {"kfac": kfac, "ekfac": ekfac}[method]
+    tx = make(0.1, layers, weight_decay=0.1)
+    labels = {"frozen": "freeze", "trained": "train", "other": "freeze"}
+    if wrap == "masked":
+        trains = {name: label == "train" for name, label in labels.items()}
+        tx = optax.masked(tx, trains)
+    else:
+        tx = optax.partition({"train": tx, "freeze": optax.set_to_zero()}, labels)
+    state = tx.init(params)
+    updates, _ = jax.jit(lambda s: tx.update(params, s, params, curvature=curvature))(state)
+    alone = make(0.1, Layers(found[1:]), weight_decay=0.1)
+    trained = {"trained": params["trained"]}
+    expected, _ = alone.update(
+        trained, alone.init(trained), trained, curvature={"trained": curvature["trained"]}
+    )
+    for a, b in zip(jax.tree.leaves(updates["trained"]), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=SINGLE)
 
 
 def test_paths_of_an_nnx_state_and_of_pure_arrays_meet():
@@ -509,7 +605,7 @@ def test_equal_shapes_share_one_factorisation():
 
 def test_alias_is_the_chain():
     grads, curvature, params = draw(0, layers=ONE), statistics(1, layers=ONE), draw(2, layers=ONE)
-    tx = kfac(0.1, ONE, 0.1, momentum=0.8, weight_decay=0.01)
+    tx = kfac(0.1, ONE, 0.1, momentum=0.8, weight_decay=0.01, kl_clip=None)
     direction, _ = stepper(scale_by_kfac(ONE, 0.1))(
         grads, scale_by_kfac(ONE, 0.1).init(params), curvature
     )
@@ -536,6 +632,8 @@ class TestRefusals:
             ({"update_every": 0}, "expected update_every >= 1, got update_every=0"),
             ({"invert_every": 0}, "expected invert_every >= 1, got invert_every=0"),
             ({"kl_clip": 0.0}, r"expected kl_clip > 0, got kl_clip=0\.0"),
+            ({"statistic_bound": 0.5}, "expected statistic_bound >= 1, got statistic_bound=0.5"),
+            ({"damping": "0.1"}, r"expected damping to be a number .*, got damping='0.1'"),
         ],
     )
     def test_numbers_and_choices(self, options, message):

@@ -1,4 +1,4 @@
-"""K-FAC and EKFAC in training steps with captured statistics: adaptive mode, donation, bases that follow the state."""
+"""K-FAC and EKFAC in training with captured statistics: adaptive mode, donation, bases."""
 
 import functools
 
