@@ -322,7 +322,7 @@ def kfac(
     update_every: Number | None = None,
     statistic_bound: Number | None = 10.0,
     invert_every: Number | None = None,
-    kl_clip: Number | None = 1e-3,
+    kl_clip: Number | None = 5e-3,
     fallback: optax.GradientTransformation | None = None,
     factor_sharding: Sharding = None,
     momentum: Number = 0.9,
@@ -365,10 +365,12 @@ def kfac(
         10 in the adaptive mode.
       kl_clip: None, or c > 0: all directions are scaled down where the step -η u would exceed
         Σ ⟨ηu, F ηu⟩ = c, the sum over all layers and F the damped blocks; momentum adds to that.
-        The default keeps networks stable whose weights are small at first, as GPT-2's, and does not
-        touch steps at rates that suit a network: a loss of 2.37 rises to 44 in 60 steps at η = 0.1
-        without it, and falls to 0.31 with it (width 16, JAX 0.10.2). Without effect in the adaptive
-        mode, which chooses the length of the step.
+        Without effect in the adaptive mode, which chooses the length of the step. The default keeps
+        networks stable whose weights are small at first, and touches few steps at rates that suit
+        a network: at η = 0.1 the loss of a GPT-2 of width 16 rises from 2.4 to 44 within 60 steps
+        without it, to 5.8 with 1e-2, and falls to 0.33 with 5e-3 and 0.31 with 1e-3; an autoencoder
+        at its best η = 0.03 needs 63 steps to a loss of 19 without it and with 1e-2, 75 with 3e-3,
+        95 with 1e-3.
       fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`. It
         sees the tree of these leaves in float32 at least. None refuses them.
       factor_sharding: None, or a `jax.sharding.NamedSharding` whose first entry names mesh axes,
