@@ -73,6 +73,10 @@ class ScaleByBranchFisherState(NamedTuple):
     unconverged: jax.Array
     total_notfinite: jax.Array
 
+    def spectra(self) -> dict[str, Any]:
+        """Returns no factors, as the state keeps none."""
+        return {}
+
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class _BranchFisher(StateBranches):
@@ -448,11 +452,9 @@ def branch_fisher(
 
 
 def _are_rows(branches: Any, updates: Any, projection: Any) -> bool:
-    """Whether branches are samples of the parameters themselves, and not of a state.
-
-    An array is that where the parameters are a single array as well and it has their shape behind
-    K; for vectors [n] and branches [K, n], which may be either, a projection tells.
-    """
+    """Tells whether branches are samples of the parameters themselves, and not of a state."""
+    # An array is that where the parameters are a single array as well and it has their shape behind
+    # K; for vectors [n] and branches [K, n], which may be either, a projection tells.
     if branches is None or not is_array(branches):
         return branches is not None
     if not is_array(updates) or not jnp.ndim(branches):

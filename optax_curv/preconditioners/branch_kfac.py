@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,10 @@ class ScaleByBranchKFACState(NamedTuple):
     precond_norm: jax.Array
     total_notfinite: jax.Array
 
+    def spectra(self) -> dict[str, Any]:
+        """Returns no factors, as the state keeps none."""
+        return {}
+
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class _BranchKFAC(StateBranches):
@@ -56,10 +60,8 @@ class _BranchKFAC(StateBranches):
         return ScaleByBranchKFACState(**counters(), **self.numbers())
 
     def solve(self, rows, b, damping):
-        """(blockdiag(BᵀB) + λI)⁻¹ b, of every block in one batch.
-
-        The padding of the shorter blocks is an identity, which is solved and dropped.
-        """
+        """Returns (blockdiag(BᵀB) + λI)⁻¹ b, of every block in one batch."""
+        # The padding of the shorter blocks is an identity, which is solved and dropped.
         index = _block_index(self.blocks, rows.shape[1])
         inside = _take(rows, index)
         padding = jnp.eye(index.shape[1], dtype=rows.dtype) * (index == rows.shape[1])[:, None, :]

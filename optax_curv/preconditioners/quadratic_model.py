@@ -48,6 +48,10 @@ class ScaleByQuadraticModelState(NamedTuple):
     coefficients: jax.Array
     total_notfinite: jax.Array
 
+    def spectra(self) -> dict[str, Any]:
+        """Returns no factors, as the state keeps none."""
+        return {}
+
 
 class AdaptDampingState(NamedTuple):
     """State of `adapt_damping`.
@@ -68,6 +72,10 @@ class AdaptDampingState(NamedTuple):
     refused: jax.Array
     inner: optax.OptState
     total_notfinite: jax.Array
+
+    def spectra(self) -> dict[str, Any]:
+        """Returns no factors, as only the state within keeps some."""
+        return {}
 
 
 def _minimizer(slopes, curvature):
