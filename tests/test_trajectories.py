@@ -13,7 +13,18 @@ import trajectories
 
 RECORDED = trajectories.read(pathlib.Path(__file__).parent / "data" / "trajectories.npz")
 # Runs that behave differently on purpose, each with the reason; they need only stay finite.
-CHANGED: dict[str, str] = {}
+CHANGED: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            *("ekfac", "ekfac_seldom", "ekfac_zoo", "ekfac_bfloat16_leaves"),
+            *("adam_in_basis", "adam_in_basis_zoo"),
+        ),
+        "factors and moments are averaged as K-FAC's, without the weight of the first batch",
+    ),
+    **dict.fromkeys(("ekfac_alias", "ekfac_alias_decays"), "averages and the clip, as above"),
+    "kfac_alias": "a step that is not finite no longer moves the parameters by the momentum",
+    "kfac_alias_decays": "kl_clip knows the learning rate",
+}
 
 # Of the largest entry of a leaf; more only where the measured sensitivity to rounding asks for it.
 ROUNDING = {"float32": 1e-5, "float64": 1e-11}
