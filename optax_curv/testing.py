@@ -256,3 +256,52 @@ def random_spd(
     return matrix_with_spectrum(
         key, jnp.logspace(-jnp.log10(jnp.asarray(condition, dtype)), 0, n, dtype=dtype)
     )
+
+
+def check_holomorphic(
+    fn: Callable, params: Tree, *batch: Tree, tolerance: float = 1e-3, seed: int = 0
+) -> None:
+    """Tests the promise `jacobian_rows(fn, holomorphic=True)` makes, along one random direction.
+
+    A function is holomorphic where its derivative along i v is i times that along v. One direction
+    finds a function that is not with probability one; functions that are so only elsewhere pass.
+
+    Args:
+      fn: `fn(params, *batch)` -> complex outputs.
+      params: the parameters at which it is tested, all of them complex.
+      *batch: the other arguments.
+      tolerance: how far the two may be apart, relative to their size.
+      seed: of the direction.
+
+    Raises:
+      ValueError: if the function is not holomorphic there, or the parameters or the outputs are not
+        complex.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_curv import testing
+      >>> testing.check_holomorphic(lambda z: jnp.sin(z) ** 2, jnp.array([1.0 + 2.0j]))
+      >>> testing.check_holomorphic(lambda z: z * jnp.conj(z), jnp.array([1.0 + 2.0j]))
+      Traceback (most recent call last):
+      ValueError: check_holomorphic: the function is not holomorphic: ...
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    if not leaves or not all(map(jnp.iscomplexobj, leaves)):
+        kinds = sorted({str(jnp.result_type(x)) for x in leaves})
+        raise ValueError(f"check_holomorphic: expected complex parameters, got {kinds}.")
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    pairs = zip(keys, leaves, strict=True)
+    v = treedef.unflatten([jax.random.normal(k, jnp.shape(x), x.dtype) for k, x in pairs])
+    outputs, pushforward = jax.linearize(lambda p: fn(p, *batch), params)
+    if not jnp.iscomplexobj(outputs):
+        raise ValueError(f"check_holomorphic: expected complex outputs, got {outputs.dtype}.")
+    along = 1j * pushforward(v)
+    across = pushforward(jax.tree.map(lambda x: 1j * x, v))
+    size = jnp.linalg.norm(jnp.ravel(along)) + jnp.linalg.norm(jnp.ravel(across))
+    error = jnp.linalg.norm(jnp.ravel(along - across)) / jnp.where(size == 0, 1, size)
+    if not error <= tolerance:
+        raise ValueError(
+            "check_holomorphic: the function is not holomorphic: its derivatives along v and i v "
+            f"disagree by {float(error):.3g} of their size. Leave holomorphic=True out of "
+            "jacobian_rows."
+        )

@@ -1,4 +1,4 @@
-"""Branch Fisher in parameter space: natural gradient and Gauss-Newton against dense matrices in float64."""
+"""Branch Fisher in parameter space: natural gradient and Gauss-Newton against dense matrices."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import optax_curv
+from optax_curv.preconditioners._branches import rows as row_room
 
 FLOAT64 = 1e-8  # relative to the dense solution
 FLOAT32 = 1e-4
@@ -358,3 +359,101 @@ def test_bad_rows_are_refused():
         real.init(complex_rows)
     with pytest.raises(ValueError, match=r"parameter space take no projection"):
         tx.update(grads, state, branches=rows, projection=jnp.ones((SIZE, 2)))
+
+
+def complex_function(params, x):
+    """Neither holomorphic in z nor without a real leaf."""
+    wave = jnp.sin(x[:, None] * params["z"]) @ params["z"] ** 2
+    return wave + 0.3j * jnp.abs(x[:, None] * params["z"]).sum(1) ** 2 * params["r"]
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("momentum", [None, 0.5])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_split_rows_are_solved_over_real_and_imaginary_parts(centered, momentum, weighted, x64):
+    rng = np.random.default_rng(0)
+    params = {"z": jnp.asarray(rng.normal(size=(3, 2)) @ [1, 1j]), "r": jnp.asarray(0.7)}
+    x = jnp.asarray(rng.normal(size=12))
+    weights = jnp.asarray(rng.uniform(size=12)) if weighted else None
+    tx = optax_curv.scale_by_branch_fisher(0.1, solver="auto", centered=centered, momentum=momentum)
+    state, step = tx.init(params), jax.jit(tx.update)
+
+    def rows_of(v):
+        z = {"z": v[1:4] + 1j * v[4:], "r": v[0]}
+        return complex_function(z, x)
+
+    v = jnp.concatenate([params["r"][None], params["z"].real, params["z"].imag])
+    rows = jax.jacfwd(rows_of)(v)
+    share = np.ones(12) / 12 if weights is None else weights / weights.sum()
+    rows = rows - share @ rows if centered else rows
+    metric = np.real(rows.conj().T @ (share[:, None] * rows))
+    previous = np.zeros(7)
+    for _ in range(2):
+        gradient = rng.normal(size=7)
+        grads = {"z": gradient[1:4] + 1j * gradient[4:], "r": jnp.asarray(gradient[0])}
+        branches = optax_curv.jacobian_rows(complex_function)(params, x)
+        direction, state = step(grads, state, params, branches=branches, weights=weights)
+        mu = momentum or 0
+        right = gradient - mu * metric @ previous
+        previous = np.linalg.solve(metric + 0.1 * np.eye(7), right) + mu * previous
+        found = np.concatenate([direction["r"][None], direction["z"].real, direction["z"].imag])
+        np.testing.assert_allclose(found, previous, atol=FLOAT64)
+    assert int(state.total_notfinite) == 0
+
+
+def test_no_choice_of_the_metric_is_needed(x64):
+    rows, gradient = complex_low_rank(5, 5)
+    for kind, g in (("full", gradient), ("real", gradient.real)):
+        named = optax_curv.scale_by_branch_fisher(0.1, solver="auto", complex_metric=kind)
+        plain = optax_curv.scale_by_branch_fisher(0.1, solver="auto")
+        one, other = (
+            tx.update(tree(g), tx.init(tree(g)), branches=tree(rows))[0] for tx in (named, plain)
+        )
+        np.testing.assert_allclose(flat(one), flat(other), rtol=CLOSED_FORM)
+
+
+def test_split_gradients_are_refused_with_advice():
+    tx = optax_curv.scale_by_branch_fisher(0.1)
+    params = {"z": jnp.ones(2, complex)}
+    split = {"z": optax_curv.SplitRows(jnp.ones(2), jnp.ones(2))}
+    with pytest.raises(ValueError, match=r"not holomorphic.*its two halves"):
+        tx.update(split, tx.init(params), params, branches=None)
+
+
+def test_a_vector_of_parameters_and_rows_of_its_length_are_parameter_space(x64):
+    rng = np.random.default_rng(0)
+    rows, gradient = jnp.asarray(rng.normal(size=(4, 6))), jnp.asarray(rng.normal(size=6))
+    tx = optax_curv.scale_by_branch_fisher(0.1, solver="auto")
+    bare, _ = tx.update(gradient, tx.init(gradient), branches=rows)
+    wrapped, _ = tx.update({"w": gradient}, tx.init({"w": gradient}), branches={"w": rows})
+    np.testing.assert_array_equal(bare, wrapped["w"])
+    given = {"branches": rows, "projection": jnp.eye(6)}
+    state_space, _ = tx.update(gradient, tx.init(gradient), **given)
+    assert np.abs(bare - state_space).max() > 0.1
+
+
+@pytest.mark.parametrize("iterations", [200, 1])
+def test_beyond_the_dense_solvers_auto_iterates_to_a_tolerance_and_counts_failures(
+    iterations, monkeypatch, x64
+):
+    monkeypatch.setattr(row_room, "DENSE_UP_TO", 4)
+    monkeypatch.setattr(row_room, "AUTO_ITERS", iterations)
+    rows, gradient = low_rank(20, 8)
+    tx = optax_curv.scale_by_branch_fisher(1e-3, solver="auto", centered=False)
+    direction, state = tx.update(tree(gradient), tx.init(tree(gradient)), branches=tree(rows))
+    dense = dense_direction(rows, gradient, 1e-3, False)
+    error = np.linalg.norm(flat(direction) - dense) / np.linalg.norm(dense)
+    assert (error < 1e-2) == (iterations == 200)
+    assert int(state.unconverged) == (iterations == 1)
+
+
+@pytest.mark.parametrize("ddof", [None, 0, 1])
+def test_centred_rows_divide_by_k_unless_ddof_says_otherwise(ddof, x64):
+    rows, gradient = low_rank(6, 6)
+    options = {} if ddof is None else {"ddof": ddof}
+    tx = optax_curv.scale_by_branch_fisher(0.1, solver="auto", **options)
+    direction, _ = tx.update(tree(gradient), tx.init(tree(gradient)), branches=tree(rows))
+    metric = np.cov(rows.T, ddof=ddof or 0)
+    np.testing.assert_allclose(
+        flat(direction), np.linalg.solve(metric + 0.1 * np.eye(SIZE), gradient), rtol=CLOSED_FORM
+    )
