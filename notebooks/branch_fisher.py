@@ -68,17 +68,19 @@ grad, branches = jax.grad(loss)(start), branches_at(start)
 
 def directions(grad, branches, **options):
     """One direction for each of many keys: [draws, n]."""
+    # In a tree, as branches beside one vector of the same length are rows in parameter space.
+    grads = {"theta": grad}
 
     def direction(key):
         method = optax_curv.scale_by_branch_fisher(damping, solver="cholesky", key=key, **options)
-        return method.update(grad, method.init(grad), grad, branches=branches)[0]
+        return method.update(grads, method.init(grads), grads, branches=branches)[0]["theta"]
 
     return np.array(jax.jit(jax.vmap(direction))(jnp.arange(draws)))
 
 
-original = directions(grad, branches)
+original = directions(grad, branches, complement=False)
 predicted = np.trace(np.linalg.inv(np.cov(branches.T) + damping * np.eye(2))) / 2 * np.array(grad)
-pulled_back = optax_curv.scale_by_branch_fisher(damping, complement=True)
+pulled_back = optax_curv.scale_by_branch_fisher(damping)
 natural = (
     pulled_back.update(grad, pulled_back.init(grad), branches=branches, projection=jnp.eye(2))[0]
     / damping
@@ -111,8 +113,8 @@ left.set(
 left.set_title("One step from μ = 0, σ = 2.5 towards μ = 2, σ = 0.5")
 bins = np.linspace(-0.1, 1, 80)
 for options, colour, text in (
-    ({}, GREY, "original"),
-    ({"complement": True}, GREEN, "complement=True"),
+    ({"complement": False}, GREY, "original"),
+    ({}, GREEN, "complement kept"),
 ):
     found = directions(long_grad, many, **options)
     cosines = found @ long_grad / np.linalg.norm(found, axis=1) / jnp.linalg.norm(long_grad)
@@ -130,8 +132,8 @@ right.set(
 # %% [markdown]
 # What to see. Left: single draws (grey) go anywhere, their mean along the gradient as the formula
 # says, and neither where the natural gradient goes. Right: a P of rank 4 sees little of 50
-# parameters. With `complement=True` what it cannot see passes unchanged, so that a random P does
-# little harm; but it still knows nothing.
+# parameters. With `complement=True`, the default, what it cannot see passes unchanged, so that a
+# random P does little harm; but it still knows nothing.
 
 # %% [markdown]
 # ## The state's Jacobian as the projection
@@ -158,7 +160,7 @@ steps, small = 400 if FAST else 2000, 1e-8
 
 def path(state_of, parameters, natural):
     """μ and σ along a descent in small steps: [steps, 2]."""
-    method = optax_curv.scale_by_branch_fisher(small, complement=True)
+    method = optax_curv.scale_by_branch_fisher(small)
     rate = 8.0 / steps
 
     def step(carry, _):

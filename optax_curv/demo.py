@@ -83,7 +83,7 @@ def _branch_fisher(problem: Problem, learning_rate: optax.Schedule):
         projection = jax.tree.map(lambda rows: jnp.moveaxis(rows, 0, -1), jacobian)
         return value, grads, {"branches": problem.predict(params, images), "projection": projection}
 
-    fisher = optax_curv.scale_by_branch_fisher(1.0, complement=True)
+    fisher = optax_curv.scale_by_branch_fisher(1.0)
     return optax.chain(
         fisher, optax.trace(0.9), optax.scale_by_learning_rate(learning_rate)
     ), measured

@@ -1,6 +1,7 @@
 import functools
 import itertools
 import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,19 @@ import pytest
 from conformance import cases
 
 import optax_curv
+from optax_curv.preconditioners._stacks.axes import LeafRule
+from optax_curv.preconditioners._transformation import bounds
+from optax_curv.preconditioners._transformation.transformation import (
+    Step,
+    counters,
+    transformation,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
 ROUNDING = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 1e-3}
 LARGEST_STEP = 10  # in units of the box: the rounding of an update is relative to the step
 PIECES = {
+    "bound_by_running_norm": optax_curv.bound_by_running_norm,
     "clip_by_max_abs": lambda: optax_curv.clip_by_max_abs(0.5),
     "normalize_by_rms": lambda: optax_curv.normalize_by_rms(0.2),
     "normalize_by_reference": lambda: optax_curv.normalize_by_reference(optax.scale_by_adam()),
@@ -207,6 +216,111 @@ class TestBehindMethods:
             for g, x, y in zip(*map(jax.tree.leaves, (grads, u, v)), strict=True):
                 expected = x * 0.1 * np.linalg.norm(g.ravel()) / np.linalg.norm(x.ravel())
                 np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-6)
+
+
+def bounded(sizes, directions=None, **options):
+    """Norms behind the piece of a leaf whose incoming norms are given."""
+    tx = optax_curv.bound_by_running_norm(**options)
+    unit = jnp.array([0.6, 0.8])
+
+    def step(state, size):
+        update, state = tx.update(size * unit, state)
+        return state, jnp.linalg.norm(update)
+
+    state, norms = jax.lax.scan(step, tx.init(unit), jnp.asarray(sizes, jnp.float32))
+    return np.asarray(norms), state
+
+
+class SignState(NamedTuple):
+    count: jax.Array
+    fallback: Any
+    total_notfinite: jax.Array
+
+
+class Sign(LeafRule):
+    """The smallest rule on stacks."""
+
+    def init_stacks(self, structs):
+        return SignState(**counters(), fallback=())
+
+    def update_stacks(self, grads, state, sound, **extra_args):
+        return Step(jax.tree.map(jnp.sign, grads), state)
+
+
+class TestBoundByRunningNorm:
+    def test_ordinary_gradients_pass_bit_for_bit(self):
+        sizes = np.random.default_rng(0).uniform(0.5, 1.5, size=100).astype(np.float32)
+        tx = optax_curv.bound_by_running_norm()
+        state = tx.init(jnp.zeros(3))
+        for size in sizes:
+            u = size * jnp.array([1.0, -2.0, 0.3])
+            new, state = tx.update(u, state)
+            np.testing.assert_array_equal(new, u)
+        assert int(state.held) == 0
+
+    @pytest.mark.parametrize("outlier", [10.0, 1e4, 1e8])
+    def test_an_outlier_is_three_ordinary_steps_and_its_mean_says_so(self, outlier):
+        sizes = np.ones(60)
+        sizes[50] = outlier
+        norms, state = bounded(sizes)
+        np.testing.assert_allclose(norms[50], 3.0, rtol=1e-5)
+        np.testing.assert_array_equal(np.delete(norms, 50), np.delete(norms, 50) * 0 + norms[0])
+        assert int(state.held) == 1
+        decayed = 2 * 0.05 / (1 - 0.95**51) * 0.95**9 * (1 - 0.95**51) / (1 - 0.95**60)
+        np.testing.assert_allclose(state.norms, 1 + decayed, rtol=1e-4)
+
+    def test_the_first_steps_are_free(self):
+        norms, _ = bounded([1, 1e6, 1, 1e6], start=2)
+        np.testing.assert_allclose(norms[1], 1e6, rtol=1e-5)
+        tight, _ = bounded([1, 1, 1e6], start=2, factor=1.0)
+        np.testing.assert_allclose(tight[2], 1.0, rtol=1e-5)
+
+    @pytest.mark.parametrize("idle", [0.0, 1e-12])
+    @pytest.mark.parametrize("before", [0, 50])
+    def test_a_leaf_that_idled_follows_freely_within_twenty_steps(self, idle, before):
+        sizes = np.concatenate([np.ones(before), np.full(1000, idle), np.full(40, 100.0)])
+        norms, _ = bounded(sizes)
+        np.testing.assert_allclose(norms[before + 1020 :], 100.0, rtol=1e-5)
+
+    def test_a_leaf_that_wakes_as_it_was_is_not_held_at_all(self):
+        norms, state = bounded(np.concatenate([np.ones(50), np.zeros(1000), np.ones(40)]))
+        np.testing.assert_allclose(norms[1050:], 1.0, rtol=1e-5)
+        assert int(state.held) == 0
+
+    def test_what_is_not_finite_passes_and_changes_no_mean(self):
+        tx = optax_curv.bound_by_running_norm()
+        state = tx.init(jnp.zeros(2))
+        for _ in range(12):
+            _, state = tx.update(jnp.ones(2), state)
+        for bad in (jnp.nan, jnp.inf):
+            new, after = tx.update(jnp.array([1.0, bad]), state)
+            assert not np.isfinite(new).all()
+            jax.tree.map(np.testing.assert_array_equal, after, state)
+
+    def test_rows_of_a_stack_are_bounded_one_by_one_within_an_alias(self):
+        first = bounds.bounded(start=2)
+        tx = transformation(Sign(method="sign"), first=(first,))
+        params = {"a": jnp.ones((3, 2)), "b": jnp.ones((3, 2))}
+        state = tx.init(params)
+        for scale in (1.0, 1.0, 1e6):
+            grads = {"a": params["a"], "b": scale * params["b"]}
+            _, state = jax.jit(tx.update)(grads, state)
+        (norms,) = jax.tree.leaves(state[1].norms)
+        assert norms.shape == (2,) and int(state[1].held) == 1
+        np.testing.assert_allclose(norms[1] / norms[0], 1 + 2 * 0.05 / (1 - 0.95**3), rtol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"factor": 0.5}, "factor >= 1, got factor=0.5"),
+            ({"decay": 1.5}, "decay <= 1"),
+            ({"start": 0}, "start >= 1"),
+            ({"factor": "3"}, "factor='3'"),
+        ],
+    )
+    def test_refuses_numbers_out_of_range(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            optax_curv.bound_by_running_norm(**options)
 
 
 class TestKeepParamsInBox:

@@ -320,3 +320,33 @@ def test_bad_arguments_are_refused(options, extra, message):
 def test_bad_numbers_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("wrap", ["masked", "partition"])
+@pytest.mark.parametrize("learning_rate", [0.1, None])
+def test_masked_leaves_are_named_with_what_to_do(wrap, learning_rate):
+    params, batch = problem("float32")
+    objective = Objective(predict, "categorical")
+    tx = optax_curv.gauss_newton(learning_rate)
+    if wrap == "masked":
+        tx = optax.masked(tx, {"w": True, "b": False, "v": True})
+    else:
+        labels = {"w": "train", "b": "freeze", "v": "train"}
+        tx = optax.partition({"train": tx, "freeze": optax.set_to_zero()}, labels)
+    given = {"objective": objective, "batch": batch, "value": jnp.float32(1)}
+    with pytest.raises(ValueError, match=r"masked its leaves \[\"\['b'\]\"\].*set_to_zero"):
+        tx.update(params, tx.init(params), params, **given)
+
+
+def test_a_product_over_the_trained_leaves_is_taken_under_a_mask():
+    params, _ = problem("float32")
+    tx = optax.masked(optax_curv.gauss_newton(1.0, 1.0), {"w": True, "b": False, "v": True})
+    updates, _ = tx.update(params, tx.init(params), params, curvature_product=identity)
+    np.testing.assert_allclose(updates["w"], -params["w"] / 2, rtol=1e-5)
+    np.testing.assert_array_equal(updates["b"], params["b"])
+
+
+@pytest.mark.parametrize("learning_rate", ["0.1", True])
+def test_a_learning_rate_that_is_none_of_the_three_is_refused(learning_rate):
+    with pytest.raises(ValueError, match=rf"learning_rate={learning_rate!r}"):
+        optax_curv.gauss_newton(learning_rate)

@@ -75,7 +75,7 @@ def test_updates_minimise_the_dense_model_over_direction_and_previous_update(
 
 
 def test_on_a_quadratic_it_is_the_conjugate_gradient_method(x64):
-    """Steepest descent with optimal step size and momentum ends a 6-dimensional quadratic in 6 steps."""
+    """Steepest descent with the best size and momentum ends a 6-dimensional quadratic in 6 steps."""
     rng = np.random.default_rng(0)
     inputs, targets = jnp.asarray(rng.normal(size=(9, 6))), jnp.asarray(rng.normal(size=(9, 1)))
     objective = Objective(lambda w, x: x @ w, "normal")
@@ -191,6 +191,64 @@ def test_a_step_to_an_infinite_loss_raises_the_damping_within_its_bounds():
     for expected in (2.0, 3.0):
         _, state = step(w, state, w, batch)
         assert state.reduction_ratio == 0 and state.damping == expected
+
+
+def logarithmic():
+    """An objective that is not defined beyond w = 0, and a step there at the first damping."""
+    objective = Objective(lambda w, x: x * jnp.log(w), "normal")
+    return objective, (jnp.ones((1, 1)), jnp.full((1, 1), -3.0))
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_step_that_would_raise_the_loss_is_not_taken(every):
+    objective, batch = logarithmic()
+
+    def damped(lam):
+        model = optax_curv.scale_by_quadratic_model(lam)
+        return optax.chain(model, optax.scale(-1.0))
+
+    tx = optax_curv.adapt_damping(damped, 1.0, adapt_every=every, factor=0.5 ** (1 / every))
+    step, state, w = jitted(tx, objective), tx.init(jnp.float32(1.0)), jnp.float32(1.0)
+    grad, losses = jax.jit(jax.grad(objective)), []
+    for _ in range(60):
+        updates, new = step(w, state, grad(w, *batch), batch)
+        if int(new.refused) > int(state.refused):
+            assert updates == 0 and new.inner[0].previous == 0
+            np.testing.assert_allclose(new.damping, 2 * state.damping, rtol=SINGLE)
+        w, state = optax.apply_updates(w, updates), new
+        losses.append(float(objective(w, *batch)))
+    assert 0 < int(state.refused) < 60 and int(state.count) == 60
+    assert int(state.total_notfinite) == 0
+    assert max(losses) <= 4.5 and losses[-1] < 1e-3
+
+
+def test_a_step_may_be_judged_on_another_batch(x64):
+    objective = Objective(lambda w, x: x @ w, "normal")
+    rng = np.random.default_rng(0)
+    w, x = jnp.zeros((2, 1)), jnp.asarray(rng.normal(size=(4, 2)))
+    batch, other = (x, jnp.ones((4, 1))), (x, -jnp.ones((4, 1)))  # a step for one harms the other
+    tx = optax_curv.adapt_damping(
+        lambda lam: optax.chain(optax_curv.scale_by_quadratic_model(lam), optax.scale(-1.0)),
+        adapt_every=1,
+    )
+    value, grads = jax.value_and_grad(objective)(w, *batch)
+    given = {"objective": objective, "batch": batch, "value": value}
+    taken, state = tx.update(grads, tx.init(w), w, **given)
+    assert np.any(taken != 0) and int(state.refused) == 0
+    refused, state = tx.update(grads, tx.init(w), w, **given, judge_batch=other)
+    assert not np.any(refused) and int(state.refused) == 1
+    same, _ = tx.update(grads, tx.init(w), w, **given, judge_batch=batch)
+    np.testing.assert_array_equal(same, taken)
+    with pytest.raises(ValueError, match=r"judge_batch=\(inputs, targets\), got a"):
+        tx.update(grads, tx.init(w), w, **given, judge_batch=x)
+
+
+def test_masked_parameters_are_refused_by_name():
+    params, batch = problem("float32")
+    objective = Objective(predict, "categorical")
+    tx = optax.masked(optax_curv.scale_by_quadratic_model(), {"w": True, "v": False})
+    with pytest.raises(ValueError, match=r"masked its leaves \[\"\['v'\]\"\]"):
+        tx.update(params, tx.init(params), params, objective=objective, batch=batch)
 
 
 @pytest.mark.parametrize("poison", ["updates", "inputs"])

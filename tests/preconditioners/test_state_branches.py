@@ -1,4 +1,4 @@
-"""What both branch methods promise for branches [K, D], checked against dense matrices in float64."""
+"""Both branch methods for branches [K, D], against dense matrices in float64."""
 
 import functools
 
