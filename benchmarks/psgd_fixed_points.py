@@ -46,6 +46,10 @@ def away(p, inverse):
     return float(jnp.linalg.norm(p @ inverse - jnp.eye(len(p)), 2))
 
 
+def factors(state, shape):
+    return optax_curv.axis_factors(state, jnp.zeros(shape))
+
+
 def kron(rate, geometry, **options):
     return optax_curv.scale_by_kron_psgd(rate, geometry=geometry, max_skew=np.inf, **options)
 
@@ -53,7 +57,9 @@ def kron(rate, geometry, **options):
 def dense_newton(geometry):
     h = spd(10, 10.0, 3)
     tx = kron(0.5, geometry, criterion="newton", damping=0.0)
-    return away(dense(fit(tx, (10,), lambda v: h @ v, 1000, newton=True).factors, geometry), h)
+    return away(
+        dense(factors(fit(tx, (10,), lambda v: h @ v, 1000, newton=True), (10,)), geometry), h
+    )
 
 
 def indefinite_newton(geometry):
@@ -61,7 +67,8 @@ def indefinite_newton(geometry):
     spectrum = np.geomspace(1.0, 0.1, 10) * np.where(np.arange(10) % 3, 1, -1)
     h = jnp.asarray((basis * spectrum) @ basis.T)
     tx = kron(optax.linear_schedule(0.5, 0.0, 6000), geometry, criterion="newton", damping=0.0)
-    p = dense(fit(tx, (10,), lambda v: h @ v, 6000, newton=True).factors, geometry)
+    state = fit(tx, (10,), lambda v: h @ v, 6000, newton=True)
+    p = dense(factors(state, (10,)), geometry)
     return away(p, jnp.asarray((basis * abs(spectrum)) @ basis.T))
 
 
@@ -71,7 +78,7 @@ def matched(geometry, newton):
     rate = 0.5 if newton else optax.linear_schedule(0.5, 0.0, 2000)
     options = {"criterion": "newton", "damping": 0.0} if newton else {}
     state = fit(kron(rate, geometry, **options), SHAPE, lambda v: h1 @ v @ h2, 2000, newton)
-    return away(dense(state.factors, geometry), jnp.kron(h1, h2))
+    return away(dense(factors(state, SHAPE), geometry), jnp.kron(h1, h2))
 
 
 def inverse_root(a):
@@ -106,7 +113,8 @@ def mismatched(geometry):
     tx = kron(optax.linear_schedule(0.5, 0.0, 6000), geometry)
     state = fit(tx, SHAPE, lambda v: (root @ v.reshape(-1)).reshape(SHAPE), 6000)
     return away(
-        dense(state.factors, geometry), jnp.linalg.inv(own_fixed_point(root @ root, geometry))
+        dense(factors(state, SHAPE), geometry),
+        jnp.linalg.inv(own_fixed_point(root @ root, geometry)),
     )
 
 
@@ -116,7 +124,7 @@ def steady_errors(geometry):
 
     def error(rate, seed):
         state = fit(kron(rate, geometry), SHAPE, lambda v: h1 @ v @ h2, 3000, seed=seed)
-        return away(dense(state.factors, geometry), jnp.kron(h1, h2))
+        return away(dense(factors(state, SHAPE), geometry), jnp.kron(h1, h2))
 
     return [np.mean([error(rate, seed) for seed in range(3)]) for rate in (0.5, 0.1, 0.02)]
 

@@ -49,18 +49,17 @@ slant = jnp.array([[np.cos(0.6), -np.sin(0.6)], [np.sin(0.6), np.cos(0.6)]])
 root = (slant * jnp.array([3.0, 0.3])) @ slant.T  # the covariance's square root
 moments = [0, 10, 30, 100, 1000]  # steps at which we look
 method = optax_curv.scale_by_kron_psgd(0.1, max_skew=2.0)  # dense for a vector, diagonal by default
+start = jnp.zeros(2)
 
 
 def learn(state, key):
     """One step, on one gradient of the cloud; P before it."""
-    q = state.factors[0]
+    (q,) = optax_curv.axis_factors(state, start)
     return method.update(root @ jax.random.normal(key, (2,)), state)[1], q.T @ q
 
 
 keys = jax.random.split(jax.random.key(0), moments[-1] + 1)
-found = np.array(
-    jax.jit(lambda state: jax.lax.scan(learn, state, keys)[1])(method.init(jnp.zeros(2)))
-)
+found = np.array(jax.jit(lambda state: jax.lax.scan(learn, state, keys)[1])(method.init(start)))
 found[0] = np.eye(2)  # nothing is known before the first gradient, which also sets the scale
 cloud = np.array(jax.random.normal(jax.random.key(1), (700, 2)) @ root)
 hue = np.arctan2(*np.linalg.solve(root, cloud.T))
@@ -106,14 +105,15 @@ def learn_factors(geometry):
     """P₁ [steps, 12, 12] and P₂ [steps, 16, 16] after every step."""
     decay = optax.cosine_decay_schedule(0.3, STEPS)
     method = optax_curv.scale_by_kron_psgd(decay, geometry=geometry, max_skew=2.0)
+    leaf = jnp.zeros((12, 16))
 
     def step(state, key):
         _, state = method.update(roots[0] @ jax.random.normal(key, (12, 16)) @ roots[1].T, state)
-        return state, state.factors if geometry == "quad4p" else [q.T @ q for q in state.factors]
+        factors = optax_curv.axis_factors(state, leaf)
+        return state, factors if geometry == "quad4p" else tuple(q.T @ q for q in factors)
 
-    return jax.lax.scan(
-        step, method.init(jnp.zeros((12, 16))), jax.random.split(jax.random.key(2), STEPS)
-    )[1]
+    keys = jax.random.split(jax.random.key(2), STEPS)
+    return jax.lax.scan(step, method.init(leaf), keys)[1]
 
 
 def spectra(preconditioners):

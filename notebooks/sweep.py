@@ -53,7 +53,11 @@ def loss(params, x, y):
 # %%
 def train(learning_rate, damping, precond_lr):
     """The loss over all images after training."""
-    optimizer = optax_curv.kron_psgd(learning_rate, damping=damping, precond_lr=precond_lr)
+    optimizer = optax.chain(
+        optax_curv.scale_by_kron_psgd(precond_lr, b1=0.9, damping=damping),
+        optax.clip_by_block_rms(2.0),
+        optax.scale_by_learning_rate(learning_rate),
+    )
 
     def step(carry, rows):
         params, state = carry

@@ -43,16 +43,13 @@ from optax_curv.preconditioners.chain_pieces import estimate_gradients as estima
 from optax_curv.preconditioners.chain_pieces import keep_params_in_box as keep_params_in_box
 from optax_curv.preconditioners.chain_pieces import normalize_by_reference as normalize_by_reference
 from optax_curv.preconditioners.chain_pieces import normalize_by_rms as normalize_by_rms
+from optax_curv.preconditioners.dense_psgd import dense_psgd as dense_psgd
+from optax_curv.preconditioners.dense_psgd import scale_by_dense_psgd as scale_by_dense_psgd
 from optax_curv.preconditioners.ekfac import Eigenbasis as Eigenbasis
 from optax_curv.preconditioners.ekfac import ScaleByEKFACState as ScaleByEKFACState
 from optax_curv.preconditioners.ekfac import eigenbasis as eigenbasis
 from optax_curv.preconditioners.ekfac import ekfac as ekfac
 from optax_curv.preconditioners.ekfac import scale_by_ekfac as scale_by_ekfac
-from optax_curv.preconditioners.flat_psgd import ScaleByLRAPsgdState as ScaleByLRAPsgdState
-from optax_curv.preconditioners.flat_psgd import dense_psgd as dense_psgd
-from optax_curv.preconditioners.flat_psgd import lra_psgd as lra_psgd
-from optax_curv.preconditioners.flat_psgd import scale_by_dense_psgd as scale_by_dense_psgd
-from optax_curv.preconditioners.flat_psgd import scale_by_lra_psgd as scale_by_lra_psgd
 from optax_curv.preconditioners.gauss_newton import (
     ScaleByGaussNewtonState as ScaleByGaussNewtonState,
 )
@@ -64,12 +61,17 @@ from optax_curv.preconditioners.kfac import kfac as kfac
 from optax_curv.preconditioners.kfac import layer_diagnostics as layer_diagnostics
 from optax_curv.preconditioners.kfac import scale_by_kfac as scale_by_kfac
 from optax_curv.preconditioners.kron_psgd import ScaleByKronPsgdState as ScaleByKronPsgdState
+from optax_curv.preconditioners.kron_psgd import axis_factors as axis_factors
 from optax_curv.preconditioners.kron_psgd import flat_then_decay as flat_then_decay
 from optax_curv.preconditioners.kron_psgd import kron_psgd as kron_psgd
 from optax_curv.preconditioners.kron_psgd import scale_by_kron_psgd as scale_by_kron_psgd
+from optax_curv.preconditioners.kron_psgd import with_axis_factors as with_axis_factors
 from optax_curv.preconditioners.layer_factors import init_factors as init_factors
 from optax_curv.preconditioners.layer_factors import natural_gradient as natural_gradient
 from optax_curv.preconditioners.layer_factors import update_factors as update_factors
+from optax_curv.preconditioners.lra_psgd import ScaleByLRAPsgdState as ScaleByLRAPsgdState
+from optax_curv.preconditioners.lra_psgd import lra_psgd as lra_psgd
+from optax_curv.preconditioners.lra_psgd import scale_by_lra_psgd as scale_by_lra_psgd
 from optax_curv.preconditioners.matrix_axes import LeafAxes as LeafAxes
 from optax_curv.preconditioners.matrix_axes import MatrixAxes as MatrixAxes
 from optax_curv.preconditioners.matrix_axes import matrix_axes as matrix_axes

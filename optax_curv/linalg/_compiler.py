@@ -96,6 +96,7 @@ def not_recomputed(flag: jax.Array) -> jax.Array:
 
     def on_cpu(flag):
         zero = jax.lax.optimization_barrier(jnp.zeros([], jnp.int32))
+        zero = jnp.where(flag, zero, zero)  # of the flag's type also within a shard_map
         return jax.lax.cond(flag, lambda n: n, lambda n: n + 1, zero) == 0
 
     return per_platform(flag, cpu=on_cpu, other=_as_it_is)

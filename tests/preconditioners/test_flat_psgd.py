@@ -1,4 +1,4 @@
-"""Dense and low-rank PSGD of a whole tree reach the inverse Hessian and the inverse root of the covariance."""
+"""Dense and low-rank PSGD reach the inverse Hessian and the inverse root of the covariance."""
 
 import functools
 
@@ -48,7 +48,7 @@ def test_dense_newton_fits_an_indefinite_hessian(x64):
     spectrum = np.geomspace(1.0, 0.1, 10) * np.where(np.arange(10) % 3, 1, -1)
     rate = lambda count: 0.5 * jnp.maximum(0.0, 1 - count / 6000)  # noqa: E731
     tx = optax_curv.scale_by_dense_psgd(rate, criterion="newton", damping=0.0)
-    (q,) = fit(tx, symmetric(spectrum), 6000).factors
+    (q,) = optax_curv.axis_factors(fit(tx, symmetric(spectrum), 6000), jnp.zeros(10))
     error = q.T @ q @ symmetric(np.abs(spectrum)) - jnp.eye(10)
     assert jnp.linalg.norm(error, 2) < INDEFINITE_ERROR
 
@@ -127,9 +127,7 @@ def test_flat_methods_keep_the_contracts(make):
         make(criterion="newton").update(grads, state)
     with pytest.raises(ValueError, match=r"precond_lr > 0"):
         make(precond_lr=0.0)
-    with pytest.raises(
-        ValueError, match=r"init the state with parameters of the gradients' shapes"
-    ):
+    with pytest.raises(ValueError, match=r"the state does not fit the gradients: at .* \(1?,? ?8"):
         make().update({"w": jnp.ones((2, 4))}, make().init(grads))
     with pytest.raises(ValueError, match=r"has dtype complex64"):
         tx.init(jnp.ones(2, jnp.complex64))

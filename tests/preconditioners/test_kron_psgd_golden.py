@@ -1,4 +1,4 @@
-"""`right_triangular` reproduces the original Kronecker PSGD: every case of kron_psgd.npz, float64 and float32."""
+"""`right_triangular` reproduces the original Kronecker PSGD: every case of kron_psgd.npz."""
 
 import golden
 import jax
@@ -38,13 +38,14 @@ def run(case, dtype):
     state = tx.init(params)
     if "QL0" in case:
         start = (jnp.asarray(case["QL0"], dtype), jnp.asarray(case["QR0"], dtype))
-        state = (state[0]._replace(factors=start), *state[1:])
+        state = optax_curv.with_axis_factors(state, params, start)
 
     def step(carry, g):
         params, state = carry
         updates, state = tx.update(g, state, params)
         params = optax.apply_updates(params, updates)
-        return (params, state), (params, updates, state[0].factors if "QL0" in case else ())
+        factors = optax_curv.axis_factors(state, params) if "QL0" in case else ()
+        return (params, state), (params, updates, factors)
 
     # Small matrices take longer to compile than to run.
     quick = jax.jit(

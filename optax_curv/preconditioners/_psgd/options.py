@@ -1,40 +1,46 @@
-"""The options of Kronecker PSGD, what it refuses, and the layout of a tree."""
+"""The options of the PSGD family, what is refused of them, and the probes that `update` takes."""
 
-import math
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from optax_curv.preconditioners._psgd import geometries as kron_geometries
-from optax_curv.preconditioners._psgd import kron_layout
 from optax_curv.preconditioners._stacks.owners import require_sharding
-from optax_curv.preconditioners._transformation import contracts
-from optax_curv.preconditioners._transformation.contracts import is_python_number, structural
+from optax_curv.preconditioners._transformation.numbers import (
+    is_python_number,
+    require_choice,
+    require_dtype,
+    require_numbers,
+    structural,
+)
+from optax_curv.preconditioners._transformation.trees import require_same_leaves
+from optax_curv.typing import (
+    CRITERIA,
+    GEOMETRIES,
+    WHITENS,
+    Criterion,
+    Geometry,
+    Key,
+    Number,
+    Schedulable,
+    Whiten,
+)
 
-METHOD = "scale_by_kron_psgd"
 
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class FitOptions:
+    """How P is fitted; `scale_by_kron_psgd` documents the options."""
 
-class Options(NamedTuple):
-    """The arguments of `scale_by_kron_psgd`, which documents them."""
-
-    precond_lr: Any
-    geometry: str
-    criterion: str
-    b1: Any
-    whiten: str
-    update_probability: Any
-    init_scale: Any
-    damping: Any
-    lipschitz_decay: Any
-    max_dense_dim: int
-    max_skew: float
-    precond_dtype: Any
-    stacked: Any
-    block_size: int | None
-    factor_sharding: Any
-    eps: Any
-    key: Any
+    precond_lr: Schedulable
+    criterion: Criterion
+    b1: Schedulable
+    whiten: Whiten
+    update_probability: Schedulable
+    init_scale: Number | None
+    damping: Schedulable
+    lipschitz_decay: Number
+    key: Key
 
     @property
     def always_updates(self) -> bool:
@@ -42,131 +48,79 @@ class Options(NamedTuple):
         return is_python_number(self.update_probability, 1)
 
     @property
-    def caches(self) -> bool:
-        """Whether P is kept for the steps on which Q does not move; for "quad4p" it is the factor itself."""
+    def keeps_momentum(self) -> bool:
+        """Whether there is a momentum at all."""
+        return not is_python_number(self.b1, 0)
+
+    def check_fit(self, method: str):
+        """Refuses options that cannot be, by name."""
+        require_choice(method, CRITERIA, criterion=self.criterion)
+        require_choice(method, WHITENS, whiten=self.whiten)
+        require_numbers(method, precond_lr=self.precond_lr, above=0, schedule=True)
+        require_numbers(method, init_scale=self.init_scale, above=0, or_none=True)
+        shares: dict[str, Any] = {"b1": self.b1, "update_probability": self.update_probability}
+        require_numbers(method, at_least=0, at_most=1, schedule=True, **shares)
+        require_numbers(method, lipschitz_decay=self.lipschitz_decay, at_least=0, at_most=1)
+        require_numbers(method, damping=self.damping, at_least=0, schedule=True)
+        if self.criterion == "newton" and self.whiten == "momentum":
+            raise ValueError(
+                f"{method}: criterion='newton' fits P to Hessian-vector products; use "
+                "whiten='gradient'."
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class PsgdOptions(FitOptions):
+    """The options of a P with a factor for each axis."""
+
+    geometry: Geometry
+    max_dense_dim: int
+    max_skew: float
+    precond_dtype: Any
+    block_size: int | None
+    factor_sharding: Any
+    eps: Number
+
+    @property
+    def keeps_preconditioners(self) -> bool:
+        """Whether P is kept for the steps on which Q does not move; in "quad4p" P is the factor."""
         return self.geometry != "quad4p" and not self.always_updates
 
-
-def check_options(options: Options):
-    """Refuses what cannot be, by name."""
-    contracts.require_choice(METHOD, "geometry", options.geometry, kron_geometries.GEOMETRIES)
-    check_fit(METHOD, options)
-    contracts.require_numbers(
-        METHOD, max_dense_dim=options.max_dense_dim, block_size=options.block_size, above=0
-    )
-    contracts.require_numbers(METHOD, max_skew=options.max_skew, eps=options.eps, at_least=0)
-    require_sharding(METHOD, options.factor_sharding)
-    for name in ("block_size", "stacked"):
-        structural(METHOD, name, getattr(options, name))
-    if options.criterion == "newton" and options.geometry == "right_triangular":
-        raise ValueError(
-            f"{METHOD}: criterion='newton' fits P to Hessian-vector products, which geometry='right_triangular' does "
-            "not; use another geometry."
-        )
-
-
-def check_fit(method: str, options):
-    """Refuses what neither Kronecker nor low-rank PSGD can fit."""
-    contracts.require_choice(method, "criterion", options.criterion, ("whitening", "newton"))
-    contracts.require_choice(method, "whiten", options.whiten, ("gradient", "momentum"))
-    contracts.require_numbers(
-        method, precond_lr=options.precond_lr, init_scale=options.init_scale, above=0
-    )
-    for name in ("b1", "update_probability", "lipschitz_decay"):
-        contracts.require_numbers(method, **{name: getattr(options, name)}, at_least=0, at_most=1)
-    contracts.require_numbers(method, damping=options.damping, at_least=0)
-    if options.criterion == "newton" and options.whiten == "momentum":
-        raise ValueError(
-            f"{method}: criterion='newton' fits P to Hessian-vector products; use whiten='gradient'."
-        )
-
-
-def _pieces(options, tree):
-    """The pieces of each leaf; the original's rule knows matrices only."""
-    leaves = zip(
-        jax.tree.leaves(tree), kron_layout.stack_ndims(METHOD, options.stacked, tree), strict=True
-    )
-    return [
-        kron_layout.pieces_of(position, leaf, stack, options.block_size, options.precond_dtype)
-        if options.geometry != "right_triangular" or len(leaf.shape) - stack == 2
-        else []
-        for position, (leaf, stack) in enumerate(leaves)
-    ]
-
-
-def layout_of_params(options: Options, params) -> kron_layout.Layout:
-    """The layout that `init` decides on."""
-
-    def with_kinds(piece):
-        limit, skew = (
-            structural(METHOD, name, getattr(options, name))
-            for name in ("max_dense_dim", "max_skew")
-        )
-        size = math.prod(piece.shape)
-        diagonal = [bool(d == 1 or d > limit or d * d > skew * size) for d in piece.shape]
-        if options.geometry == "right_triangular":
-            diagonal = [False, False]
-        return piece._replace(diagonal=tuple(diagonal))
-
-    by_leaf = [[with_kinds(piece) for piece in pieces] for pieces in _pieces(options, params)]
-    return kron_layout.Layout(jax.tree.structure(params), by_leaf)
-
-
-def layout_of_state(options: Options, grads, state) -> kron_layout.Layout:
-    """The gradients' layout with axes dense or diagonal as the state's factors are; refuses those of other shapes."""
-    treedef = jax.tree.structure(grads)
-    try:
-        factors = treedef.flatten_up_to(state.factors)
-    except ValueError as error:
-        raise ValueError(
-            f"{METHOD}: the gradients' tree differs from that of the state's factors, made by init: got {treedef}; "
-            f"{error}"
-        ) from None
-
-    def with_kinds(path, pieces, factors):
-        given = [
-            [jnp.shape(q) for q in of_piece] for of_piece in kron_layout.blocks_of(pieces, factors)
-        ]
-        known = [
-            p._replace(diagonal=tuple(len(shape) == len(p.stack) + 1 for shape in shapes))
-            for p, shapes in zip(pieces, given, strict=False)
-            if len(shapes) == len(p.shape)
-        ]
-        if [[q.shape for q in p.factors] for p in known] != given or len(known) != len(pieces):
+    def check_options(self, method: str):
+        """Refuses options that cannot be, by name."""
+        require_choice(method, GEOMETRIES, geometry=self.geometry)
+        self.check_fit(method)
+        require_dtype(method, precond_dtype=self.precond_dtype)
+        limits = {"max_dense_dim": self.max_dense_dim, "max_skew": self.max_skew}
+        structural(method, **limits, block_size=self.block_size)
+        require_numbers(method, max_dense_dim=self.max_dense_dim, above=0)
+        require_numbers(method, block_size=self.block_size, above=0, or_none=True)
+        require_numbers(method, max_skew=self.max_skew, eps=self.eps, at_least=0)
+        require_sharding(method, self.factor_sharding)
+        if self.criterion == "newton" and self.geometry == "right_triangular":
             raise ValueError(
-                f"{METHOD}: the gradient at {jax.tree_util.keystr(path) or 'the root'} needs factors for shapes "
-                f"{[(*p.stack, *p.shape) for p in pieces]}, the state has factors of shapes {given}; init the state "
-                "with parameters of the gradients' shapes."
+                f"{method}: criterion='newton' fits P to Hessian-vector products, which "
+                "geometry='right_triangular' does not; use another geometry."
             )
-        return known
-
-    paths = [path for path, _ in jax.tree.leaves_with_path(grads)]
-    by_leaf = [
-        with_kinds(*of_leaf)
-        for of_leaf in zip(paths, _pieces(options, grads), factors, strict=True)
-    ]
-    return kron_layout.Layout(treedef, by_leaf)
 
 
-def check_extras(options: Options, grads, state, params, probe, hvp):
-    """Refuses missing extra arguments and trees that differ from the gradients'."""
-    if params is not None:
-        contracts.require_same_leaves(METHOD, "the gradients", grads, "the parameters", params)
-    require_probe(METHOD, options.criterion, probe, hvp)
-    for name, tree in (("probe", probe), ("hvp", hvp)):
-        if tree is not None:
-            contracts.require_same_leaves(METHOD, name, tree, "the gradients", grads)
-    if state.momentum is not None:
-        contracts.require_same_leaves(
-            METHOD, "the gradients", grads, "the state's momentum", state.momentum
-        )
+def checked_probes(
+    method: str, criterion: Criterion, updates: Any, extra_args: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """The probe and the Hessian-vector product among the extra arguments, both or neither.
 
-
-def require_probe(method: str, criterion: str, probe, hvp):
-    """Refuses one without the other, and "newton" without both."""
-    if (probe is None) != (hvp is None) or (criterion == "newton" and hvp is None):
-        given = f"probe={'missing' if probe is None else 'given'}, hvp={'missing' if hvp is None else 'given'}"
+    One without the other, "newton" without both, and trees unlike the gradients' are refused.
+    """
+    given = {name: extra_args.get(name) for name in ("probe", "hvp")}
+    missing = [name for name, tree in given.items() if tree is None]
+    if len(missing) == 1 or (criterion == "newton" and missing):
+        found = ", ".join(f"{n}={'missing' if n in missing else 'given'}" for n in given)
         raise ValueError(
-            f"{method}: criterion={criterion!r} got {given}; pass both, as hessian_probe(loss_fn, params, *batch, "
-            "key=key) returns them: update(grads, state, params, probe=probe, hvp=hvp)."
+            f"{method}: criterion={criterion!r} got {found}; pass both, as hessian_probe(loss_fn, "
+            "params, *batch, key=key) returns them: update(grads, state, params, probe=probe, "
+            "hvp=hvp)."
         )
+    for name, tree in given.items():
+        if tree is not None and jax.tree.leaves(updates):
+            require_same_leaves(method, name, tree, "the gradients", updates)
+    return given["probe"], given["hvp"]
