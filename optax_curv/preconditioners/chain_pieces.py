@@ -6,15 +6,12 @@ Optax's own pieces: the methods before them answer it with a zero update, and
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from optax_curv.preconditioners._stacks.owners import with_sharding_types
-from optax_curv.preconditioners._transformation import bounds, contracts, leaves
+from optax_curv.preconditioners._transformation import bounds, leaves
 from optax_curv.preconditioners._transformation.bounds import (
     BoundByRunningNormState as BoundByRunningNormState,
 )
@@ -315,90 +312,3 @@ def estimate_gradients(estimator: Estimator) -> optax.GradientTransformationExtr
             f"estimate_gradients: expected estimator to be a function, got estimator={estimator!r}."
         )
     return transformation(_EstimateGradients(method="estimate_gradients", estimator=estimator))
-
-
-def clip_leaves(max_abs, max_rms) -> optax.GradientTransformationExtraArgs:
-    """`clip_by_max_abs` and `optax.clip_by_block_rms` in turn, either unless None; in fewer passes over the updates."""
-
-    def clipped(u):
-        magnitudes, scale = _magnitudes(u), 1
-        if max_abs is not None:
-            scale = jnp.minimum(
-                1, jnp.asarray(max_abs, magnitudes.dtype) / jnp.max(magnitudes, initial=0)
-            )
-        if max_rms is not None:
-            rms = jnp.sqrt(jnp.sum(jnp.square(magnitudes * scale)) / max(1, u.size))
-            scale = scale * jnp.minimum(1, jnp.asarray(max_rms, magnitudes.dtype) / rms)
-        return (u * scale).astype(u.dtype)
-
-    return _stateless(lambda updates: jax.tree.map(clipped, updates))
-
-
-def with_decay(tx, learning_rate, weight_decay, *after) -> optax.GradientTransformationExtraArgs:
-    """An alias's chain: θ ← θ - lr (d + weight_decay θ), then the rest."""
-    return optax.chain(
-        tx,
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
-        *after,
-    )
-
-
-def on_flat_vector(
-    method: str, tx: optax.GradientTransformationExtraArgs
-) -> optax.GradientTransformationExtraArgs:
-    """Lets `tx` see the tree, the probe and the Hessian-vector product as vectors [n], leaves in flattening order."""
-
-    def dtype_of(leaves):
-        return jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
-
-    def size_of(leaves):
-        return sum(leaf.size for leaf in leaves)
-
-    def ravel(tree):
-        leaves = jax.tree.leaves(tree)
-        flat = [jnp.ravel(leaf).astype(dtype_of(leaves)) for leaf in leaves]
-        return jnp.concatenate(flat) if size_of(leaves) else jnp.zeros(1)
-
-    def unravel(vector, like):
-        leaves, treedef = jax.tree.flatten(like)
-        ends = np.cumsum([leaf.size for leaf in leaves])
-        parts = [
-            vector[end - x.size : end].reshape(x.shape).astype(x.dtype)
-            for end, x in zip(ends, leaves, strict=True)
-        ]
-        return treedef.unflatten(parts)
-
-    def init(params):
-        contracts.require_float_leaves(method, params)
-        leaves = jax.tree.leaves(params)
-        # A tree without numbers counts as one: the state's structure must not depend on how many
-        # there are.
-        vector: Any = jax.ShapeDtypeStruct((max(1, size_of(leaves)),), dtype_of(leaves))
-        return tx.init(vector)
-
-    def update(updates, state, params=None, *, probe=None, hvp=None, **extra_args):
-        del extra_args
-        for name, tree in (("params", params), ("probe", probe), ("hvp", hvp)):
-            if tree is not None:
-                contracts.require_same_leaves(method, name, tree, "the gradients", updates)
-        flat = {
-            name: ravel(tree) for name, tree in (("probe", probe), ("hvp", hvp)) if tree is not None
-        }
-        vector, state = tx.update(ravel(updates), state, **flat)
-        return unravel(vector, updates), state
-
-    return optax.GradientTransformationExtraArgs(init, with_sharding_types(update))
-
-
-def _stateless(function) -> optax.GradientTransformationExtraArgs:
-    def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        return function(updates), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-
-
-def _magnitudes(u) -> jax.Array:
-    magnitudes = jnp.abs(u)
-    return magnitudes.astype(jnp.promote_types(jnp.float32, magnitudes.dtype))
