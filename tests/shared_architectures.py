@@ -105,3 +105,37 @@ def queries_beside_the_data():
     shapes = {"tokens": (5, D), "first": (D, D), "next": (D, D)}
     params = {name: normal(k, *shape) for k, (name, shape) in enumerate(shapes.items())}
     return loss, params, normal(0, N, T, D)
+
+
+@architecture
+def functions_of_leaves():
+    """Leaves that meet the data through functions of themselves, or added to each other."""
+
+    def loss(p, x):
+        h = x @ p["w"] * jax.nn.softplus(p["positive"]) - jnp.exp(p["log"])
+        h = h + (p["rows"] + p["columns"]).reshape(1, T, 5)
+        h = jnp.sin(h) + jax.nn.log_softmax(p["logits"])
+        scale = jax.lax.rsqrt(jnp.linspace(0.5, 2.0, 5) + 1e-3) * p["gamma"]
+        h = h * scale + (p["beta"] - 0.3 * scale)  # as Keras normalises
+        return mean_square(h @ p["v"])
+
+    shapes = {"w": (D, 5), "positive": (5,), "log": (5,), "rows": (2, 1, 5), "columns": (1, 2, 5)}
+    shapes |= {"logits": (5,), "gamma": (5,), "beta": (5,), "v": (5, 2)}
+    params = {name: normal(k, *shape) for k, (name, shape) in enumerate(shapes.items())}
+    return loss, params, normal(0, N, T, D)
+
+
+@architecture
+def tokens_and_a_probe():
+    """Two tokens in one concatenate, and a pooling head whose probe meets a kernel first."""
+
+    def loss(p, x):
+        first, last = (jnp.broadcast_to(p[k], (len(x), *p[k].shape[1:])) for k in ("cls", "last"))
+        h = jnp.tanh(jnp.concatenate([first, x, last], axis=1) @ p["w"])
+        queries = jnp.tile(p["probe"], (len(x), 1, 1)) @ p["query"] + p["bias"]
+        return mean_square(jax.nn.softmax(queries @ jnp.swapaxes(h @ p["key"], 1, 2)) @ h)
+
+    shapes = {"cls": (1, 1, D), "last": (1, 2, D), "w": (D, 5), "probe": (1, 2, 5)}
+    shapes |= {"query": (5, 4), "bias": (4,), "key": (5, 4)}
+    params = {name: normal(k, *shape) for k, (name, shape) in enumerate(shapes.items())}
+    return loss, params, normal(0, N, T, D)

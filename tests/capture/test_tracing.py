@@ -33,7 +33,30 @@ def test_a_parameter_the_loss_ignores_is_named():
     assert layers.uncovered == {
         "['idle']": "the loss does not depend on it; leave it out of the parameters"
     }
-    assert "does not depend" in reason(lambda p, x: jnp.mean(x @ lax.stop_gradient(p)))
+
+
+def test_frozen_leaves_are_in_no_layer_and_uses_without_a_gradient_do_not_count():
+    assert "frozen" in reason(lambda p, x: jnp.mean(x @ lax.stop_gradient(p)))
+    assert "frozen" in reason(lambda p, x: jnp.mean(x + lax.stop_gradient(jnp.tanh(x @ p))))
+
+    def through_scan_and_jit(p, x):
+        h, kept = lax.scan(lambda h, _: (jnp.tanh(h @ p), h @ p), x, None, length=2)
+        return jnp.mean(jax.jit(lambda h, x: jnp.sin(lax.stop_gradient(h)) + x)(h, x)), kept
+
+    assert "frozen" in reason(lambda p, x: through_scan_and_jit(p, x)[0])
+
+    def own_target(p, x):
+        return jnp.mean((x @ p - lax.stop_gradient((x + 1) @ p)) ** 2)
+
+    (layer,) = find_layers(own_target, W, X)
+    assert layer.shared == 1
+
+
+def test_a_kernel_made_of_leaves_is_named():
+    assert "kernel that meets the data is made of it" in reason(
+        lambda p, x: jnp.mean(jnp.sin(x @ (p / jnp.linalg.norm(p, axis=0))))
+    )
+    assert "`logaddexp`" in reason(lambda p, x: jnp.mean(jnp.sin(x @ jax.nn.softplus(p))))
 
 
 def test_reasons_name_what_stands_in_the_way():

@@ -131,6 +131,15 @@ def bodies(eqn) -> tuple:
     return ()
 
 
+def name_of(eqn) -> str:
+    """The name of a primitive, or of the function that a call runs."""
+    if eqn.primitive.name not in CUSTOM_RULES:
+        return eqn.primitive.name
+    body = getattr(next(iter(hidden_bodies(eqn)), None), "jaxpr", None)
+    info = getattr(body, "debug_info", None)
+    return str(getattr(info, "func_name", None) or eqn.primitive.name).split(" ")[0]
+
+
 def hidden_bodies(eqn) -> list:
     """Returns bodies that cannot run with taps inside, as a derivative rule would be lost."""
     if bodies(eqn):

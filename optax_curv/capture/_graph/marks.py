@@ -102,6 +102,7 @@ class Node:
       started: for each carry of a scan that starts with what all examples share, but does not stay
         so, the axis of the examples.
       marks: what is known of each variable.
+      entries: by the place of an operand, the use that is the operand itself.
     """
 
     def __init__(self, jaxpr: Any):
@@ -112,6 +113,7 @@ class Node:
         self.carried: dict[int, list[frozenset[int]]] = {}
         self.started: dict[int, dict[int, int]] = {}
         self.marks: dict[Any, Mark] = {}
+        self.entries: dict[int, int] = {}
 
     def uses(self) -> list[int]:
         """Numbers of all uses in and below."""

@@ -30,32 +30,38 @@ class Sum(NamedTuple):
     divisor: float
 
 
-def final_sums(node: Node, variable, divisor: float = 1.0) -> Iterator[Sum]:
+def final_sums(node: Node, variable) -> list[Sum]:
     """Finds the sums by which a variable of a walked jaxpr is made of others, the last first."""
+    return list(_sums(node, variable, 1.0, set()))
+
+
+def _sums(node: Node, variable, divisor: float, seen: set) -> Iterator[Sum]:
+    """Yields the sums behind a variable that numbers with this product divide."""
     jaxpr = node.jaxpr.jaxpr
     eqn = maker(jaxpr, variable)
-    if eqn is None:
+    if eqn is None or variable in seen:  # residual connections lead to one variable many times
         return
-    name, index = eqn.primitive.name, jaxpr.eqns.index(eqn)
+    seen.add(variable)
+    name = eqn.primitive.name
 
     def on(variables, by: float = 1.0) -> Iterator[Sum]:
         for v in variables:
             if not is_literal(v):
-                yield from final_sums(node, v, divisor * by)
+                yield from _sums(node, v, divisor * by, seen)
 
     def batch_axis(v) -> int | None:
-        mark = node.marks.get(v, NOTHING)
-        return None if is_literal(v) or mark.batch is None else mark.batch.axis
+        mark = node.marks.get(v, NOTHING) if not is_literal(v) else NOTHING
+        return None if mark.batch is None else mark.batch.axis
 
     if name == "reduce_sum":
         (operand,) = eqn.invars
         yield Sum(batch_axis(operand) in (reduced(eqn) or ()), divisor)
         yield from on(eqn.invars)
-    elif name == "dot_general":
+    elif name == "dot_general":  # a mean with weights; other products end the search
         contracted = product(eqn).contracted
         axes = [(batch_axis(v), own) for v, own in zip(eqn.invars, contracted, strict=True)]
-        yield Sum(any(axis in own for axis, own in axes), divisor)
-        yield from on(eqn.invars)
+        if any(axis in own for axis, own in axes):
+            yield Sum(True, divisor)
     elif name == "div":
         yield from on(eqn.invars[:1], number(eqn.invars[1]) or math.nan)
     elif name == "mul":
@@ -66,13 +72,17 @@ def final_sums(node: Node, variable, divisor: float = 1.0) -> Iterator[Sum]:
         yield from on(eqn.invars)
     elif name == "select_n":
         yield from on(eqn.invars[1:])
-    elif name in CALLS and index in node.children:
-        (body,) = node.children[index]
-        inner = body.jaxpr.jaxpr
-        result = inner.outvars[eqn.outvars.index(variable)]
-        if is_literal(result):
-            return
-        yield from final_sums(body, result, divisor)
+    elif name in CALLS:
+        yield from _in_call(node, eqn, variable, divisor)
+
+
+def _in_call(node: Node, eqn, variable, divisor: float) -> Iterator[Sum]:
+    """Yields the sums inside a call."""
+    index = node.jaxpr.jaxpr.eqns.index(eqn)
+    for body in node.children.get(index, ()):
+        result = body.jaxpr.jaxpr.outvars[eqn.outvars.index(variable)]
+        if not is_literal(result):
+            yield from _sums(body, result, divisor, set())
 
 
 def shows_examples(sums: list[Sum]) -> bool:

@@ -14,6 +14,7 @@ from optax_curv.capture._graph.jaxpr import (
     axis_of,
     broadcast,
     hidden_bodies,
+    name_of,
     pieces_of,
     shape_of,
     window_of,
@@ -136,7 +137,8 @@ RULES = {
 TOGETHER = {
     "mul": "it is multiplied by another parameter before it meets the data",
     "dot_general": "it is multiplied by another parameter before it meets the data; for a low-rank "
-    "kernel write (x @ a) @ b",
+    "kernel write (x @ a) @ b, and repeat a learned query for every example, "
+    "jnp.broadcast_to(query, (N, *query.shape))",
     "add": "it is added to another parameter before it meets the data",
     "sub": "it is added to another parameter before it meets the data",
 }
@@ -176,5 +178,5 @@ def why_not(eqn, view: View, several: bool) -> str:
     if name in ALONE:
         return ALONE[name]
     if hidden_bodies(eqn):
-        return f"it enters `{name}`, whose own derivative rule hides what is inside"
+        return f"it enters `{name_of(eqn)}`, whose own derivative rule hides what is inside"
     return f"it enters `{name}`, which is no layer"

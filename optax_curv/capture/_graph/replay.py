@@ -44,6 +44,12 @@ def run_with_taps(node: Node, operands, taps: dict[int, Tap], probes: dict, dept
     jaxpr = node.jaxpr
     env = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
     env.update(zip(jaxpr.jaxpr.invars, operands, strict=True))
+    for place, number in node.entries.items():
+        if number in taps:
+            variable, tap = jaxpr.jaxpr.invars[place], taps[number]
+            whole = env[variable]
+            whole = _widen(whole, tap.use.batch) if _is_repeated(tap) else whole
+            env[variable] = tap.apply(whole, (), probes[tap.key])
 
     def read(variable):
         return variable.val if is_literal(variable) else env[variable]

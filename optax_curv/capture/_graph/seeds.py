@@ -15,13 +15,16 @@ from typing import NamedTuple
 
 from optax_curv.capture._graph import views
 from optax_curv.capture._graph.jaxpr import (
+    CUSTOM_RULES,
     axis_of,
     broadcast,
     convolution,
     is_entrywise,
+    is_literal,
     look_up,
     maker,
     product,
+    repetitions,
     shape_of,
 )
 from optax_curv.capture._graph.marks import REPEATED, Batch, Found, Mark, Meeting, Node, Seed
@@ -50,6 +53,7 @@ class Seeds:
         self.met: dict[int, set[float | None]] = {}  # rows of the output that hold the examples
         self.lost: set[int] = set()  # uses of which nothing can be told
         self.before: dict[int, set[int]] = {}  # of each use, those whose output it acts on
+        self.entries: set[int] = set()  # leaves that are uses themselves, see `Walk.enter`
 
     def lose(self, marks) -> list[Mark]:
         """Returns marks of variables that are followed no further."""
@@ -61,6 +65,7 @@ class Seeds:
         other = Seeds(self.batch)
         other.met = {use: set(rows) for use, rows in self.met.items()}
         other.lost, other.before = set(self.lost), dict(self.before)
+        other.entries = set(self.entries)
         return other
 
     def follow(
@@ -97,12 +102,15 @@ class Seeds:
         self.lost |= set(own)
         if not any(mark.seeds for mark in given):
             return Followed(())
-        meeting = _meeting(node, eqn, batch, self.batch)
+        meeting = _meeting(node, eqn, given, batch, self.batch)
         if meeting is None or any(mark.seeds and mark.batch is not None for mark in given):
             self.lose(given)
             return Followed(())
+        beside = is_entrywise(eqn) or eqn.primitive.name == "concatenate"
         for axis, mark in zip(meeting.axes, given, strict=True):
             self.meet(mark, axis, found)
+            if axis is None and not beside:  # a kernel made of a leaf: too large to have copies
+                self.lost |= self.entries.intersection(seed.use for seed in mark.seeds)
         return Followed((), meeting)
 
     def _through(self, eqn, given: list[Mark]) -> tuple[Seed, ...]:
@@ -151,7 +159,7 @@ class Seeds:
                 one.windows = (inputs, outputs and (outputs[0] + 1, *outputs[1:]))
 
 
-def _meeting(node: Node, eqn, batch: Batch | None, count: int) -> Meeting | None:
+def _meeting(node: Node, eqn, given: list[Mark], batch: Batch | None, count: int) -> Meeting | None:
     """How the operands of an equation meet, if `count` examples lie at `batch` in its result."""
     shape = shape_of(eqn.outvars[0])
     if batch is None or batch.axis is None or batch.inner != 1 or shape[batch.axis] != count:
@@ -159,9 +167,12 @@ def _meeting(node: Node, eqn, batch: Batch | None, count: int) -> Meeting | None
     axes = _axes(eqn, batch.axis)
     if axes is None:
         return None
+    jaxpr = node.jaxpr.jaxpr
     repeats = tuple(
-        axis is not None and (shape_of(v)[axis] == 1 or axis in repeated_axes(node.jaxpr.jaxpr, v))
-        for axis, v in zip(axes, eqn.invars, strict=True)
+        axis is not None
+        and bool(mark.seeds)
+        and (shape_of(v)[axis] == 1 or axis in repeated_axes(jaxpr, v))
+        for axis, v, mark in zip(axes, eqn.invars, given, strict=True)
     )
     return Meeting(batch.axis, axes, repeats)
 
@@ -173,6 +184,11 @@ def _axes(eqn, axis: int) -> tuple[int | None, ...] | None:
     """
     ranks, name = [len(shape_of(v)) for v in eqn.invars], eqn.primitive.name
     if is_entrywise(eqn):
+        one = any(
+            rank and shape_of(v)[axis] == 1 for v, rank in zip(eqn.invars, ranks, strict=True)
+        )
+        if one and name in CUSTOM_RULES:  # whose rule is made for just these shapes
+            return None
         return tuple(axis if rank else None for rank in ranks)
     if name == "concatenate":
         return None if axis == axis_of(eqn) else (axis,) * len(ranks)
@@ -200,25 +216,48 @@ def _axes(eqn, axis: int) -> tuple[int | None, ...] | None:
     return None
 
 
-def repeated_axes(jaxpr, variable) -> set[int]:
-    """Axes along which all entries of a variable are equal, as far as its makers show."""
+def repeated_axes(jaxpr, variable, known: dict | None = None) -> set[int]:
+    """Axes along which all entries of a variable are equal, as far as its makers show.
+
+    Args:
+      jaxpr: where the variable is made.
+      variable: the variable.
+      known: the answers found so far, as one variable may be met on many ways.
+
+    Returns:
+      The axes.
+    """
+    known = {} if known is None else known
+    if not shape_of(variable) or is_literal(variable):
+        return set()
+    if variable not in known:
+        known[variable] = _repeated(jaxpr, variable, known)
+    return known[variable]
+
+
+def _repeated(jaxpr, variable, known: dict) -> set[int]:
     rank, eqn = len(shape_of(variable)), maker(jaxpr, variable)
-    if rank == 0 or eqn is None:
+    if eqn is None:
         return set()
     if eqn.primitive.name == "broadcast_in_dim":
         numbers, (operand, *_) = broadcast(eqn), eqn.invars
-        inner = repeated_axes(jaxpr, operand)
-        sizes = shape_of(operand)
+        inner, sizes = repeated_axes(jaxpr, operand, known), shape_of(operand)
         kept = {
             place
             for axis, place in enumerate(numbers.dimensions)
             if axis not in inner and sizes[axis] == numbers.shape[place]
         }
         return set(range(rank)) - kept
-    if is_entrywise(eqn):
-        axes = set(range(rank))
-        for operand in eqn.invars:
-            if shape_of(operand):
-                axes &= repeated_axes(jaxpr, operand)
-        return axes
-    return set()
+    if eqn.primitive.name == "tile":
+        sizes, counts = shape_of(eqn.invars[0]), repetitions(eqn)
+        return {axis for axis in range(rank) if sizes[axis] == 1 and counts[axis] > 1}
+    if eqn.primitive.name == "dot_general":
+        numbers, left = product(eqn), eqn.invars[0]
+        places = numbers.free(0, len(shape_of(left)))
+        inner, first = repeated_axes(jaxpr, left, known), len(numbers.batched[0])
+        return {first + k for k, axis in enumerate(places) if axis in inner}
+    axes = set(range(rank)) if is_entrywise(eqn) else set()
+    for operand in eqn.invars:
+        if axes and shape_of(operand):
+            axes &= repeated_axes(jaxpr, operand, known)
+    return axes

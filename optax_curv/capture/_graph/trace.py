@@ -1,6 +1,7 @@
 """A loss as a jaxpr with the layers found in it."""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_curv.capture._graph import views
+from optax_curv.capture._graph.flow import without_gradient
 from optax_curv.capture._graph.jaxpr import inlined
 from optax_curv.capture._graph.marks import UNKNOWN, Batch, Mark, Node
 from optax_curv.capture._graph.mean import divisors, final_sums, shows_examples
@@ -17,6 +19,9 @@ from optax_curv.capture._graph.uses import Use, group
 from optax_curv.capture._graph.walk import Walk
 from optax_curv.layers import Layers
 
+# Entries of a leaf up to which each example may have a copy of it, as of a token or a position.
+MAX_COPIED = 2**16
+FROZEN = "it is frozen: the loss depends on it through stop_gradient alone"
 # Shapes and dtypes of raw keys of the generators threefry and rbg.
 RAW_KEYS = {((2,), np.dtype(np.uint32)), ((4,), np.dtype(np.uint32))}
 
@@ -109,15 +114,21 @@ def trace(
                 "time."
             )
     names = [jax.tree_util.keystr(path) for path in paths]
-    walks = (_walk(jaxpr, names, shapes, int(count)) for count in candidates)
+    walks = (_walk(jaxpr, names, shapes, int(count), set()) for count in candidates)
     if batch_size is None:
         node, walk, results = _that_shows_examples(caller, walks)
     else:
         node, walk, results = next(walks)
     batch = walk.batch
-    walk.seeds.settle(walk.found, results)
-    unused = {leaf: reason for mark in results for leaf, reason in mark.derived}
-    layers, uses = group(walk.found, walk.refused, unused, paths, shapes[: len(leaves)], batch)
+    layers, uses = _grouped(node, walk, results, paths, shapes, {})
+    kernels = walk.kernels - walk.queries
+    own = {leaf for leaf in _small(layers, names, shapes) if leaf not in kernels}
+    if own:  # what no layer describes, with a tap at the leaf itself
+        reasons = {leaf: layers.uncovered[names[leaf]] for leaf in own}
+        again, walk, results = _walk(jaxpr, names, shapes, batch, own)
+        more, taps = _grouped(again, walk, results, paths, shapes, reasons)
+        if more.uncovered.keys() < layers.uncovered.keys():
+            node, layers, uses = again, more, taps
     update = model.update if model else lambda after: None
     return Trace(layers, node, uses, leaves, arrays, restore, grads_tree.unflatten, update, batch)
 
@@ -156,11 +167,48 @@ def _leading_axes(args_and_kwargs) -> list[int]:
     return [first, *(size for size in others if size > 0)]
 
 
-def _walk(jaxpr, names: list[str], shapes: list, batch: int) -> tuple[Node, Walk, list[Mark]]:
-    """Walks a loss for a number of examples."""
+def _walk(
+    jaxpr, names: list[str], shapes: list, batch: int, own: set[int]
+) -> tuple[Node, Walk, list[Mark]]:
+    """Walks a loss for a number of examples, with the leaves `own` as uses of their own."""
     walk, node = Walk(names, batch), Node(jaxpr)
     constants = [*map(jnp.shape, jaxpr.consts)]
-    return node, walk, walk.node(node, *_initial_marks(shapes, constants, len(names), batch))
+    marks, of_constants = _initial_marks(shapes, constants, len(names), batch)
+    for leaf in sorted(own):
+        marks[leaf] = walk.enter(node, leaf, shapes[leaf])
+    return node, walk, walk.node(node, marks, of_constants)
+
+
+def _grouped(
+    node: Node, walk: Walk, results: list[Mark], paths: list, shapes: list, reasons: dict[int, str]
+) -> tuple[Layers, dict[int, Use]]:
+    """Makes the layers of a walk; leaves that it took as uses of their own have `reasons`."""
+    walk.seeds.settle(walk.found, results)
+    for number in walk.seeds.entries:
+        use = walk.found[number]
+        if use.untold is not None:
+            use.untold = reasons[use.view.source]
+    unused = {leaf: reason for mark in results for leaf, reason in mark.derived}
+    unused |= dict.fromkeys(walk.stopped - unused.keys(), FROZEN)
+    frozen = without_gradient(node)
+    unused |= {walk.found[number].view.source: FROZEN for number in frozen}
+    refused = {
+        leaf: f"the kernel that meets the data is made of it: {reason}"
+        if leaf in walk.made
+        else reason
+        for leaf, reason in walk.refused.items()
+    }
+    live = {n: use for n, use in enumerate(walk.found) if n not in frozen}
+    return group(live, refused, unused, paths, shapes[: len(paths)], walk.batch)
+
+
+def _small(layers: Layers, names: list[str], shapes: list) -> list[int]:
+    """Uncovered leaves of which every example may have a copy."""
+    return [
+        leaf
+        for leaf, (name, shape) in enumerate(zip(names, shapes, strict=False))
+        if layers.uncovered.get(name, FROZEN) != FROZEN and math.prod(shape) <= MAX_COPIED
+    ]
 
 
 def _that_shows_examples(caller: str, walks: Iterator) -> tuple[Node, Walk, list[Mark]]:
@@ -172,7 +220,7 @@ def _that_shows_examples(caller: str, walks: Iterator) -> tuple[Node, Walk, list
     """
     first, means, best, most = None, set(), None, -1.0
     for node, walk, results in walks:
-        sums = list(final_sums(node, node.jaxpr.jaxpr.outvars[0]))
+        sums = final_sums(node, node.jaxpr.jaxpr.outvars[0])
         if first is None:
             first, means = (node, walk, results), divisors(sums)
         seen = [use.examples is not None for use in walk.found] or [True]

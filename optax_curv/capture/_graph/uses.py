@@ -140,12 +140,17 @@ def _bias_axes(found: Found, shape) -> tuple[int, ...] | None:
 
 
 def group(
-    uses: list[Found], refused: dict[int, str], unused: dict[int, str], paths, shapes, batch: int
+    uses: dict[int, Found],
+    refused: dict[int, str],
+    unused: dict[int, str],
+    paths,
+    shapes,
+    batch: int,
 ):
     """Makes layers of the uses of the leaves, and a `Use` of each use that has a tap, by number.
 
     Args:
-      uses: the uses as the walk found them.
+      uses: the uses as the walk found them, by number, those without a gradient left out.
       refused: reasons, by leaf, for leaves that met the examples in a way no layer describes.
       unused: reasons for leaves without a use.
       paths: key paths of the leaves.
@@ -154,10 +159,10 @@ def group(
     """
     keys = [jax.tree_util.keystr(path) for path in paths]
     by_leaf: dict[int, list[int]] = {}  # in the order of first use
-    for number, found in enumerate(uses):
+    for number, found in uses.items():
         by_leaf.setdefault(found.view.source, []).append(number)
-    untold = {found.view.source: found.untold for found in uses if found.untold is not None}
-    uses, uncovered = list(uses), untold | refused
+    untold = {found.view.source: found.untold for found in uses.values() if found.untold}
+    uses, uncovered = dict(uses), untold | refused
     matrices = _matrices(uses, by_leaf, uncovered, shapes)
     biases = _biases(uses, by_leaf, matrices, uncovered, shapes)
     layers: dict[int, Layer] = {}
@@ -192,7 +197,7 @@ def group(
 
 
 def _matrices(
-    uses: list[Found], by_leaf: dict[int, list[int]], uncovered: dict[int, str], shapes
+    uses: dict[int, Found], by_leaf: dict[int, list[int]], uncovered: dict[int, str], shapes
 ) -> dict[int, Matrix]:
     """Finds the matrix of each kernel leaf; notes in `uncovered` why there is none.
 
@@ -226,6 +231,8 @@ def _biases(uses, by_leaf, matrices, uncovered, shapes) -> dict[int, tuple[int, 
     for leaf, numbers in by_leaf.items():
         partners = [uses[n].partner for n in numbers]
         if leaf in uncovered or None in partners:
+            continue
+        if not uses.keys() >= set(partners):
             continue
         kernels = {uses[p].view.source for p in partners}
         kernel = min(kernels)

@@ -124,6 +124,10 @@ class Walk:
       groups: numbers of the uses that one equation makes.
       refused: why leaves met the examples in a way no layer describes.
       seeds: uses whose input all examples share.
+      kernels: leaves that enter a product or convolution with the examples, also as a part.
+      made: those of them that only enter as a part.
+      queries: leaves, repeated or with many axes, that meet a kernel before the examples.
+      stopped: leaves that enter `stop_gradient`, also as a part.
     """
 
     def __init__(self, paths: list[str], batch: int):
@@ -132,6 +136,27 @@ class Walk:
         self.groups: list[list[int]] = []
         self.refused: dict[int, str] = {}
         self.seeds = Seeds(batch)
+        self.kernels: set[int] = set()
+        self.made: set[int] = set()
+        self.queries: set[int] = set()
+        self.stopped: set[int] = set()
+
+    def enter(self, node: Node, leaf: int, shape: tuple[int, ...]) -> Mark:
+        """Takes a whole leaf as a use of its own, whose output is the leaf; returns its mark.
+
+        What is made of the leaf is then followed, and widened, as what is made of any output that
+        all examples share. So every function of a leaf that is not a kernel has exact gradients of
+        single examples.
+        """
+        view, number = views.whole(leaf, shape), len(self.found)
+        segments = tuple(("feature", axis) for axis in view.axes)
+        outputs = tuple(piece for axis in view.axes for piece in axis)
+        self.found.append(Found("shift", view, (), (), (), outputs, (), segments, examples=None))
+        self.groups.append([number])
+        node.entries[leaf] = number
+        self.seeds.before[number] = set()
+        self.seeds.entries.add(number)
+        return Mark(seeds=(Seed(number, view),))
 
     def node(
         self,
@@ -163,6 +188,7 @@ class Walk:
     def _equation(self, at: _At, given: list[Mark]) -> list[Mark]:
         eqn = at.eqn
         if eqn.primitive.name == "stop_gradient" or not eqn.outvars:
+            self.stopped |= _leaves(given)
             return [Mark(batch=given[0].batch) for _ in eqn.outvars]
         nodes = tuple(map(Node, bodies(eqn)))
         if nodes:
@@ -171,6 +197,12 @@ class Walk:
             results = enter(at, given, nodes)
             at.node.children[at.index] = nodes
             return results
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            if all(mark.leaves for mark in given):
+                self.queries |= {view.source for view in given[0].leaves if _is_query(view)}
+            elif any(mark.batch is not None for mark in given):
+                self.kernels |= _leaves(given)
+                self.made |= {leaf for mark in given for leaf, _ in mark.derived}
         batches = propagate(eqn, [mark.batch for mark in given], self.batch)
         results, before = None, len(self.found)
         known = any(mark.leaves or mark.output for mark in given) and eqn.primitive.name in RULES
@@ -322,6 +354,17 @@ class Walk:
                 "not pass through it; use jax.lax.scan, or fori_loop with a number of steps known "
                 "at trace time."
             )
+
+
+def _is_query(view: View) -> bool:
+    """Whether a leaf that meets a kernel is no kernel itself, as in x @ (a @ b)."""
+    return len(view.axes) > 2 or any(stride == 0 for axis in view.axes for stride, _ in axis)
+
+
+def _leaves(marks: list[Mark]) -> set[int]:
+    """All leaves that variables are views of, or made of."""
+    seen = {view.source for mark in marks for view in mark.leaves}
+    return seen | {leaf for mark in marks for leaf, _ in mark.derived}
 
 
 def _adds_penalty(at: _At, given: list[Mark]) -> bool:
