@@ -252,9 +252,9 @@ def scale_by_ekfac(
       decay: of the averages of A, G and M, in [0, 1]; a number or a schedule. The averages are free
         of the bias of their start, and A and G are those of `scale_by_kfac` with the same decay.
       update_every: steps between averaging statistics in.
-      statistic_bound: b ≥ 1, or None. After a layer's first ten statistics a factor whose mean
-        eigenvalue is more than b times that of its average is scaled down to that before it is
-        averaged in, so that an outlier neither stalls the layer nor stays. A second one in a row
+      statistic_bound: b ≥ 1, or None. After a layer's first ten statistics a factor whose largest
+        entry is more than b times that of its average is scaled down to that before it is averaged
+        in, so that an outlier neither stalls the layer nor stays. A second one in a row
         may be b² times as large, and so on, so that growth is followed within a few steps. The
         state counts them in `held`.
       invert_every: steps between eigendecompositions, after each of which the moments are carried
@@ -337,9 +337,9 @@ def ekfac(
       decay: of the averages of A, G and M, in [0, 1]; a number or a schedule. The averages are free
         of the bias of their start, and A and G are those of `scale_by_kfac` with the same decay.
       update_every: steps between averaging statistics in.
-      statistic_bound: b ≥ 1, or None. After a layer's first ten statistics a factor whose mean
-        eigenvalue is more than b times that of its average is scaled down to that before it is
-        averaged in, so that an outlier neither stalls the layer nor stays. A second one in a row
+      statistic_bound: b ≥ 1, or None. After a layer's first ten statistics a factor whose largest
+        entry is more than b times that of its average is scaled down to that before it is averaged
+        in, so that an outlier neither stalls the layer nor stays. A second one in a row
         may be b² times as large, and so on, so that growth is followed within a few steps. The
         state counts them in `held`.
       invert_every: steps between eigendecompositions, after each of which the moments are carried

@@ -250,9 +250,9 @@ def scale_by_kfac(
         (conjugate gradients at every step, for layers too wide to factorise).
       update_every: steps between averaging statistics in; None: 1, or `invert_every` where the
         statistics are rows.
-      statistic_bound: b ≥ 1, or None. After a layer's first ten statistics a factor whose mean
-        eigenvalue is more than b times that of its average is scaled down to that before it is
-        averaged in, so that an outlier neither stalls the layer nor stays. A second one in a row
+      statistic_bound: b ≥ 1, or None. After a layer's first ten statistics a factor whose largest
+        entry is more than b times that of its average is scaled down to that before it is averaged
+        in, so that an outlier neither stalls the layer nor stays. A second one in a row
         may be b² times as large, and so on, so that growth is followed within a few steps. The
         state counts them in `held`.
       invert_every: steps between inversions; the first step always inverts. The Python number 1,
@@ -355,9 +355,9 @@ def kfac(
         (conjugate gradients at every step, for layers too wide to factorise).
       update_every: steps between averaging statistics in; None: 1, or `invert_every` where the
         statistics are rows.
-      statistic_bound: b ≥ 1, or None. After a layer's first ten statistics a factor whose mean
-        eigenvalue is more than b times that of its average is scaled down to that before it is
-        averaged in, so that an outlier neither stalls the layer nor stays. A second one in a row
+      statistic_bound: b ≥ 1, or None. After a layer's first ten statistics a factor whose largest
+        entry is more than b times that of its average is scaled down to that before it is averaged
+        in, so that an outlier neither stalls the layer nor stays. A second one in a row
         may be b² times as large, and so on, so that growth is followed within a few steps. The
         state counts them in `held`.
       invert_every: steps between inversions; the first step always inverts, and a direction that

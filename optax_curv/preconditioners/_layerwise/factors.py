@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.curvature import KroneckerFactors
-from optax_curv.linalg._compiler import slice_of_stack
+from optax_curv.linalg._compiler import materialize, slice_of_stack
 from optax_curv.linalg.factors import Dense, Diagonal, Factor
 from optax_curv.preconditioners._layerwise.members import LayerKind, PresentLayer
 from optax_curv.preconditioners._stacks.names import layers_of
@@ -70,8 +70,16 @@ def zero_factors(kind: LayerKind, struct: jax.ShapeDtypeStruct) -> LayerFactors:
 
 def is_silent(array: jax.Array) -> jax.Array:
     """Says of which rows an array [N, ...] is zero, or too small for arithmetic: bool [N]."""
-    axes = tuple(range(1, array.ndim))
-    return jnp.max(jnp.abs(array), axis=axes, initial=0) < jnp.finfo(array.dtype).tiny
+    return _is_too_small(peaks(array))
+
+
+def peaks(array: jax.Array) -> jax.Array:
+    """The largest magnitude in every row of an array [N, ...], [N]."""
+    return jnp.max(jnp.abs(array), axis=tuple(range(1, array.ndim)), initial=0)
+
+
+def _is_too_small(peaks: jax.Array) -> jax.Array:
+    return peaks < jnp.finfo(peaks.dtype).tiny
 
 
 def averaged(
@@ -90,27 +98,32 @@ def averaged(
       old: the averages before the step.
       new: the factors of this step's statistics.
       decay: of the averages, [].
-      bound: how many times an average's mean eigenvalue that of a new factor may be; a larger one
+      bound: how many times an average's largest entry that of a new factor may be; a larger one
         is scaled down to it. A k-th one in a row may be bound^k times as large, so that an outlier
         changes little, and what has grown for good is followed. The first `FREE` statistics of a
         slice are taken as they come. None: all are.
       sound: whether the step is; without that nothing is averaged in.
     """
-    unseen = is_silent(array_of(new[0])) | is_silent(array_of(new[1]))
-    silent = is_silent(array_of(old.input_factor)) | is_silent(array_of(old.output_factor))
+    sides = (old.input_factor, new[0]), (old.output_factor, new[1])
+    sizes = [(peaks(array_of(x)), peaks(array_of(y))) for x, y in sides]
+    silent, unseen = (
+        _is_too_small(sizes[0][which]) | _is_too_small(sizes[1][which]) for which in (0, 1)
+    )
     seen = jnp.where(silent, 0, old.count)
     taken = sound & ~unseen
     weight = jnp.where(taken, averages.running_weight(decay, seen), 0)
-    sides = (old.input_factor, new[0]), (old.output_factor, new[1])
     scales, held = [jnp.ones_like(weight)] * 2, old.held
     if bound is not None:
         limits = jnp.power(jnp.asarray(bound, weight.dtype), jnp.minimum(old.held[:, 1], 8) + 1)
         limits = jnp.where(seen < FREE, jnp.inf, limits)
-        scales = [_scale(*side, limits) for side in sides]
+        scales = [_scale(*size, limits) for size in sizes]
         is_held = taken & ((scales[0] < 1) | (scales[1] < 1))
         total = jnp.where(is_held, optax.safe_increment(old.held[:, 0]), old.held[:, 0])
         row = jnp.where(is_held, optax.safe_increment(old.held[:, 1]), 0)
         held = jnp.stack([total, jnp.where(taken, row, old.held[:, 1])], axis=1)
+
+    # Else XLA on CPU would fuse them into the loops over the factors, once a factor.
+    weight, scales = materialize(weight), [materialize(scale) for scale in scales]
 
     def moved(old: Factor, new: Factor, scale: jax.Array) -> Any:
         def of_array(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -123,10 +136,10 @@ def averaged(
     return LayerFactors(a, g, count, held), Averaging(weight, scales[0] * scales[1])
 
 
-def _scale(old: Factor, new: Factor, limits: jax.Array) -> jax.Array:
-    """How much of a new factor is taken, at most 1, [N]."""
-    largest, size = limits * old.mean_diagonal(), new.mean_diagonal()
-    return jnp.where(size > largest, largest / jnp.where(size > largest, size, 1), 1)
+def _scale(old: jax.Array, new: jax.Array, limits: jax.Array) -> jax.Array:
+    """How much of factors of these sizes is taken, at most 1, [N]."""
+    largest = limits * old
+    return jnp.where(new > largest, largest / jnp.where(new > largest, new, 1), 1)
 
 
 def by_slice(numbers: jax.Array, like: jax.Array) -> jax.Array:
