@@ -40,8 +40,9 @@ class _Clip(PassingRule):
 def clip_by_max_abs(max_abs: Number) -> optax.GradientTransformationExtraArgs:
     """Scales each leaf so that its largest entry does not exceed a bound.
 
-    The update is u · min(1, max_abs / max|u|). Unlike `optax.clip` it keeps the direction of a leaf; one within the bound is returned bit for
-    bit. The original Kronecker PSGD calls this its "spectral" clip.
+    The update is u · min(1, max_abs / max|u|). Unlike `optax.clip` it keeps the direction of a
+    leaf; one within the bound is returned bit for bit. The original Kronecker PSGD calls this its
+    "spectral" clip.
 
     Args:
       max_abs: the bound, a number (or array, tracer) above zero.
@@ -136,7 +137,8 @@ def normalize_by_reference(
     Examples:
       >>> import jax.numpy as jnp, optax, optax_curv
       >>> tx = optax_curv.normalize_by_reference(optax.scale(0.1))
-      >>> updates, _ = tx.update(jnp.array([0.0, 2.0]), tx.init(jnp.zeros(2)), grad=jnp.array([3.0, 4.0]))
+      >>> state, gradient = tx.init(jnp.zeros(2)), jnp.array([3.0, 4.0])
+      >>> updates, _ = tx.update(jnp.array([0.0, 2.0]), state, grad=gradient)
       >>> print(updates)
       [0.  0.5]
 
@@ -145,7 +147,7 @@ def normalize_by_reference(
     """
     if not isinstance(tx, optax.GradientTransformation):
         raise ValueError(
-            f"normalize_by_reference: expected tx to be an optax.GradientTransformation, got {tx!r}."
+            f"normalize_by_reference: expected an optax.GradientTransformation, got tx={tx!r}."
         )
     reference = optax.with_extra_args_support(tx)
     return transformation(
@@ -182,8 +184,8 @@ def bound_by_running_norm(
 
     A leaf follows freely in its first `start` steps. A step in which it is zero counts for nothing,
     so that a leaf that wakes after a long time is held to what it was before. What has been too
-    large `start` times in a row is no outlier but another size: the mean starts anew from there, and
-    the leaf follows freely again.
+    large `start` times in a row is no outlier but another size: the mean starts anew from there,
+    and the leaf follows freely again.
 
     Args:
       factor: how many times its running mean a norm may be, at least 1; a number (or array,
@@ -294,15 +296,16 @@ def estimate_gradients(estimator: Estimator) -> optax.GradientTransformationExtr
       dtypes.
 
     Raises:
-      ValueError: if `estimator` is no function; in `update`, if `params` is missing or the estimate's tree or shapes differ from
-        theirs.
+      ValueError: if `estimator` is no function; in `update`, if `params` is missing or the
+        estimate's tree or shapes differ from theirs.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_curv
       >>> def estimator(params, *, key):  # central differences along one random direction
       ...     v = 1e-2 * jax.random.normal(key, params.shape)
       ...     return (jnp.sum((params + v) ** 2) - jnp.sum((params - v) ** 2)) / 2e-4 * v
-      >>> tx, params = optax.chain(optax_curv.estimate_gradients(estimator), optax.sgd(0.1)), jnp.ones(3)
+      >>> tx = optax.chain(optax_curv.estimate_gradients(estimator), optax.sgd(0.1))
+      >>> params = jnp.ones(3)
       >>> updates, state = tx.update(None, tx.init(params), params, key=jax.random.key(0))
       >>> updates.shape
       (3,)

@@ -1,4 +1,4 @@
-"""Branch Fisher together with searches, adaptive damping, other dtypes, devices, and a state that means something."""
+"""Branch Fisher with searches, adaptive damping, other dtypes, devices, and a real state."""
 
 import os
 import subprocess
@@ -43,7 +43,7 @@ value_grads_and_rows = optax_curv.residual_rows(residual)
 
 
 def loss_of(batch):
-    """The loss as Optax's searches call it: they hand every extra argument on, so that it has to name each."""
+    """The loss as Optax's searches call it, with a name for every extra argument."""
 
     def loss(params, branches=None, objective=None, batch=batch, weights=None):
         del branches, objective, weights
@@ -111,7 +111,7 @@ def test_adaptive_damping_before_it_follows_the_model(x64):
 
 
 def test_the_jacobian_of_a_networks_state_as_projection_is_the_pullback_of_its_covariance(x64):
-    """With P = Jᵀ and s(θ) the hidden state, λ (λI + Jᵀ cov(s) J)⁻¹ g: directions that move s where it varies cost."""
+    """With P = Jᵀ and s(θ) the hidden state, directions that move s where it varies cost."""
     params, (inputs, _) = problem()
     damping = 0.1
 
@@ -180,10 +180,12 @@ rng = np.random.default_rng(0)
 params = {"w": rng.normal(size=(6, 5)).astype("float32"), "b": rng.normal(size=5).astype("float32")}
 x, y = (rng.normal(size=shape).astype("float32") for shape in ((32, 6), (32, 5)))
 rows_of = optax_curv.residual_rows(lambda p, batch: jnp.tanh(batch[0] @ p["w"] + p["b"]) - batch[1])
-examples = NamedSharding(jax.make_mesh((8,), ("examples",), axis_types=(AxisType.Auto,)), PartitionSpec("examples"))
+mesh = jax.make_mesh((8,), ("examples",), axis_types=(AxisType.Auto,))
+examples = NamedSharding(mesh, PartitionSpec("examples"))
 assert len(jax.devices()) == 8
 for solver in ("woodbury", "cholesky", "cg"):
-    tx = optax_curv.scale_by_branch_fisher(0.1, solver=solver, max_iters=60, tol=0.0, centered=False, momentum=0.9)
+    options = {"max_iters": 60, "tol": 0.0, "centered": False, "momentum": 0.9}
+    tx = optax_curv.scale_by_branch_fisher(0.1, solver=solver, **options)
 
     def two_steps(batch):
         state = tx.init(params)
@@ -193,7 +195,8 @@ for solver in ("woodbury", "cholesky", "cg"):
         return direction, rows
 
     alone, _ = jax.jit(two_steps)((x, y))
-    spread, rows = jax.jit(two_steps, out_shardings=(None, examples))(jax.device_put((x, y), examples))
+    given = jax.device_put((x, y), examples)
+    spread, rows = jax.jit(two_steps, out_shardings=(None, examples))(given)
     assert len(rows["w"].sharding.device_set) == 8
     print(solver, max(float(abs(alone[k] - spread[k]).max() / abs(alone[k]).max()) for k in params))
 """

@@ -49,7 +49,7 @@ def largest_difference(value, reference):
 
 
 def follow(file, name, dtype, limit):
-    """Directions, norms, counts and (within their box) parameters of every step; updates are jitted once a case."""
+    """Directions, norms, counts and (within their box) parameters of every step."""
     case = golden.case(file, name)
     names = [str(leaf) for leaf in case["leaf_names"]]
     params = {leaf: jnp.asarray(case[f"init_{leaf}"], dtype) for leaf in names}

@@ -105,7 +105,7 @@ def test_each_axis_is_whitened_where_the_covariance_is_no_kronecker_product(x64)
 
 
 def test_the_original_rule_never_leaves_the_identity():
-    """Its probe is the gradient: at Q = I, A = B, so S = 0 for ever, and it is no preconditioner."""
+    """Its probe is the gradient: at Q = I, A = B, so S = 0 for ever: no preconditioner."""
     tx = optax_curv.scale_by_kron_psgd(geometry="right_triangular")
     factors = run(tx, jnp.zeros((6, 4)), lambda v: v * jnp.geomspace(1e-3, 1e3, 4), 50)
     for q in factors:

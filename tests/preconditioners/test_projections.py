@@ -1,4 +1,4 @@
-"""Projections: the same numbers in every pass, the right distribution, orthonormal where promised, and small."""
+"""Projections: equal numbers in every pass, the right distribution, orthonormal, and small."""
 
 import functools
 

@@ -75,7 +75,7 @@ def test_updates_minimise_the_dense_model_over_direction_and_previous_update(
 
 
 def test_on_a_quadratic_it_is_the_conjugate_gradient_method(x64):
-    """Steepest descent with the best size and momentum ends a 6-dimensional quadratic in 6 steps."""
+    """Steepest descent of the best size and momentum ends a 6-dimensional quadratic in 6 steps."""
     rng = np.random.default_rng(0)
     inputs, targets = jnp.asarray(rng.normal(size=(9, 6))), jnp.asarray(rng.normal(size=(9, 1)))
     objective = Objective(lambda w, x: x @ w, "normal")

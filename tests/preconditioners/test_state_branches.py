@@ -83,7 +83,7 @@ def test_complement_equals_the_dense_inverse(make, n, count, dimension, x64):
 @both_methods
 @pytest.mark.parametrize("centered", [False, True])
 def test_direction_equals_the_dense_solve(make, centered, x64):
-    grads, branches, projection = problem()
+    grads, branches, _ = problem()
     options = {"max_iters": 50, "tol": 0.0} if make is METHODS["fisher"] else {}
     tx = make(0.1, centered=centered, **options)
     direction, state = jax.jit(tx.update)(
@@ -222,7 +222,7 @@ def test_few_branches_and_few_dimensions(make, complement, x64):
 @both_methods
 @pytest.mark.parametrize("complement", [False, True])
 def test_a_nan_or_infinity_gives_a_zero_update_and_leaves_the_state(make, complement):
-    grads, branches, projection = problem()
+    grads, branches, _ = problem()
     tx = make(0.1, complement=complement)
     step = jax.jit(tx.update)
     _, state = step(grads, tx.init(grads), branches=branches, projection=projection)
@@ -245,7 +245,7 @@ def test_a_nan_or_infinity_gives_a_zero_update_and_leaves_the_state(make, comple
 
 @both_methods
 def test_an_overflowing_direction_is_skipped_and_counted(make):
-    grads, branches, projection = problem()
+    grads, branches, _ = problem()
     tx = make(0.0)
     huge = jax.tree.map(lambda g: g.astype(jnp.float32) * 1e38, grads)
     updates, state = jax.jit(tx.update)(
@@ -269,7 +269,7 @@ def test_one_transformation_serves_models_and_batches_of_any_size(make, compleme
 
 @both_methods
 def test_the_default_keeps_the_complement(make):
-    grads, branches, projection = problem()
+    grads, branches, _ = problem()
     given = {"branches": branches, "projection": projection}
     found, _ = make.func(0.1).update(grads, make.func(0.1).init(grads), **given)
     tx = make.func(0.1, complement=True)
@@ -310,7 +310,7 @@ def test_weights_are_those_of_the_mean_and_the_covariance(make, complement, ddof
 
 @both_methods
 def test_weights_that_are_none_are_refused_or_skipped(make):
-    grads, branches, projection = problem()
+    grads, branches, _ = problem()
     tx = make(0.1)
     state = tx.init(grads)
     for wrong, message in (
@@ -374,7 +374,7 @@ def test_bad_shapes_are_refused(make):
 
 @both_methods
 def test_numbers_may_be_traced_scheduled_and_injected(make):
-    grads, branches, projection = problem()
+    grads, branches, _ = problem()
 
     def first(tx):
         update = jax.jit(tx.update)
