@@ -83,7 +83,7 @@ def test_complement_equals_the_dense_inverse(make, n, count, dimension, x64):
 @both_methods
 @pytest.mark.parametrize("centered", [False, True])
 def test_direction_equals_the_dense_solve(make, centered, x64):
-    grads, branches, _ = problem()
+    grads, branches, projection = problem()
     options = {"max_iters": 50, "tol": 0.0} if make is METHODS["fisher"] else {}
     tx = make(0.1, centered=centered, **options)
     direction, state = jax.jit(tx.update)(
@@ -112,7 +112,7 @@ def test_complement_in_float32_holds_where_the_damping_is_below_the_rounding_of_
 
 @both_methods
 def test_fresh_gaussian_projections_average_to_a_multiple_of_the_gradient(make):
-    grads, branches, _ = problem()
+    grads, branches, projection = problem()
     branches = branches * jnp.array([5.0, 1.0, 0.2, 0.1])
     tx = make(1.0)
     state = tx.init(grads)
@@ -178,7 +178,7 @@ def test_only_a_drawn_gaussian_moves_the_key(projection, explicit, moves):
 
 
 def test_the_same_key_gives_the_same_direction_without_jit():
-    grads, branches, _ = problem()
+    grads, branches, projection = problem()
     tx = optax_curv.scale_by_branch_fisher(0.1, key=jax.random.key(3), complement=True)
     eager, _ = tx.update(grads, tx.init(grads), branches=branches)
     jitted, _ = jax.jit(tx.update)(grads, tx.init(grads), branches=branches)
@@ -222,7 +222,7 @@ def test_few_branches_and_few_dimensions(make, complement, x64):
 @both_methods
 @pytest.mark.parametrize("complement", [False, True])
 def test_a_nan_or_infinity_gives_a_zero_update_and_leaves_the_state(make, complement):
-    grads, branches, _ = problem()
+    grads, branches, projection = problem()
     tx = make(0.1, complement=complement)
     step = jax.jit(tx.update)
     _, state = step(grads, tx.init(grads), branches=branches, projection=projection)
@@ -245,7 +245,7 @@ def test_a_nan_or_infinity_gives_a_zero_update_and_leaves_the_state(make, comple
 
 @both_methods
 def test_an_overflowing_direction_is_skipped_and_counted(make):
-    grads, branches, _ = problem()
+    grads, branches, projection = problem()
     tx = make(0.0)
     huge = jax.tree.map(lambda g: g.astype(jnp.float32) * 1e38, grads)
     updates, state = jax.jit(tx.update)(
@@ -269,7 +269,7 @@ def test_one_transformation_serves_models_and_batches_of_any_size(make, compleme
 
 @both_methods
 def test_the_default_keeps_the_complement(make):
-    grads, branches, _ = problem()
+    grads, branches, projection = problem()
     given = {"branches": branches, "projection": projection}
     found, _ = make.func(0.1).update(grads, make.func(0.1).init(grads), **given)
     tx = make.func(0.1, complement=True)
@@ -354,7 +354,7 @@ def test_bad_options_are_refused(make, options, message):
 
 @both_methods
 def test_bad_shapes_are_refused(make):
-    grads, branches, _ = problem()
+    grads, branches, projection = problem()
     tx = make(projection="orthonormal")
     state = tx.init(grads)
     with pytest.raises(ValueError, match=r"needs D <= n, got branches with D = 10 for n = 9"):
@@ -374,7 +374,7 @@ def test_bad_shapes_are_refused(make):
 
 @both_methods
 def test_numbers_may_be_traced_scheduled_and_injected(make):
-    grads, branches, _ = problem()
+    grads, branches, projection = problem()
 
     def first(tx):
         update = jax.jit(tx.update)
