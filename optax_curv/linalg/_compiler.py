@@ -110,7 +110,3 @@ def full_matmul(a: ArrayLike, b: ArrayLike) -> jax.Array:
     bits of the 23: too few for products whose inverse or root is taken. On CPU it does nothing.
     """
     return jnp.matmul(a, b, precision=FULL)
-
-
-# The older names, until nobody uses them.
-laid_out, cut_out = materialize, slice_of_stack
