@@ -22,6 +22,11 @@ CHANGED: dict[str, str] = {
         "factors and moments are averaged as K-FAC's, without the weight of the first batch",
     ),
     **dict.fromkeys(("ekfac_alias", "ekfac_alias_decays"), "averages and the clip, as above"),
+    "branch_fisher_rows_complement": "in parameter space complement=True no longer multiplies by λ",
+    **dict.fromkeys(
+        ("branch_fisher_alias_decays", "branch_kfac_alias_decays"),
+        "a step that is not finite no longer moves the parameters by the decay",
+    ),
     "kfac_alias": "a step that is not finite no longer moves the parameters by the momentum",
     "kfac_alias_decays": "kl_clip knows the learning rate",
 }

@@ -372,12 +372,16 @@ LAYERWISE = {
 }
 
 
+# The defaults of before, where a run does not say otherwise.
+BEFORE = {"complement": False, "ddof": 1}
+
+
 def fisher(damping=1e-3, **options):
-    return lambda: oc.scale_by_branch_fisher(damping, **options, key=1)
+    return lambda: oc.scale_by_branch_fisher(damping, **BEFORE | options, key=1)
 
 
 def branch_kfac(damping=1e-3, **options):
-    return lambda: oc.scale_by_branch_kfac(damping, **options, key=1)
+    return lambda: oc.scale_by_branch_kfac(damping, **BEFORE | options, key=1)
 
 
 BRANCHES = {
@@ -523,7 +527,7 @@ ALIASES = {
         **DESCENDS,
     ),
     "branch_fisher_alias": Run(
-        lambda: oc.branch_fisher(0.01, 0.1, key=1), **STATES, **MOVES, **TREE
+        lambda: oc.branch_fisher(0.01, 0.1, **BEFORE, key=1), **STATES, **MOVES, **TREE
     ),
     "branch_fisher_alias_decays": Run(
         lambda: oc.branch_fisher(0.1, 0.1, complement=True, param_bound=1.0, key=1, **DECAY),
@@ -536,7 +540,9 @@ ALIASES = {
         **TREES,
         **MOVES,
     ),
-    "branch_kfac_alias": Run(lambda: oc.branch_kfac(0.01, 0.1, key=1), **STATES, **MOVES, **TREE),
+    "branch_kfac_alias": Run(
+        lambda: oc.branch_kfac(0.01, 0.1, **BEFORE, key=1), **STATES, **MOVES, **TREE
+    ),
     "branch_kfac_alias_decays": Run(
         lambda: oc.branch_kfac(
             0.1, 0.1, blocks=2, complement=True, param_bound=1.0, key=1, **DECAY
