@@ -157,7 +157,9 @@ def rows_of(use: Use, operands: tuple, grad: jax.Array) -> tuple[jax.Array | Non
     x = _part(operands[0], use.found.windows[0])
     if use.found.conv is not None:
         x = lax.conv_general_dilated_patches(x, *use.found.conv, precision=lax.Precision.HIGHEST)
-    inputs, grads = use.inputs(x[..., 0] if use.one_hot else x), use.outputs(grad)
+    if use.one_hot:
+        x = _row_numbers(use, x)
+    inputs, grads = use.inputs(x), use.outputs(grad)
     # Inputs may be shared by all examples, or by the members of an ensemble.
     if inputs.shape[:-1] != grads.shape[:-1]:
         inputs = jnp.broadcast_to(inputs, (*grads.shape[:-1], inputs.shape[-1]))
@@ -171,6 +173,14 @@ def rows_of(use: Use, operands: tuple, grad: jax.Array) -> tuple[jax.Array | Non
         one = jnp.full((*inputs.shape[:-1], 1), 1 if use.bias else 0, inputs.dtype)
         inputs = jnp.concatenate([inputs, one], axis=-1)
     return inputs, grads
+
+
+def _row_numbers(use: Use, ids: jax.Array) -> jax.Array:
+    """The numbers of the rows that a look-up reads; what it fills has none, and is not counted."""
+    ids, last = ids[..., use.found.column].astype(jnp.int32), use.layer.in_dim - 1
+    if use.found.clips:
+        return jnp.clip(ids, 0, last)
+    return jnp.where((ids < 0) | (ids > last), last + 1, ids)
 
 
 def _own_gradient(use: Use, operands: tuple, grad: jax.Array) -> jax.Array:

@@ -181,3 +181,17 @@ def test_layers_are_found_at_a_batch_size_given():
     layers = find_layers(loss, params, x, batch_size=3)
     measure = value_grad_and_curvature(loss, layers=layers, batch_size=3)
     assert list(measure(params, x)[2]) == [layer.name for layer in layers] and not layers.uncovered
+
+
+@pytest.mark.parametrize("mode", ["clip", "fill"])
+def test_an_embedding_counts_the_rows_that_are_read(mode):
+    table, ids = jnp.ones((7, 3)), jnp.array([0, -1, 2, 9, 6, 2])
+
+    def loss(p, ids):
+        rows = jax.vmap(lambda i: p.at[i].get(mode=mode, wrap_negative_indices=False))(ids)
+        return jnp.mean(jnp.where(jnp.isnan(rows), 0, rows) ** 2)
+
+    (factors,) = value_grad_and_curvature(loss)(table, ids)[2].values()
+    read = jnp.clip(ids, 0, 6) if mode == "clip" else ids[jnp.array([0, 2, 4, 5])]
+    expected = jnp.bincount(read, length=7) / len(ids)
+    np.testing.assert_allclose(factors.input_factor, expected, atol=1e-6)

@@ -150,6 +150,8 @@ class Found:
       sign: -1 for a subtracted shift.
       choice: which case of a `select_n`, whose condition is the first operand, the shift is.
       far: pieces of the stack that lie among the outputs of the equation.
+      column: which entry of the index vectors of a look-up is the row number.
+      clips: whether row numbers outside the table are moved to its border, as the look-up does.
       untold: why its gradients of single examples cannot be told apart, or None.
     """
 
@@ -170,6 +172,8 @@ class Found:
     sign: float = 1.0
     choice: int | None = None
     far: tuple[Piece, ...] = ()
+    column: int = 0
+    clips: bool = False
     untold: str | None = None
 
 

@@ -159,15 +159,19 @@ def convolution(place: Place, eqn, marks: list[Mark]) -> list[Mark] | None:
 def gather(place: Place, eqn, marks: list[Mark]) -> list[Mark] | None:
     """An embedding: rows of a table picked by number."""
     numbers, ids = look_up(eqn), eqn.invars[1]
-    alone = len(marks[0].leaves) == 1 and is_plain(marks[0].leaves[0])
-    if not alone or len(numbers.start_index_map) != 1:
+    if len(marks[0].leaves) != 1 or not is_plain(marks[0].leaves[0]):
         return None
-    view, axis = marks[0].leaves[0], numbers.start_index_map[0]
+    view = marks[0].leaves[0]
+    partial = [k for k in numbers.start_index_map if numbers.sizes[k] != view.shape[k]]
+    (axis,) = partial if len(partial) == 1 else numbers.start_index_map[:1]
+    clipped = numbers.clips or len(numbers.start_index_map) == 1
+    if len(partial) > 1 or not clipped:  # an axis taken whole must not be moved outside
+        return None
     stacked = dict(zip(numbers.indices_batching, numbers.operand_batching, strict=True))
     gone = (axis, *stacked.values())
     sizes = tuple(1 if k in gone else size for k, size in enumerate(view.shape))
     table = views.merged(view.axes[axis])
-    if numbers.sizes != sizes or numbers.collapsed != (axis,):
+    if numbers.sizes != sizes or numbers.collapsed not in ((axis,), ()):
         return None
     if len(table) != 1 or table[0][0] < 0:
         return None
@@ -176,13 +180,18 @@ def gather(place: Place, eqn, marks: list[Mark]) -> list[Mark] | None:
         for k, size in enumerate(shape_of(ids)[:-1])
     ]
     picked = iter(inputs)
-    offsets = iter([pieces for k, pieces in enumerate(view.axes) if k not in gone])
+    taken = (*numbers.collapsed, *numbers.operand_batching)
+    offsets = iter(
+        [() if k == axis else axes for k, axes in enumerate(view.axes) if k not in taken]
+    )
     outputs = [
         ("feature", next(offsets)) if k in numbers.offset_dims else next(picked)
         for k in range(len(shape_of(eqn.outvars[0])))
     ]
     use = use_of(place, "embedding", view, (ids,), inputs, outputs, marks[1].batch)
-    return [Mark(output=place.add([dataclasses.replace(use, inputs=table)]))]
+    column = numbers.start_index_map.index(axis)
+    use = dataclasses.replace(use, inputs=table, clips=numbers.clips, column=column)
+    return [Mark(output=place.add([use]))]
 
 
 def use_of(
