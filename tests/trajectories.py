@@ -470,17 +470,26 @@ ALIASES = {
     ),
     "kron_psgd_alias": Run(lambda: oc.kron_psgd(0.01, key=1), **MOVES, **BROKEN, **TREE),
     "kron_psgd_alias_decays": Run(
-        lambda: oc.kron_psgd(cyclic, 0.5, **SOME_DECAY, max_rms=0.5, max_abs=None, key=1),
+        lambda: oc.kron_psgd(cyclic, 0.5, **SOME_DECAY, max_rms=0.5, key=1),
         **MOVES,
         **TREE,
     ),
     "kron_psgd_alias_sometimes": Run(
-        lambda: oc.kron_psgd(0.01, update_probability=0.5, max_rms=None, max_abs=1.0, key=1),
+        lambda: optax.chain(
+            oc.scale_by_kron_psgd(update_probability=0.5, b1=0.9, key=1),
+            oc.clip_by_max_abs(1.0),
+            optax.scale_by_learning_rate(0.01),
+        ),
         **MOVES,
         **KEPT,
     ),
     "kron_psgd_alias_stacked": Run(
-        lambda: oc.kron_psgd(0.01, stacked=STACKED, block_size=3, geometry="eq", key=1),
+        lambda: optax.chain(
+            oc.scale_by_kron_psgd(stacked=STACKED, block_size=3, geometry="eq", b1=0.9, key=1),
+            oc.clip_by_max_abs(10.0),
+            optax.clip_by_block_rms(2.0),
+            optax.scale_by_learning_rate(0.01),
+        ),
         **MOVES,
         **STACK,
     ),
