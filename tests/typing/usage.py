@@ -54,9 +54,9 @@ optax_curv.shampoo(3e-3, schedule, weight_decay=array, rms=None)
 optax_curv.shampoo(array, adam_for={"w": False, "b": True}, adam=adam, stacked=1)
 optax_curv.shampoo(3e-3, adam_for=of_output, decay=schedule, root_every=jnp.array(3))
 optax_curv.shampoo(3e-3, weight_decay_mask={"w": True, "b": False}, layers=layers)
-optax_curv.shampoo(3e-3, sharding=mesh)
+optax_curv.shampoo(3e-3, 0.0, nesterov=False, rms=array, damping=array)
 optax_curv.soap(schedule, 0.9, b2=schedule, rms=0.2)
-optax_curv.soap(3e-3, basis="eigh", basis_every=jnp.array(3), layers=layers, sharding=placed)
+optax_curv.soap(3e-3, basis="eigh", basis_every=jnp.array(3), layers=layers)
 optax_curv.scale_by_shampoo(schedule, root="newton", exponent=0.25, max_dim=1024)
 optax_curv.scale_by_shampoo(root="qr", precond_dtype="bfloat16", block_size=256, kl=True)
 optax_curv.scale_by_soap(schedule, schedule, decay=None, stacked={"w": 1, "b": 0})
@@ -82,6 +82,7 @@ optax_curv.kfac(0.1, layers, fallback=adam, kl_clip=1e-3, momentum=0.9, weight_d
 optax_curv.kfac(None, layers, damping=1.0)
 optax_curv.scale_by_kfac(layers, schedule, damping_rule="trace", inverse="eigh")
 optax_curv.scale_by_kfac(layers, array, inverse="cg", fallback=None)
+optax_curv.kfac(0.1, layers, factor_sharding=placed)
 optax_curv.ekfac(schedule, layers, schedule, kl_clip=None)
 optax_curv.scale_by_ekfac(layers, 1e-3, decay=schedule)
 optax_curv.init_factors(4, 3)
@@ -98,6 +99,8 @@ optax_curv.scale_by_branch_fisher(1e-3, projection="orthonormal", tol=1e-6, comp
 optax_curv.branch_kfac(schedule, array, blocks=2, projection="fixed", param_bound=None)
 optax_curv.scale_by_branch_kfac(schedule, blocks=2, key=3)
 optax_curv.scale_by_quadratic_model(1e-3)
+table_of_axes: str = str(optax_curv.matrix_axes(params, layers, adam_for=of_output))
+optax_curv.muon_dimension_numbers(layers)
 
 # Pieces, and what they are chained with.
 tx = optax.chain(
@@ -110,7 +113,9 @@ tx = optax.chain(
 )
 state = tx.init(params)
 updates, state = tx.update(grads, state, params, curvature=curvature)
-wrapped: optax.GradientTransformationExtraArgs = optax_curv.adapt_damping(optax_curv.scale_by_kfac)
+adaptive: optax.GradientTransformationExtraArgs = optax_curv.adapt_damping(
+    lambda damping: optax_curv.scale_by_kfac(layers, damping), 1.0, adapt_every=jnp.array(5)
+)
 
 # Diagnostics and kernels.
 table: str = optax_curv.diagnostics.curvature_table(state)
