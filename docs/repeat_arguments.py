@@ -21,6 +21,8 @@ OWN: dict[tuple[str, str], str] = {
     ("kfac", "invert_every"): "its default depends on the mode",
     ("kfac", "kl_clip"): "it bounds the step at the learning rate",
     ("shampoo", "b1"): "only the matrices have this momentum",
+    ("shampoo", "layers"): "without them an alias goes by names and shapes",
+    ("soap", "layers"): "without them an alias goes by names and shapes",
     ("soap", "b1"): "only the matrices have this momentum",
     ("soap", "b2"): "it is the decay of the factors, too",
     ("soap", "eps"): "V is not a letter of the alias's docstring",

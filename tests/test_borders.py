@@ -8,7 +8,6 @@ import re
 import tokenize
 
 import pytest
-from borders_todo import TODO
 
 import optax_curv
 from optax_curv import diagnostics, flax, linalg, testing
@@ -40,9 +39,8 @@ MAKER_ROOMS = {"preconditioners/_transformation/transformation.py"}
 
 
 def found_in(check):
-    """What a check finds, by file, in files that are not excused."""
-    excused = TODO.get(check.__name__, [])
-    return {name: found for name in FILES if name not in excused and (found := list(check(name)))}
+    """What a check finds, by file."""
+    return {name: found for name in FILES if (found := list(check(name)))}
 
 
 def module_of(name):
@@ -289,10 +287,10 @@ def test_every_parameter_of_every_exported_function_has_a_type():
         for parameter in inspect.signature(function).parameters.values()
         if parameter.name != "self" and parameter.annotation is inspect.Parameter.empty
     }
-    assert untyped - set(TODO.get("typed", [])) == set()
+    assert untyped == set()
 
 
 def test_defaults_are_shown_as_plain_numbers():
     shown = {name: str(inspect.signature(function)) for name, function in exported()}
     tricky = {name for name, text in shown.items() if re.search(r"=\s*np\.", text)}
-    assert tricky - set(TODO.get("plain_defaults", [])) == set()
+    assert tricky == set()

@@ -18,7 +18,6 @@ CALLS = 20
 pytestmark = pytest.mark.skipif(
     shutil.which("pyright") is None, reason="pyright is not installed; the extra `dev` has it"
 )
-MOVING = pytest.mark.xfail(reason="signatures are still being typed")
 
 
 def pyright(*arguments):
@@ -41,12 +40,10 @@ def errors():
     return found
 
 
-@MOVING
 def test_every_documented_call_is_accepted():
     assert errors()["usage.py"] == {}
 
 
-@MOVING
 def test_wrong_calls_are_refused_at_their_lines():
     lines = (FOLDER / "wrong.py").read_text().splitlines()
     wrong = {number for number, line in enumerate(lines, 1) if "  # wrong: " in line}
@@ -54,7 +51,6 @@ def test_wrong_calls_are_refused_at_their_lines():
     assert set(errors()["wrong.py"]) == wrong
 
 
-@MOVING
 def test_types_of_public_symbols_are_known():
     try:
         importlib.metadata.distribution("optax-curv")

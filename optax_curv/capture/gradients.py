@@ -397,11 +397,7 @@ def value_grad_and_curvature(
         if fisher != "empirical":
             return of_model(params, args, kwargs, basis, key)
         traced = trace("value_grad_and_curvature", loss_fn, params, args, kwargs, batch_size)
-        if batch_size is None and not any(map(jnp.ndim, traced.arrays)):
-            raise ValueError(
-                "value_grad_and_curvature: no array after the parameters shows the number of "
-                "examples, which scales the factors; give batch_size=."
-            )
+        _require_examples(batch_size, traced.arrays)
         probing = Probing(traced, _measured(traced.layers, layers), statistic, sharing, basis)
 
         def loss(leaves, probes):
@@ -439,6 +435,14 @@ def value_grad_and_curvature(
         return value, traced.grads(grads), curvature
 
     return value_grads_curvature
+
+
+def _require_examples(batch_size: int | None, arrays: Any):
+    if batch_size is None and not any(map(jnp.ndim, arrays)):
+        raise ValueError(
+            "value_grad_and_curvature: no array after the parameters shows the number of "
+            "examples, which scales the factors; give batch_size=."
+        )
 
 
 def _require_choices(

@@ -138,7 +138,7 @@ def dense_psgd(
     Args:
       learning_rate: a number or a schedule.
       b1: decay of the bias-corrected momentum that is preconditioned, in [0, 1]; 0 for none. A
-        number or a schedule.
+        number or a schedule; with any but the Python number 0 the state keeps a buffer.
       weight_decay: decoupled from the preconditioner, as in AdamW. Other than the Python number 0,
         update needs params.
       weight_decay_mask: which leaves decay, as in `optax.add_decayed_weights`.

@@ -196,7 +196,7 @@ def kron_psgd(
     Args:
       learning_rate: a number or a schedule.
       b1: decay of the bias-corrected momentum that is preconditioned, in [0, 1]; 0 for none. A
-        number or a schedule.
+        number or a schedule; with any but the Python number 0 the state keeps a buffer.
       layers: from `find_layers`; they say what of every kernel is a matrix, see `matrix_axes`.
         None: a factor for every axis of a leaf.
       weight_decay: decoupled from the preconditioner, as in AdamW. Other than the Python number 0,

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import optax
 
 import optax_curv
-from optax_curv import linalg
 
 params = {"w": jnp.ones((4, 3))}
 adam = optax.scale_by_adam()
@@ -35,4 +34,4 @@ optax_curv.scale_by_kfac(1e-3, layers)  # wrong: arguments swapped
 optax_curv.soap(None)  # wrong: no learning rate
 optax_curv.shampoo(3e-3, adam="adam")  # wrong: a name for a transformation
 optax_curv.shampoo(3e-3, geometry="eq")  # wrong: another method's argument
-linalg.triangular_solve(jnp.eye(3), jnp.ones(3), lower=True, side="top")  # wrong: no such side
+optax_curv.Objective(loss_fn, "gaussian")  # wrong: no such likelihood

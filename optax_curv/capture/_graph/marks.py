@@ -40,7 +40,7 @@ class Seed(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """What is known of one variable.
+    """The knowledge of one variable.
 
     Attributes:
       leaves: views of parameter leaves, concatenated along `joined`.
@@ -178,7 +178,7 @@ class Found:
 
 
 class Place(Protocol):
-    """What the rule of a primitive may ask and tell at the equation where the walk stands."""
+    """The place of an equation in the walk, with what a primitive's rule may ask and tell there."""
 
     @property
     def loops(self) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from optax_curv.capture._graph.uses import Use
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
-    """What happens at a use when the loss is run again.
+    """The measurement at a use when the loss is run again.
 
     Attributes:
       use: the use.

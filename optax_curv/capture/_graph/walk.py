@@ -41,7 +41,7 @@ from optax_curv.capture._graph.views import View
 
 @dataclasses.dataclass(frozen=True)
 class Around:
-    """What surrounds the jaxpr that is walked.
+    """The surroundings of the jaxpr that is walked.
 
     Attributes:
       loops: lengths of the scans, outermost first.
