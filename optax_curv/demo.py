@@ -221,7 +221,7 @@ def _writable(text: str) -> pathlib.Path:
     return path
 
 
-def main(arguments: list[str] | None = None):
+def main(arguments: list[str] | None = None) -> None:
     """Parses the command line, trains, prints the table and writes the plot."""
     parser = _Parser(
         prog="python -m optax_curv.demo",

@@ -80,7 +80,7 @@ class Layer:
     bias_axes: tuple[int, ...] | None = None
     rows: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(
                 f"Layer {self.name!r}: unknown kind={self.kind!r}; expected one of {tuple(KINDS)}."
