@@ -167,12 +167,20 @@ def rows_of(use: Use, operands: tuple, grad: jax.Array) -> tuple[jax.Array | Non
         return inputs[..., 0], grads
     if use.gain != 1.0:
         inputs = inputs * use.gain
+    for number in _factors(use, operands[1:]):
+        inputs = inputs * number.astype(inputs.dtype)
     if use.swapped:  # which keeps the product, and the scale of the other uses' factors
         inputs, grads = grads * use.rows, inputs / use.rows
     if use.layer.bias is not None:
         one = jnp.full((*inputs.shape[:-1], 1), 1 if use.bias else 0, inputs.dtype)
         inputs = jnp.concatenate([inputs, one], axis=-1)
     return inputs, grads
+
+
+def _factors(use: Use, operands: tuple) -> list:
+    """The operands that scale a leaf, those that divide it inverted."""
+    first = len(operands) - use.found.divisors
+    return [*operands[:first], *(1 / divisor for divisor in operands[first:])]
 
 
 def _row_numbers(use: Use, ids: jax.Array) -> jax.Array:
@@ -188,7 +196,7 @@ def _own_gradient(use: Use, operands: tuple, grad: jax.Array) -> jax.Array:
     grad = widen(grad) * use.gain
     if use.found.choice is not None:
         operands = (operands[0] == use.found.choice, *operands[1:])
-    for operand in operands:
+    for operand in _factors(use, operands):
         grad = grad * operand
     rows = use.outputs(grad)
     if use.positions is None:

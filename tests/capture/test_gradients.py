@@ -195,3 +195,17 @@ def test_an_embedding_counts_the_rows_that_are_read(mode):
     read = jnp.clip(ids, 0, 6) if mode == "clip" else ids[jnp.array([0, 2, 4, 5])]
     expected = jnp.bincount(read, length=7) / len(ids)
     np.testing.assert_allclose(factors.input_factor, expected, atol=1e-6)
+
+
+def test_a_kernel_times_a_number_known_at_run_time_is_the_same_layer(x64):
+    params, x, _ = network()
+    kernel, c = params["first"]["kernel"], jnp.float64(0.3)
+
+    def given(w, x, c):
+        return jnp.mean(jnp.sin(x @ (c * w / jnp.sqrt(len(w)))))
+
+    def right(w, x, c):
+        return jnp.mean(jnp.sin((x * c / jnp.sqrt(len(w))) @ w))
+
+    measured = [value_grad_and_curvature(f)(kernel, x, c)[2] for f in (given, right)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *measured)

@@ -27,10 +27,15 @@ def multiply(place: Place, eqn, marks: list[Mark]) -> list[Mark] | None:
 
 def divide(place: Place, eqn, marks: list[Mark]) -> list[Mark] | None:
     """A leaf divided by a number."""
-    if len(marks[0].leaves) != 1 or not is_literal(eqn.invars[1]):
+    number = eqn.invars[1]
+    if len(marks[0].leaves) != 1 or shape_of(number):
         return None
     view = marks[0].leaves[0]
-    return [Mark(leaves=(view._replace(gain=view.gain / float(eqn.invars[1].val)),))]
+    if is_literal(number):
+        return [Mark(leaves=(view._replace(gain=view.gain / float(number.val)),))]
+    if is_activation(marks[1]) or marks[1].leaves or marks[1].derived:
+        return None
+    return [Mark(leaves=(view._replace(divisors=(*view.divisors, number)),))]
 
 
 def negate(place: Place, eqn, marks: list[Mark]) -> list[Mark] | None:
@@ -61,7 +66,7 @@ def add(place: Place, eqn, marks: list[Mark]) -> list[Mark] | None:
     shift = _use(place, marks, view, "shift", view.coefficients)
     shift.sign = -1.0 if subtracted and side == 1 else 1.0
     output = other.output if place.once(eqn.invars[1 - side]) else None
-    plain = not subtracted and not view.coefficients and view.gain == 1.0
+    plain = not subtracted and not view.coefficients + view.divisors and view.gain == 1.0
     if output is not None and plain and len(place.group(output)) == 1:
         (kernel,) = place.group(output)
         seen = _spread(output, eqn)
@@ -157,7 +162,9 @@ def _use(place: Place, marks: list[Mark], view: View, kind: str, operands) -> Fo
         for number, (stride, length) in enumerate(pieces):
             row = ("row", ((axis + number / (len(pieces) + 1), length),))
             segments.append(("feature", ((stride, length),)) if stride else row)
-    return use_of(place, kind, view, operands, (), segments, known_batch(marks))
+    given = (*operands, *view.divisors)
+    use = use_of(place, kind, view, given, (), segments, known_batch(marks))
+    return dataclasses.replace(use, divisors=len(view.divisors))
 
 
 def concatenate(place: Place, eqn, marks: list[Mark]) -> list[Mark] | None:

@@ -150,6 +150,7 @@ class Found:
       sign: -1 for a subtracted shift.
       choice: which case of a `select_n`, whose condition is the first operand, the shift is.
       far: pieces of the stack that lie among the outputs of the equation.
+      divisors: how many of the last operands divide.
       column: which entry of the index vectors of a look-up is the row number.
       clips: whether row numbers outside the table are moved to its border, as the look-up does.
       untold: why its gradients of single examples cannot be told apart, or None.
@@ -172,6 +173,7 @@ class Found:
     sign: float = 1.0
     choice: int | None = None
     far: tuple[Piece, ...] = ()
+    divisors: int = 0
     column: int = 0
     clips: bool = False
     untold: str | None = None

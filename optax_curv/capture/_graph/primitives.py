@@ -171,7 +171,7 @@ def why_not(eqn, view: View, several: bool) -> str:
         )
     if several and name in TOGETHER:
         return TOGETHER[name]
-    if view.coefficients:
+    if view.coefficients + view.divisors:
         return f"it is multiplied element-wise before it enters `{name}`"
     if not view.aligned:
         return f"it is cut into unequal slices before it enters `{name}`"

@@ -19,7 +19,8 @@ def _kernel_side(marks: list[Mark]) -> int | None:
     other = marks[1 - sides[0]]
     if other.derived and not is_activation(other):
         return None
-    return None if any(view.coefficients for view in marks[sides[0]].leaves) else sides[0]
+    scaled = [c for view in marks[sides[0]].leaves for c in view.coefficients]
+    return None if any(map(shape_of, scaled)) else sides[0]  # numbers scale the input instead
 
 
 def _row(axis: int, size: int) -> Segment:
@@ -100,8 +101,9 @@ def _dense_use(place: Place, eqn, marks: list[Mark], side: int, view: View) -> F
     outputs = [*(inputs[there] for there in batched.values())]
     outputs += rows + features if side == 1 else features + rows
     ordered = [inputs[axis] for axis in range(len(shape))]
-    given = (eqn.invars[other],)
-    return use_of(place, "dense", view, given, ordered, outputs, marks[other].batch)
+    given = (eqn.invars[other], *view.coefficients, *view.divisors)
+    use = use_of(place, "dense", view, given, ordered, outputs, marks[other].batch)
+    return dataclasses.replace(use, divisors=len(view.divisors))
 
 
 def _sides(pair: tuple, side: int) -> tuple:

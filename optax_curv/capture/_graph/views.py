@@ -41,6 +41,7 @@ class View(NamedTuple):
     aligned: bool = True  # whether every slice was one of several equal ones
     gain: float = 1.0  # a number, and variables, that multiply the entries
     coefficients: tuple = ()
+    divisors: tuple = ()  # variables, numbers, that divide the entries
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -161,7 +162,9 @@ def enter_loop(view: View, depth: int) -> View | None:
 
 def is_plain(view: View) -> bool:
     """Whether the view has no coefficients, and no entry twice."""
-    return not view.coefficients and all(stride for axis in view.axes for stride, _ in axis)
+    return not view.coefficients + view.divisors and all(
+        stride for axis in view.axes for stride, _ in axis
+    )
 
 
 def moved(eqn, view: View) -> View | None:

@@ -390,7 +390,7 @@ def _derived(eqn, given: list[Mark]) -> tuple[tuple[int, str], ...]:
 
 def _at_boundary(mark: Mark) -> Mark:
     """The mark inside a body: coefficients of leaves are variables of the jaxpr outside."""
-    if any(view.coefficients for view in mark.leaves):
+    if any(view.coefficients + view.divisors for view in mark.leaves):
         reason = "it is multiplied element-wise before it enters a function call"
         mark = _as_derived(mark, reason)
     return mark._replace(output=None)
