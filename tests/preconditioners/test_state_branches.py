@@ -112,7 +112,7 @@ def test_complement_in_float32_holds_where_the_damping_is_below_the_rounding_of_
 
 @both_methods
 def test_fresh_gaussian_projections_average_to_a_multiple_of_the_gradient(make):
-    grads, branches, projection = problem()
+    grads, branches, _ = problem()
     branches = branches * jnp.array([5.0, 1.0, 0.2, 0.1])
     tx = make(1.0)
     state = tx.init(grads)
@@ -178,7 +178,7 @@ def test_only_a_drawn_gaussian_moves_the_key(projection, explicit, moves):
 
 
 def test_the_same_key_gives_the_same_direction_without_jit():
-    grads, branches, projection = problem()
+    grads, branches, _ = problem()
     tx = optax_curv.scale_by_branch_fisher(0.1, key=jax.random.key(3), complement=True)
     eager, _ = tx.update(grads, tx.init(grads), branches=branches)
     jitted, _ = jax.jit(tx.update)(grads, tx.init(grads), branches=branches)
@@ -354,7 +354,7 @@ def test_bad_options_are_refused(make, options, message):
 
 @both_methods
 def test_bad_shapes_are_refused(make):
-    grads, branches, projection = problem()
+    grads, branches, _ = problem()
     tx = make(projection="orthonormal")
     state = tx.init(grads)
     with pytest.raises(ValueError, match=r"needs D <= n, got branches with D = 10 for n = 9"):
