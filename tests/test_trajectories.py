@@ -27,6 +27,11 @@ CHANGED: dict[str, str] = {
         ("branch_fisher_alias_decays", "branch_kfac_alias_decays"),
         "a step that is not finite no longer moves the parameters by the decay",
     ),
+    **dict.fromkeys(
+        ("shampoo_alias", "soap_alias"), "a tensor is folded to a matrix and no longer Adam's"
+    ),
+    "shampoo_alias_stacked": "a stacked leaf's size is that of each of its matrices",
+    "shampoo_alias_bfloat16_leaves": "Adam's moments are float32",
     "kfac_alias": "a step that is not finite no longer moves the parameters by the momentum",
     "kfac_alias_decays": "kl_clip knows the learning rate",
 }

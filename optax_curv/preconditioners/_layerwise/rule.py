@@ -91,10 +91,9 @@ class LayerRule(StackRule):
 
     def init(self, view: Any, params: Any) -> Any:
         """The state of the layers and of the fallback."""
-        del params
         state = self.init_layers(view)
         kept = as_kept(state._replace(fallback=None), self.factor_sharding)
-        fallback = () if self.fallback is None else self.fallback.init(view)
+        fallback = () if self.fallback is None else self.fallback.init(view, params)
         return kept._replace(fallback=fallback)
 
     def update(

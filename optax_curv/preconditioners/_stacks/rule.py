@@ -48,13 +48,14 @@ class Fallback(NamedTuple):
     tx: optax.GradientTransformation
     by_stack: bool
 
-    def init(self, view: Stacks) -> Any:
-        """Its state, with moments in float32 at least."""
-        zeros = {
-            name: jnp.zeros(stack.struct.shape, stack.dtype)
-            for name, stack in view.of_kind(is_other).items()
-        }
-        return self.tx.init(zeros if self.by_stack else view.alone(zeros))
+    def init(self, view: Stacks, params: Any) -> Any:
+        """Its state for these parameters, or for a tree of shapes, in float32 at least."""
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
+            stacks = view.of_kind(is_other).items()
+            shown = {name: jnp.zeros(stack.struct.shape, stack.dtype) for name, stack in stacks}
+        else:
+            shown = view.take(params, is_other)
+        return self.tx.init(shown if self.by_stack else view.alone(shown))
 
     def update(
         self, view: Stacks, grads: Any, state: Any, params: Any, **extra_args: Any
@@ -102,11 +103,10 @@ class StackRule(Rule):
 
     def init(self, view: Stacks, params: Any) -> Any:
         """The state of the method and of the fallback."""
-        del params
         structs = {name: stack.struct for name, stack in view.of_kind(is_ours).items()}
         state = self.init_stacks(structs)
         if self.fallback is not None:
-            state = state._replace(fallback=self.fallback.init(view))
+            state = state._replace(fallback=self.fallback.init(view, params))
         return state
 
     def update(
