@@ -182,12 +182,12 @@ def main():
     if len(options.trees) not in (1, 2):
         parser.error("expected one folder or two")
     if options.growth:
-        unit = answer(started(options.trees[0], "--grow", "adamw", LARGEST))
-        print(f"trace + compile, in units of AdamW's {unit:.2f} s for {LARGEST} blocks")
+        print(f"trace + compile, in units of AdamW's for {LARGEST} blocks, then that in seconds")
         for name in GROWING:
+            unit = answer(started(options.trees[0], "--grow", "adamw", LARGEST))
             for n in options.blocks:
                 times = [answer(started(x, "--grow", name, n)) / unit for x in options.trees]
-                print(f"{name:10}{n:4}", *(f"{x:8.2f}" for x in times), flush=True)
+                print(f"{name:10}{n:4}", *(f"{x:8.2f}" for x in [*times, unit]), flush=True)
         return None
     print(f"{'':14}" + "".join(f"{metric:>28}" for metric in METRICS), flush=True)
     for name in options.cases:
