@@ -78,28 +78,36 @@ def muon():
     )
 
 
-def ours(alias, **options):
-    """An alias with its method for the stacked matrices, Adam for the rest."""
+def ours(method, *after, **options):
+    """A method with research options for the stacked matrices, Adam for the rest."""
 
-    def adam_for(path, leaf):
-        return path[0].key not in MATRICES
+    def labels(params):
+        return {name: "matrix" if name in MATRICES else "rest" for name in params}
 
-    def stacked(params):
-        return {name: int(name in MATRICES) for name in params}
+    def make():
+        parts = {
+            "matrix": optax.chain(method(stacked=1, **options), *after),
+            "rest": optax.scale_by_adam(),
+        }
+        return optax.chain(optax.partition(parts, labels), optax.scale_by_learning_rate(1e-3))
 
-    return functools.partial(
-        getattr(optax_curv, alias), 1e-3, adam_for=adam_for, stacked=stacked, **options
-    )
+    return make
+
+
+def shampoo(**options):
+    """Shampoo as its alias has it, with options that the alias does not take."""
+    size = optax_curv.normalize_by_rms(0.2)
+    return ours(optax_curv.scale_by_shampoo, size, damping=1e-5, **options)
 
 
 METHODS = {
     "adam": lambda: optax.adam(1e-3),
     "muon": muon,
-    "shampoo newton": ours("shampoo", root="newton", block_size=1024),
-    "shampoo newton, whole": ours("shampoo", root="newton"),
-    "shampoo qr": ours("shampoo", root="qr", block_size=1024),
-    "shampoo eigh": ours("shampoo", block_size=1024),
-    "soap": ours("soap", block_size=1024),
+    "shampoo newton": shampoo(root="newton", block_size=1024),
+    "shampoo newton, whole": shampoo(root="newton"),
+    "shampoo qr": shampoo(root="qr", block_size=1024),
+    "shampoo eigh": shampoo(block_size=1024),
+    "soap": ours(optax_curv.scale_by_soap, block_size=1024),
 }
 
 
@@ -149,8 +157,8 @@ def measure(runs, rounds):
 def late(state, count, refreshed):
     """The state after so many steps, the last refresh of roots where it says."""
     state = optax.tree.set(state, count=jnp.int32(count))
-    known = optax.tree.get_all_with_path(state, "refreshed")
-    return optax.tree.set(state, refreshed=jnp.int32(refreshed)) if known else state
+    known = optax.tree.get_all_with_path(state, "since")
+    return optax.tree.set(state, since=jnp.int32(count - refreshed)) if known else state
 
 
 def main():
