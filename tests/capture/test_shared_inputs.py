@@ -120,20 +120,45 @@ def test_what_cannot_be_told_apart_is_in_no_layer():
         assert reason in layers.uncovered["['w']"]
 
 
-def test_a_leaf_used_directly_and_through_a_function_of_itself_is_in_no_layer():
-    params, x = {"w": jnp.ones((D, D)), "b": jnp.ones(D)}, jnp.ones(X)
+def own_second_moment(loss, params, x, leaf):
+    """The mean of g gᵀ over examples, g the gradient of one example's own loss."""
+    grads = jax.vmap(lambda one: leaf(jax.grad(loss)(params, one[None])))(x)
+    return jnp.einsum("ni,nj->ij", grads, grads) / len(x)
+
+
+def test_a_leaf_used_directly_and_through_a_function_of_itself_is_measured_as_a_whole(x64):
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(D, D))), "b": jnp.asarray(rng.normal(size=D))}
+    x = jnp.asarray(rng.normal(size=X))
     for shift in (lambda b: b - jnp.mean(b), jax.nn.log_softmax, lambda b: b / jnp.linalg.norm(b)):
 
         def loss(p, x):
             return jnp.mean(jnp.sin(x @ p["w"] + shift(p["b"])))  # noqa: B023
 
         layers = find_layers(loss, params, x)
-        assert [layer.name for layer in layers] == ["w"] and "['b']" in layers.uncovered
+        covered = {layer.bias: layer.name for layer in layers}
+        if "['b']" not in covered:
+            assert "['b']" in layers.uncovered
+            continue
+        _, _, curvature = value_grad_and_curvature(loss, layers=layers)(params, x)
+        expected = own_second_moment(loss, params, x, lambda grads: grads["b"])
+        found = curvature[covered["['b']"]].output_factor
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
-def test_a_leaf_whose_shift_is_added_beside_a_scale_is_in_no_layer():
+def test_a_leaf_whose_shift_is_added_beside_a_scale_is_measured_as_a_whole(x64):
+    rng = np.random.default_rng(0)
+    params, x = jnp.asarray(rng.normal(size=D)), jnp.asarray(rng.normal(size=(N, D)))
+
     def loss(p, x):
         return jnp.mean(x * p + jnp.tanh(p))
 
-    layers = find_layers(loss, jnp.ones(D), jnp.ones((N, D)))
-    assert not list(layers) and "tanh" in layers.uncovered[""]
+    layers = find_layers(loss, params, x)
+    if not list(layers):
+        assert layers.uncovered[""]
+        return
+    _, _, curvature = value_grad_and_curvature(loss, layers=layers)(params, x)
+    expected = own_second_moment(loss, params, x, lambda grads: grads)
+    np.testing.assert_allclose(
+        curvature[next(iter(layers)).name].output_factor, expected, rtol=1e-9
+    )

@@ -165,7 +165,8 @@ class KronRule(LeafRule, PsgdOptions):
     def _placed(self, state: ScaleByKronPsgdState) -> ScaleByKronPsgdState:
         """The state with its factors and what belongs to them divided over devices."""
         fields = {
-            name: as_kept(getattr(state, name), self.factor_sharding) for name in self.guarded
+            name: as_kept(getattr(state, name), self.factor_sharding)
+            for name in (*self.guarded, "momentum")
         }
         return state._replace(**fields)
 

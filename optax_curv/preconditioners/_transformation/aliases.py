@@ -40,9 +40,12 @@ def by_rows(function: Any) -> optax.GradientTransformation:
 
 
 def decayed(weight_decay: Any) -> list[Piece]:
-    """Decoupled weight decay of the stacks that decay; nothing for the Python number 0."""
+    """Decoupled weight decay of the stacks that decay; nothing for the Python number 0.
+
+    The state has the same structure for every number, so that an injected one fits.
+    """
     if is_python_number(weight_decay, 0):
-        return []
+        return [optax.identity()]
 
     def piece_of(view: Any) -> optax.GradientTransformation:
         decays = None

@@ -114,7 +114,9 @@ def require_flags(method: str, **flags: Any):
     """Refuses what is not a bool: the string "no" would count as True."""
     for name, value in flags.items():
         if not isinstance(value, bool | np.bool_):
-            raise ValueError(f"{method}: expected {name} to be a bool, got {name}={value!r}.")
+            raise ValueError(
+                f"{method}: expected {name} to be True or False, got {name}={value!r}."
+            )
 
 
 def require_dtype(method: str, **dtypes: Any):
