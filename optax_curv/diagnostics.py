@@ -154,7 +154,7 @@ def factor_spectra(opt_state: Any) -> list[FactorSpectrum]:
 
     Examples:
       >>> import jax.numpy as jnp, optax_curv
-      >>> state = optax_curv.kron_psgd(0.1, init_scale=2.0).init({"w": jnp.ones((3, 2))})
+      >>> state = optax_curv.scale_by_kron_psgd(init_scale=2.0).init({"w": jnp.ones((3, 2))})
       >>> for spectrum in optax_curv.diagnostics.factor_spectra(state):
       ...     print(spectrum.name, spectrum.factor, spectrum.eigenvalues.round(2))
       ['w'] axis 0 [1.41 1.41 1.41]
@@ -241,7 +241,7 @@ def plot_curvature(opt_state: Any, axes: Any = None) -> Any:
 
     Examples:
       >>> import jax.numpy as jnp, optax_curv
-      >>> state = optax_curv.kron_psgd(0.1, init_scale=1.0).init({"w": jnp.ones((3, 2))})
+      >>> state = optax_curv.scale_by_kron_psgd(init_scale=1.0).init({"w": jnp.ones((3, 2))})
       >>> optax_curv.diagnostics.plot_curvature(state).get_ylabel()
       'eigenvalue / largest'
     """
