@@ -64,7 +64,7 @@ def flat_members(method: str, tree: Any, weight_decay_mask: Any) -> list[tuple[M
 def flat_decayed(method: str, weight_decay: Any) -> list[Piece]:
     """Decoupled weight decay of the leaves that decay; nothing for the Python number 0."""
     if is_python_number(weight_decay, 0):
-        return []
+        return [optax.identity()]  # the state's structure is that of any number
 
     def piece_of(view: Any) -> optax.GradientTransformation:
         def decayed(name, u, p):

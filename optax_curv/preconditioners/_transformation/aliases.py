@@ -51,7 +51,15 @@ def decayed(weight_decay: Any) -> list[Piece]:
         decays = None
         if isinstance(view, Mapping):
             decays = {name: stack.kind.decays for name, stack in view.items()}
-        return optax.add_decayed_weights(weight_decay, decays)
+        decay = optax.add_decayed_weights(weight_decay)
+        if decays is None or all(decays.values()):
+            return decay
+
+        def update(updates, state, params=None):
+            new, state = decay.update(updates, state, params)
+            return {n: new[n] if decays[n] else u for n, u in updates.items()}, state
+
+        return optax.GradientTransformation(decay.init, update)
 
     return [piece_of]
 
