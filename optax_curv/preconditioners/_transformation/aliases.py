@@ -55,7 +55,8 @@ def decayed(weight_decay: Any) -> list[Piece]:
         if decays is None or all(decays.values()):
             return decay
 
-        def update(updates, state, params=None):
+        def update(updates: Any, state: Any, params: Any = None) -> Any:
+            new: Any
             new, state = decay.update(updates, state, params)
             return {n: new[n] if decays[n] else u for n, u in updates.items()}, state
 
