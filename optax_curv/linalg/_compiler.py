@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 from jax.typing import ArrayLike
 
 FULL = jax.lax.Precision.HIGHEST
@@ -100,6 +101,34 @@ def not_recomputed(flag: jax.Array) -> jax.Array:
         return jax.lax.cond(flag, lambda n: n, lambda n: n + 1, zero) == 0
 
     return per_platform(flag, cpu=on_cpu, other=_as_it_is)
+
+
+def is_within_shard_map() -> bool:
+    """Whether what is traced now is a part of what one device does within a `jax.shard_map`."""
+    return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+
+
+def equally_varying(tree: Any) -> Any:
+    """The arrays of a tree, all varying over the same axes of a `jax.shard_map`.
+
+    Branches and loops want that of what they carry, and constants vary over none. Elsewhere it does
+    nothing, and within a `shard_map` nothing is left of it in the program.
+    """
+    if not is_within_shard_map():
+        return tree
+    arrays = [x for x in jax.tree.leaves(tree) if _is_number(x)]
+    if not arrays:
+        return tree
+    # A choice between equals varies as all that it depends on; the names of JAX's own casts change
+    # with its versions.
+    nothing = [jnp.any(jnp.ravel(x)[:0] != 0) for x in arrays]
+    any_of_all = functools.reduce(jnp.logical_or, nothing)
+    return jax.tree.map(lambda x: jnp.where(any_of_all, x, x) if _is_number(x) else x, tree)
+
+
+def _is_number(x: Any) -> bool:
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, np.generic)
 
 
 @compiled_once

@@ -15,7 +15,7 @@ from optax_curv.linalg._checks import (
     symmetric_part,
     widen,
 )
-from optax_curv.linalg._compiler import full_matmul
+from optax_curv.linalg._compiler import equally_varying, full_matmul
 from optax_curv.typing import SIDES, Number, Side
 
 # From eps · max|a| to n · max|a|, where it is positive definite (Gershgorin), lie 16 + log10(n)
@@ -93,8 +93,8 @@ def _attempts(kernel, a, damping):
         return jnp.any(~succeeded(pivots)) & (attempts < MAX_ATTEMPTS)
 
     no_factor, no_pivots = jnp.full_like(a, jnp.nan), jnp.zeros(a.shape[:-1], limits.dtype)
-    start = damping, no_factor, no_pivots, jnp.int32(0)
-    used, factor, pivots, _ = jax.lax.while_loop(unfinished, attempt, start)
+    *start, a = equally_varying((damping, no_factor, no_pivots, jnp.int32(0), a))
+    used, factor, pivots, _ = jax.lax.while_loop(unfinished, attempt, tuple(start))
     return factor, used, pivots
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_curv.linalg._checks import widen
-from optax_curv.linalg._compiler import FULL
+from optax_curv.linalg._compiler import FULL, equally_varying, is_within_shard_map
 from optax_curv.typing import MatVec, Number, Tree
 
 LONGEST_WINDOW = 128  # of the progress rule, reached at 1280 iterations
@@ -59,7 +59,8 @@ def conjugate_gradient(
     natural gradient (floor 1e-12, atol 1e-6), whose step is not invariant to the scale of b.
 
     Derivatives in `b` and in what `matvec` closes over are those of the equation, and exact once
-    the solve has converged. Norms do not overflow or underflow for any `b`. Under `jax.vmap` a lane
+    the solve has converged; within a `jax.shard_map` they are those of the iteration, and forward
+    only. Norms do not overflow or underflow for any `b`. Under `jax.vmap` a lane
     that has stopped keeps its solution.
 
     Two rules are for solves far from convergence, of the minimum of φ(x) = ½⟨x, A x⟩ - ⟨b, x⟩. With
@@ -130,7 +131,10 @@ def conjugate_gradient(
     is_complex = any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(b))
     backward = transpose_solve if is_complex else None
     linear_solve: Any = jax.lax.custom_linear_solve  # pyright takes it for never returning
-    x, info = linear_solve(operator, b, solve, backward, symmetric=not is_complex, has_aux=True)
+    if is_within_shard_map():  # where it wants that all constants of `matvec` vary as b does
+        x, info = solve(operator, b)
+    else:
+        x, info = linear_solve(operator, b, solve, backward, symmetric=not is_complex, has_aux=True)
     return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), x, dtypes), info
 
 
@@ -221,7 +225,7 @@ def _iterate(operator, precondition, b, x, limits, merit, keep_finite):
 
     x = None if x is None else _times(1 / scale, x)
     start = _start(operator, precondition, b, x, min_progress is not None, merit is not None)
-    search = jax.lax.while_loop(unfinished, iterate, start)
+    search = jax.lax.while_loop(unfinished, iterate, equally_varying(start))
     x, number = search.x, search.done
     if merit is not None:  # of the last iterate in any case
         last = search.best._replace(following=jnp.maximum(number, 1))

@@ -78,8 +78,16 @@ def compare_with_one_device(name):
         name,
         step_difference(step(sharded[0], state_there, sharded[1], arrays_there), expected),
     )
-    mapped = jax.jit(jax.shard_map(update, mesh=MESH, in_specs=P(), out_specs=P()))
-    report("shard_map", name, step_difference(mapped(grads, state, params, arrays), expected))
+
+    def member(*given):  # each device its own, here equal ones, from the start
+        grads, params, arrays = jax.tree.map(lambda x: x[0], given)
+        stepped = update(grads, tx.init(params), params, arrays)
+        return jax.tree.map(lambda x: x[None], stepped)
+
+    mapped = jax.jit(jax.shard_map(member, mesh=MESH, in_specs=BOTH.spec, out_specs=BOTH.spec))
+    eight = jax.tree.map(lambda x: jnp.stack([x] * 8), (grads, params, arrays))
+    last = jax.tree.map(lambda x: x[-1], mapped(*eight))
+    report("shard_map", name, step_difference(last, expected))
 
 
 def compare_capture():

@@ -301,3 +301,20 @@ def test_shardings_that_are_types_pass(name):
     assert jax.tree.map(axes, updates) == jax.tree.map(axes, grads)
     if name in UPDATERS:  # Optax's own Adam takes the types of the first gradients
         assert jax.tree.map(axes, new_state) == jax.tree.map(axes, state)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_device_runs_a_method_on_data_of_its_own(name):
+    """Inside `jax.shard_map`, where constants of the method meet what varies over the devices."""
+    mesh, tx = AbstractMesh((2,), ("member",)), ALL[name].transformation()
+    given = cases.tree(0), cases.tree(1), extras(name)
+
+    def member(given):
+        params, grads, arrays = jax.tree.map(lambda x: x[0], given)
+        stepped = updater(name, tx)(grads, tx.init(params), params, arrays)
+        return jax.tree.map(lambda x: x[None], stepped)
+
+    of_all = jax.shard_map(member, mesh=mesh, in_specs=P("member"), out_specs=P("member"))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), given)
+    updates, _ = jax.eval_shape(of_all, shapes)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, shapes[1])

@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from optax_curv import linalg
 from optax_curv.linalg import _lapack as lapack
+from optax_curv.linalg._compiler import equally_varying
 
 # Entries of P that exist at once while it is drawn: 16 MiB of float32, so that a chunk costs much
 # more than its loop.
@@ -93,6 +94,7 @@ class _Drawn:
     def pull(self, tree: Any) -> jax.Array:
         """Pᵀ g, [D]."""
         leaves, total = jax.tree.leaves(tree), jnp.zeros(self.dimension, self.dtype)
+        total, *_ = equally_varying((total, jax.random.key_data(self.key), *leaves))
         for group in self.groups():
             flat = jnp.stack([jnp.ravel(leaves[i]).astype(self.dtype) for i in group.members])
             flat = jnp.pad(flat, ((0, 0), (0, -group.size % group.rows))).reshape(-1, group.rows)
@@ -120,6 +122,7 @@ class _Drawn:
     def gram(self) -> jax.Array:
         """PᵀP, [D, D]."""
         total = jnp.zeros((self.dimension, self.dimension), self.dtype)
+        total, _ = equally_varying((total, jax.random.key_data(self.key)))
         for group in self.groups():
 
             def add(total, name, rows=group.rows):

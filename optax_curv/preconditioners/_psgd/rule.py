@@ -15,7 +15,7 @@ from optax_curv.preconditioners._psgd.geometries import Factors, array_of
 from optax_curv.preconditioners._psgd.options import PsgdOptions, checked_probes
 from optax_curv.preconditioners._stacks.axes import LeafRule
 from optax_curv.preconditioners._stacks.blocks import Blocks, blocks_of, factor_structs
-from optax_curv.preconditioners._stacks.owners import as_kept, equally_varying
+from optax_curv.preconditioners._stacks.owners import as_kept
 from optax_curv.preconditioners._stacks.rule import is_ours
 from optax_curv.preconditioners._transformation import averages
 from optax_curv.preconditioners._transformation.numbers import raw_key, split_key
@@ -208,8 +208,7 @@ class KronRule(LeafRule, PsgdOptions):
             products, kept, sound = moving(kept, given)
         else:
             usable = step.are_usable(kept[2] if self.keeps_preconditioners else kept[0])
-            operands = equally_varying((kept, given))
-            products, kept, sound = jax.lax.cond(now.moves | ~usable, moving, resting, *operands)
+            products, kept, sound = jax.lax.cond(now.moves | ~usable, moving, resting, kept, given)
         factors, lipschitz, preconditioners = kept
         state = state._replace(
             key=key,

@@ -17,7 +17,7 @@ from optax_curv.linalg._compiler import per_platform
 from optax_curv.preconditioners._psgd import geometries
 from optax_curv.preconditioners._psgd.geometries import Factors, array_of
 from optax_curv.preconditioners._psgd.options import PsgdOptions
-from optax_curv.preconditioners._stacks.owners import as_kept, divided, equally_varying
+from optax_curv.preconditioners._stacks.owners import as_kept, divided
 from optax_curv.preconditioners._transformation.numbers import value_at
 from optax_curv.preconditioners._transformation.soundness import is_finite, kept_unless
 
@@ -298,5 +298,5 @@ def step_of_stack(
       given: what is read.
     """
     step = functools.partial(_in_chunks, functools.partial(_step, options, now, dtypes))
-    group, sound = divided(step, options.factor_sharding)(*equally_varying((group, given)))
+    group, sound = divided(step, options.factor_sharding)(group, given)
     return group, jnp.all(sound)

@@ -70,19 +70,6 @@ def as_kept(tree, sharding: NamedSharding | None):
     return jax.tree.map(constrained, tree)
 
 
-def equally_varying(tree):
-    """The arrays, all varying over the same axes of a `jax.shard_map`.
-
-    Branches and loops want that of what they carry.
-    """
-    if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
-        return tree
-    # A choice between equals varies as all that it depends on; the names of JAX's own casts change
-    # with its versions.
-    any_of_all = functools.reduce(jnp.logical_or, [jnp.any(x != 0) for x in jax.tree.leaves(tree)])
-    return jax.tree.map(lambda x: jnp.where(any_of_all, x, x), tree)
-
-
 def with_sharding_types(update: Callable) -> Callable:
     """`update` that also takes leaves whose shardings are part of their types.
 

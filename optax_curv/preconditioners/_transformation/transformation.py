@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_curv.linalg._compiler import materialize, not_recomputed
+from optax_curv.linalg._compiler import equally_varying, materialize, not_recomputed
 from optax_curv.preconditioners._stacks.owners import with_sharding_types
 from optax_curv.preconditioners._transformation.soundness import (
     is_finite,
@@ -185,6 +185,8 @@ def transformation(
         return state if jax.tree.leaves(params) else _with_leaves(state)
 
     def update(updates, state, params=None, **extra_args):
+        given = updates, state, params, extra_args
+        updates, state, params, extra_args = equally_varying(given)
         rule.require_gradients(updates, params)
         statistics = rule.check(updates, params, extra_args)
         head, *others = state if any(around) else (state,)
