@@ -17,18 +17,21 @@ class KroneckerFactors(NamedTuple):
       input_factor: A = E[a aᵀ], float [*stack, in, in], or its diagonal [*stack, in] (embeddings).
       output_factor: G = E[g gᵀ], float [*stack, out, out], or its diagonal [*stack, out].
       count: number of batches averaged so far, int32 [].
+      slope: for layers with `made`, the derivative of the made kernel by the leaf, entry by entry,
+        in the leaf's shape; None for others.
     """
 
     input_factor: jax.Array
     output_factor: jax.Array
     count: jax.Array  # type: ignore[override]
+    slope: jax.Array | None = None
 
 
 class EigenbasisMoments(NamedTuple):
     """Kronecker factors, and second moments of the gradient in a given eigenbasis (EKFAC).
 
     Attributes:
-      input_factor, output_factor, count: as in `KroneckerFactors`.
+      input_factor, output_factor, count, slope: as in `KroneckerFactors`.
       moments: E[(U_Aᵀ a gᵀ U_G)²], float [*stack, rows, out].
     """
 
@@ -36,6 +39,7 @@ class EigenbasisMoments(NamedTuple):
     output_factor: jax.Array
     count: jax.Array  # type: ignore[override]
     moments: jax.Array
+    slope: jax.Array | None = None
 
 
 class RawSamples(NamedTuple):
@@ -44,10 +48,13 @@ class RawSamples(NamedTuple):
     Attributes:
       inputs: a, [*stack, R, in] with the bias's coordinate; integer [*stack, R] for an embedding.
       output_grads: g, gradients of one example's own loss, [*stack, R, out].
+      slope: as in `KroneckerFactors`. The rows of a made kernel sum to its own gradient; times the
+        slope that is the leaf's.
     """
 
     inputs: jax.Array
     output_grads: jax.Array
+    slope: jax.Array | None = None
 
 
 class FactorRows(NamedTuple):
@@ -57,11 +64,13 @@ class FactorRows(NamedTuple):
       inputs: as in `RawSamples`.
       output_grads: g, gradients of the loss of the batch, [*stack, R, out].
       weights: (w_A, w_G), float [2].
+      slope: as in `KroneckerFactors`.
     """
 
     inputs: jax.Array
     output_grads: jax.Array
     weights: jax.Array
+    slope: jax.Array | None = None
 
 
 class SplitRows(NamedTuple):

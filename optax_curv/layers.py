@@ -65,6 +65,9 @@ class Layer:
         so.
       bias_axes: the axes of the bias leaf in the order stack, outputs; None: they lie so.
       rows: rows (examples times positions) seen in one use; 0: not counted.
+      made: whether the kernel that meets the input is made of the leaf entry by entry, as
+        ``w * mask`` or ``softplus(w)``; its statistics then have the `slope` c of the making, and
+        methods precondition the gradient by the made kernel, ∇ / c, and take u / c for the leaf.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Layer:
     kernel_axes: tuple[int, ...] | None = None
     bias_axes: tuple[int, ...] | None = None
     rows: int = 0
+    made: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -221,6 +225,24 @@ def layer_matrix(layer: Layer, leaves: Mapping[str, jax.Array]) -> jax.Array:
         leaf = jnp.reshape(leaves[path], split)
         parts.append(jnp.reshape(jnp.transpose(leaf, axes), (*layer.stack, rows, layer.out_dim)))
     return jnp.concatenate(parts, axis=-2)
+
+
+def slope_matrix(layer: Layer, slope: jax.Array) -> jax.Array:
+    """Puts the slope of a made kernel as the layer's matrix, with 1 for the bias below.
+
+    Args:
+      layer: the layer.
+      slope: in the shape of the kernel leaf.
+
+    Returns:
+      The matrix [*stack, rows_of_matrix, out_dim].
+    """
+    kernel = dataclasses.replace(layer, bias=None)
+    matrix = layer_matrix(kernel, {str(layer.kernel): slope})
+    if layer.bias is None:
+        return matrix
+    ones = jnp.ones((*layer.stack, 1, layer.out_dim), matrix.dtype)
+    return jnp.concatenate([matrix, ones], axis=-2)
 
 
 def layer_leaves(

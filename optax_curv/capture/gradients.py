@@ -15,6 +15,7 @@ from optax_curv.capture._graph.marks import LOST
 from optax_curv.capture._graph.replay import Tap, run_with_taps
 from optax_curv.capture._graph.trace import Trace, trace
 from optax_curv.capture._graph.uses import Use
+from optax_curv.capture.slopes import slopes, with_slopes
 from optax_curv.capture.statistics import STATISTICS
 from optax_curv.curvature import EigenbasisMoments, FactorRows, KroneckerFactors, RawSamples
 from optax_curv.layers import Layer, Layers
@@ -106,6 +107,7 @@ class Probing:
     ):
         self.traced, self.reduces = traced, sharing == "reduce"
         self.statistic = STATISTICS[statistic]
+        self._layers = layers
         names = {layer.name for layer in layers}
         self._first: dict[str, Use] = {}
         self._basis: dict[str, statistics.Basis] = {}
@@ -165,6 +167,10 @@ class Probing:
         traced = self.traced
         operands = [*leaves, *traced.arrays]
         return traced.restore(run_with_taps(traced.node, operands, self._taps, with_basis))
+
+    def with_slopes(self, curvature: dict[str, Any]) -> dict[str, Any]:
+        """Returns the curvature with the slopes of made kernels."""
+        return with_slopes(curvature, slopes(self.traced, self._layers), self._layers)
 
     def finish(self, sums: dict[str, statistics.Arrays]) -> dict[str, Any]:
         """Makes the curvature of each layer of the gradients of the probes."""
@@ -408,7 +414,8 @@ def value_grad_and_curvature(
         take = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
         (value, (aux, after)), (grads, sums) = take(traced.leaves, probing.zeros)
         traced.update(after)
-        return ((value, aux) if has_aux else value), traced.grads(grads), probing.finish(sums)
+        curvature = probing.with_slopes(probing.finish(sums))
+        return ((value, aux) if has_aux else value), traced.grads(grads), curvature
 
     def of_model(params, args, kwargs, basis, key):
         if fisher == "sampled" and key is None:
@@ -432,7 +439,7 @@ def value_grad_and_curvature(
             positions,
             joins=statistic in ("raw", "rows"),
         )
-        return value, traced.grads(grads), curvature
+        return value, traced.grads(grads), probing.with_slopes(curvature)
 
     return value_grads_curvature
 

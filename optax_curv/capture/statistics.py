@@ -105,8 +105,8 @@ class Eigenbasis(Kronecker):
 
     def finish(self, sums: Arrays) -> Any:
         """Returns factors and moments."""
-        input_factor, output_factor, count = super().finish(sums)
-        return EigenbasisMoments(input_factor, output_factor, count, sums["moments"])
+        a, g, count, _ = super().finish(sums)
+        return EigenbasisMoments(a, g, count, sums["moments"])
 
 
 class Raw(Kronecker):
@@ -133,7 +133,7 @@ class Rows(Kronecker):
         """Returns the rows of all uses, and the weights 1 / R and N."""
         rows, one = rows_together(uses, samples), uses[0]
         weights = jnp.array([1 / one.rows, one.batch], rows.output_grads.dtype)
-        return FactorRows(*rows, weights)
+        return FactorRows(rows.inputs, rows.output_grads, weights)
 
 
 STATISTICS: dict[StatisticName, Statistic] = {
@@ -159,12 +159,13 @@ def rows_of(use: Use, operands: tuple, grad: jax.Array) -> tuple[jax.Array | Non
         x = lax.conv_general_dilated_patches(x, *use.found.conv, precision=lax.Precision.HIGHEST)
     if use.one_hot:
         x = _row_numbers(use, x)
-    inputs, grads = use.inputs(x), use.outputs(grad)
+    inputs, grads = use.inputs(x), _placed(use.outputs(grad), use.output_places, use.widths[1])
     # Inputs may be shared by all examples, or by the members of an ensemble.
     if inputs.shape[:-1] != grads.shape[:-1]:
         inputs = jnp.broadcast_to(inputs, (*grads.shape[:-1], inputs.shape[-1]))
     if use.one_hot:
         return inputs[..., 0], grads
+    inputs = _placed(inputs, use.input_places, use.widths[0])
     if use.gain != 1.0:
         inputs = inputs * use.gain
     for number in _factors(use, operands[1:]):
@@ -185,10 +186,11 @@ def _factors(use: Use, operands: tuple) -> list:
 
 def _row_numbers(use: Use, ids: jax.Array) -> jax.Array:
     """The numbers of the rows that a look-up reads; what it fills has none, and is not counted."""
-    ids, last = ids[..., use.found.column].astype(jnp.int32), use.layer.in_dim - 1
-    if use.found.clips:
-        return jnp.clip(ids, 0, last)
-    return jnp.where((ids < 0) | (ids > last), last + 1, ids)
+    ids, places = ids[..., use.found.column].astype(jnp.int32), use.input_places
+    last = (use.layer.in_dim if places is None else len(places)) - 1
+    inside = jnp.clip(ids, 0, last)
+    rows = inside if places is None else jnp.asarray(places)[inside]
+    return rows if use.found.clips else jnp.where(ids == inside, rows, use.layer.in_dim)
 
 
 def _own_gradient(use: Use, operands: tuple, grad: jax.Array) -> jax.Array:
@@ -198,11 +200,14 @@ def _own_gradient(use: Use, operands: tuple, grad: jax.Array) -> jax.Array:
         operands = (operands[0] == use.found.choice, *operands[1:])
     for operand in _factors(use, operands):
         grad = grad * operand
-    rows = use.outputs(grad)
-    if use.positions is None:
+    return _placed(use.outputs(grad), use.positions, use.layer.out_dim)
+
+
+def _placed(rows: jax.Array, places: Any, width: int) -> jax.Array:
+    """Rows of a part of a leaf as rows of the whole, zero elsewhere; None: they are already."""
+    if places is None:
         return rows
-    zeros = jnp.zeros((*rows.shape[:-1], use.layer.out_dim), rows.dtype)
-    return zeros.at[..., use.positions].set(rows)
+    return jnp.zeros((*rows.shape[:-1], width), rows.dtype).at[..., places].set(rows)
 
 
 def _part(x: jax.Array, window: tuple[int, int, int] | None) -> jax.Array:

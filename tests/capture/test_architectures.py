@@ -7,14 +7,15 @@ batched arithmetic."""
 import architectures
 import jax
 import jax.numpy as jnp
+import made_architectures  # noqa: F401 - which registers its own
 import numpy as np
 import pytest
-import shared_architectures  # noqa: F401 - which registers its own
+import shared_architectures  # noqa: F401
 import unusual_architectures  # noqa: F401
 
 from optax_curv import find_layers, value_grad_and_curvature
 from optax_curv.curvature import factors_of_rows
-from optax_curv.layers import layer_matrix
+from optax_curv.layers import layer_matrix, slope_matrix
 
 EXACT = 1e-10  # relative to the largest entry, float64: the same sums in another order
 ROUNDING = (
@@ -91,6 +92,8 @@ def test_architecture(x64, name):
         )
         a, g = rows(layer, raw_of_single[layer.name]), raw_of_single[layer.name].output_grads
         summed = np.einsum("n...ri,n...rj->n...ij", a, g)
+        if layer.made:
+            summed *= slope_matrix(layer, raw_of_single[layer.name].slope[0])
         assert_equal_up_to_rounding(
             summed, matrix, f"rows of {layer.name} sum to each example's gradient", rounding
         )

@@ -5,9 +5,9 @@ import math
 
 from optax_curv.capture._graph import views
 from optax_curv.capture._graph.jaxpr import axis_of, is_literal, shape_of
-from optax_curv.capture._graph.marks import Found, Mark, Place, is_activation, known_batch
+from optax_curv.capture._graph.marks import Found, Mark, Place, changes, is_activation, known_batch
 from optax_curv.capture._graph.products import use_of
-from optax_curv.capture._graph.views import View, is_plain, size_of
+from optax_curv.capture._graph.views import View, has_each_once, size_of
 from optax_curv.layers import KINDS
 
 
@@ -20,6 +20,8 @@ def multiply(place: Place, eqn, marks: list[Mark]) -> list[Mark] | None:
     if is_literal(other) and math.prod(shape_of(other)) == 1:
         return [Mark(leaves=(view._replace(gain=view.gain * float(other.val)),))]
     if not is_activation(marks[1 - side]):
+        if shape_of(other) and changes(place, view, [marks[1 - side]]):
+            return None
         return [Mark(leaves=(view._replace(coefficients=(*view.coefficients, other)),))]
     place.add([_use(place, marks, view, "scale", (other, *view.coefficients))])
     return [Mark()]
@@ -172,7 +174,7 @@ def concatenate(place: Place, eqn, marks: list[Mark]) -> list[Mark] | None:
     leaves = [k for k, mark in enumerate(marks) if mark.leaves]
     if len(leaves) == 1 and any(map(is_activation, marks)):
         return _beside_examples(place, eqn, marks, leaves[0])
-    if not all(len(mark.leaves) == 1 and is_plain(mark.leaves[0]) for mark in marks):
+    if not all(len(mark.leaves) == 1 and has_each_once(mark.leaves[0]) for mark in marks):
         return None
     return [Mark(leaves=tuple(mark.leaves[0] for mark in marks), joined=axis_of(eqn))]
 
@@ -180,7 +182,7 @@ def concatenate(place: Place, eqn, marks: list[Mark]) -> list[Mark] | None:
 def _beside_examples(place: Place, eqn, marks: list[Mark], number: int) -> list[Mark] | None:
     """A shift of a part: a leaf beside the activations of every example, as a class token."""
     view, axis = marks[number].leaves[0], axis_of(eqn)
-    if len(marks[number].leaves) > 1 or view.coefficients:
+    if len(marks[number].leaves) > 1 or view.coefficients or view.made:
         return None
     first = sum(shape_of(variable)[axis] for variable in eqn.invars[:number])
     shift = _use(place, marks, view, "shift", ())

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, NamedTuple, Protocol
 
-from optax_curv.capture._graph.views import Piece, View
+from optax_curv.capture._graph.views import Cut, Piece, View
 
 Segments = tuple[tuple[str, tuple[Piece, ...]], ...]  # see `views.arrangement`
 
@@ -50,6 +50,7 @@ class Mark(NamedTuple):
       derived: (leaf, reason) for leaves that entered the variable in a way no layer describes.
       seeds: uses with an input that all examples share, and that the variable comes from.
       counter: depth of the scan whose steps the variable counts.
+      varies: whether it may be another one at each step of a scan around it.
     """
 
     leaves: tuple[View, ...] = ()
@@ -59,6 +60,7 @@ class Mark(NamedTuple):
     derived: tuple[tuple[int, str], ...] = ()
     seeds: tuple[Seed, ...] = ()
     counter: int | None = None
+    varies: bool = False
 
 
 NOTHING = Mark()
@@ -153,6 +155,9 @@ class Found:
       divisors: how many of the last operands divide.
       column: which entry of the index vectors of a look-up is the row number.
       clips: whether row numbers outside the table are moved to its border, as the look-up does.
+      made: the kernel as it meets the input, a variable, where it is made of the leaf entry by
+        entry.
+      cuts: which parts of the leaf's inputs and outputs it uses, see `parts`.
       untold: why its gradients of single examples cannot be told apart, or None.
     """
 
@@ -176,6 +181,8 @@ class Found:
     divisors: int = 0
     column: int = 0
     clips: bool = False
+    made: Any = None
+    cuts: tuple[Cut, ...] = ()
     untold: str | None = None
 
 
@@ -207,3 +214,9 @@ class Place(Protocol):
     def add(self, uses: list[Found]) -> View:
         """Records the uses that the equation makes, and returns its result as their output."""
         ...
+
+
+def changes(place: Place, view: View, others: list[Mark]) -> bool:
+    """Whether what is made of a leaf and of others changes in a scan that shares the leaf."""
+    shared = set(range(len(place.loops))).difference(slot.loop for slot in view.slots)
+    return bool(shared) and any(mark.varies for mark in others)

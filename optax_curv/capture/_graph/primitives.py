@@ -14,12 +14,13 @@ from optax_curv.capture._graph.jaxpr import (
     axis_of,
     broadcast,
     hidden_bodies,
+    is_entrywise,
     name_of,
     pieces_of,
     shape_of,
     window_of,
 )
-from optax_curv.capture._graph.marks import Mark, Place
+from optax_curv.capture._graph.marks import Mark, Place, changes, is_activation
 from optax_curv.capture._graph.views import View
 
 Results = list[Mark] | None
@@ -110,12 +111,68 @@ def dynamic_slice(place: Place, eqn, marks: list[Mark]) -> Results:
 
 def stack(place: Place, eqn, marks: list[Mark]) -> Results:
     """Several whole leaves one behind the other, along a new axis."""
-    if not all(len(mark.leaves) == 1 and views.is_plain(mark.leaves[0]) for mark in marks):
+    if not all(len(mark.leaves) == 1 and views.has_each_once(mark.leaves[0]) for mark in marks):
         return None
     axis = axis_of(eqn)
     return [Mark(leaves=tuple(_with_axis(mark.leaves[0], axis) for mark in marks), joined=axis)]
 
 
+def _made(place: Place, eqn, marks: list[Mark]) -> Results:
+    """Another kernel, of which each entry is a function of the leaf's own: masks, softplus, ….
+
+    What else enters is the same for all examples, and at all steps of scans that share the leaf.
+    """
+    shape = shape_of(eqn.outvars[0])
+    if not is_entrywise(eqn) or len(eqn.outvars) != 1 or any(map(is_activation, marks)):
+        return None
+    if any(len(mark.leaves) > 1 for mark in marks):
+        return None
+    seen = [view for mark in marks for view in mark.leaves]
+    whole = {views.as_made(v) for v in seen if v.shape == shape and views.has_each_once(v)}
+    if len(whole) != 1:
+        return None
+    (view,) = whole
+    others = [mark for mark in marks if not any(v.source == view.source for v in mark.leaves)]
+    parts = [v for v in seen if v.source == view.source]
+    if any(views.as_made(v) != view for v in parts) or changes(place, view, others):
+        return None
+    derived = dict(entry for mark in marks for entry in mark.derived)
+    reason = TOGETHER.get(eqn.primitive.name, f"it enters `{name_of(eqn)}`, which is no layer")
+    derived |= {v.source: reason for mark in others for v in mark.leaves}
+    return (
+        None if view.source in derived else [Mark(leaves=(view,), derived=tuple(derived.items()))]
+    )
+
+
+def described(place: Place, eqn, marks: list[Mark]) -> Results:
+    """Returns what becomes of the leaves: by the primitive's rule, else kernels made of them."""
+    name = eqn.primitive.name
+    rule, results = RULES.get(name), None
+    if name in MOVES:
+        marks = [_settled(mark, name in ("concatenate", "stack")) for mark in marks]
+    made = any(view.made for mark in marks for view in mark.leaves)
+    if rule is not None and not (made and name in BY_ENTRIES):
+        results = rule(place, eqn, marks)
+    if results is None and any(mark.leaves for mark in marks):
+        results = _made(place, eqn, marks)
+    return results
+
+
+def _settled(mark: Mark, numbers: bool) -> Mark:
+    """The mark before its variable moves: arrays that multiply a leaf do not move with it."""
+    leaves = (
+        views.as_made(view)
+        if any(map(shape_of, view.coefficients)) or (numbers and view.coefficients + view.divisors)
+        else view
+        for view in mark.leaves
+    )
+    return mark._replace(leaves=tuple(leaves))
+
+
+MOVES = {*KEEP_ENTRIES.difference(SAME_PLACES), "split", "unstack", "dynamic_slice", "stack"}
+MOVES |= {"concatenate"}
+# Rules for leaves that act on others entry by entry, which are not for kernels made of leaves.
+BY_ENTRIES = {"mul", "div", "add", "add_any", "sub", "select_n"}
 RULES = {
     **dict.fromkeys(KEEP_ENTRIES, view),
     "split": split,
@@ -171,9 +228,9 @@ def why_not(eqn, view: View, several: bool) -> str:
         )
     if several and name in TOGETHER:
         return TOGETHER[name]
-    if view.coefficients + view.divisors:
-        return f"it is multiplied element-wise before it enters `{name}`"
-    if not view.aligned:
+    if view.coefficients + view.divisors or view.made:
+        return f"a function of it, made entry by entry, enters `{name}`"
+    if view.cuts:
         return f"it is cut into unequal slices before it enters `{name}`"
     if name in ALONE:
         return ALONE[name]

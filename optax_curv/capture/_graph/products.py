@@ -1,12 +1,13 @@
 """Uses of a leaf as a kernel: in matrix products, convolutions, and look-ups of rows."""
 
 import dataclasses
+from typing import Any
 
 from optax_curv.capture._graph import views
 from optax_curv.capture._graph.jaxpr import convolution as convolution_of
 from optax_curv.capture._graph.jaxpr import look_up, product, shape_of
 from optax_curv.capture._graph.marks import Batch, Found, Mark, Place, Segments, is_activation
-from optax_curv.capture._graph.views import Piece, View, is_plain, size_of
+from optax_curv.capture._graph.views import Piece, View, size_of
 
 Segment = tuple[str, tuple[Piece, ...]]
 
@@ -17,10 +18,12 @@ def _kernel_side(marks: list[Mark]) -> int | None:
     if len(sides) != 1:
         return None
     other = marks[1 - sides[0]]
-    if other.derived and not is_activation(other):
-        return None
-    scaled = [c for view in marks[sides[0]].leaves for c in view.coefficients]
-    return None if any(map(shape_of, scaled)) else sides[0]  # numbers scale the input instead
+    return None if other.derived and not is_activation(other) else sides[0]
+
+
+def _made(view: View, variable: Any) -> Any:
+    """The kernel as it meets its input, if it is more than a number times the leaf."""
+    return variable if view.made or any(map(shape_of, view.coefficients)) else None
 
 
 def _row(axis: int, size: int) -> Segment:
@@ -101,9 +104,17 @@ def _dense_use(place: Place, eqn, marks: list[Mark], side: int, view: View) -> F
     outputs = [*(inputs[there] for there in batched.values())]
     outputs += rows + features if side == 1 else features + rows
     ordered = [inputs[axis] for axis in range(len(shape))]
-    given = (eqn.invars[other], *view.coefficients, *view.divisors)
-    use = use_of(place, "dense", view, given, ordered, outputs, marks[other].batch)
-    return dataclasses.replace(use, divisors=len(view.divisors))
+    use = use_of(place, "dense", view, (eqn.invars[other],), ordered, outputs, marks[other].batch)
+    return _scaled(use, eqn.invars[side])
+
+
+def _scaled(use: Found, kernel: Any) -> Found:
+    """The use with what multiplies its leaf: numbers, which scale the input, or a made kernel."""
+    made = _made(use.view, kernel)
+    if made is not None:
+        return dataclasses.replace(use, made=made)
+    operands = (*use.operands, *use.view.coefficients, *use.view.divisors)
+    return dataclasses.replace(use, operands=operands, divisors=len(use.view.divisors))
 
 
 def _sides(pair: tuple, side: int) -> tuple:
@@ -135,7 +146,7 @@ def convolution(place: Place, eqn, marks: list[Mark]) -> list[Mark] | None:
     view, groups = marks[1].leaves[0], numbers.feature_groups
     channels = view.axes[numbers.kernel_spec[0]]
     grouped = views.regroup(channels, (groups, size_of(channels) // groups))
-    if grouped is None or not is_plain(view):
+    if grouped is None or not views.has_each_once(view):
         return None
     spatial = numbers.kernel_spec[2:]
     patch = [("stack", grouped[0]), ("feature", view.axes[numbers.kernel_spec[1]])]
@@ -154,14 +165,15 @@ def convolution(place: Place, eqn, marks: list[Mark]) -> list[Mark] | None:
         batch = batch._replace(axis=numbers.output_spec[0] if kept else None)
     use = use_of(place, "conv", view, (eqn.invars[0],), inputs, outputs, batch)
     window = tuple(shape_of(eqn.invars[1])[axis] for axis in spatial)
-    use = dataclasses.replace(use, conv=(window, *numbers.geometry, numbers.numbers))
+    conv = (window, *numbers.geometry, numbers.numbers)
+    use = dataclasses.replace(_scaled(use, eqn.invars[1]), conv=conv)
     return [Mark(output=place.add([_with_own_stack(use)]))]
 
 
 def gather(place: Place, eqn, marks: list[Mark]) -> list[Mark] | None:
     """An embedding: rows of a table picked by number."""
     numbers, ids = look_up(eqn), eqn.invars[1]
-    if len(marks[0].leaves) != 1 or not is_plain(marks[0].leaves[0]):
+    if len(marks[0].leaves) != 1 or not views.has_each_once(marks[0].leaves[0]):
         return None
     view = marks[0].leaves[0]
     partial = [k for k in numbers.start_index_map if numbers.sizes[k] != view.shape[k]]
@@ -192,7 +204,9 @@ def gather(place: Place, eqn, marks: list[Mark]) -> list[Mark] | None:
     ]
     use = use_of(place, "embedding", view, (ids,), inputs, outputs, marks[1].batch)
     column = numbers.start_index_map.index(axis)
-    use = dataclasses.replace(use, inputs=table, clips=numbers.clips, column=column)
+    plain = views.is_plain(view) and view.gain == 1.0
+    made = None if plain else eqn.invars[0]  # row numbers cannot be multiplied
+    use = dataclasses.replace(use, inputs=table, clips=numbers.clips, column=column, made=made)
     return [Mark(output=place.add([use]))]
 
 

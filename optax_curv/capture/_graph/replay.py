@@ -31,12 +31,14 @@ class Tap:
       key: which probe it reads and writes.
       apply: `(output, operands, probe) -> output`, an identity whose derivative writes the probe.
       loops: for each scan around it, whether the probe is sliced along it.
+      on_kernel: whether it is at the made kernel instead, `(kernel) -> kernel`, without a probe.
     """
 
     use: Use
     key: str
     apply: Callable
     loops: tuple[bool, ...]
+    on_kernel: bool = False
 
 
 def run_with_taps(node: Node, operands, taps: dict[int, Tap], probes: dict, depth: int = 0) -> list:
@@ -55,8 +57,15 @@ def run_with_taps(node: Node, operands, taps: dict[int, Tap], probes: dict, dept
         return variable.val if is_literal(variable) else env[variable]
 
     for index, eqn in enumerate(jaxpr.eqns):
-        results = _run_equation(node, index, [read(v) for v in eqn.invars], taps, probes, depth)
-        for tap in [taps[number] for number in node.taps.get(index, ()) if number in taps]:
+        here = [taps[number] for number in node.taps.get(index, ()) if number in taps]
+        given = [read(v) for v in eqn.invars]
+        for tap in (tap for tap in here if tap.on_kernel):
+            made = tap.use.found.made
+            given = [
+                tap.apply(x) if v is made else x for v, x in zip(eqn.invars, given, strict=True)
+            ]
+        results = _run_equation(node, index, given, taps, probes, depth)
+        for tap in (tap for tap in here if not tap.on_kernel):
             if _is_repeated(tap) and not _is_widened(eqn.outvars[0], results[0]):
                 results[0] = _widen(results[0], tap.use.batch)
             shown = tuple(_one_copy(v, read(v)) for v in tap.use.found.operands)

@@ -11,6 +11,7 @@ import numpy as np
 
 from optax_curv.capture._graph import views
 from optax_curv.capture._graph.marks import LOST, Found
+from optax_curv.capture._graph.parts import of_whole_leaf, places
 from optax_curv.capture._graph.products import without_own_stack
 from optax_curv.capture._graph.views import Arrangement, Piece, size_of
 from optax_curv.layers import KINDS, Layer, Layers
@@ -29,6 +30,8 @@ class Use:
         makes logits.
       bias: whether the bias is added to the output.
       slots: indices into the stack of the slices of the leaf, after the scans' axes.
+      input_places: where its inputs lie among the layer's, None: they are all.
+      output_places: where its outputs lie.
       gain: number that multiplies the leaf.
       loops: for each scan around it, whether the layer's stack runs along it.
       positions: entries of the leaf that a shift or scale touches, None for all.
@@ -46,6 +49,8 @@ class Use:
     swapped: bool
     bias: bool
     slots: tuple[int, ...]
+    input_places: np.ndarray | None
+    output_places: np.ndarray | None
     gain: float
     loops: tuple[bool, ...]
     positions: np.ndarray | None
@@ -53,6 +58,11 @@ class Use:
     examples: int
     example_loop: int | None
     rows: int
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Widths of the input and of the output, those of the whole leaf where it uses a part."""
+        return size_of(self.found.inputs), size_of(self.found.outputs)
 
     @property
     def one_hot(self) -> bool:
@@ -94,7 +104,7 @@ def _matrix(uses: list[Found], size: int) -> Matrix | str:
     swapped = []
     for found in uses:
         given = (views.in_order(found.inputs), views.in_order(found.outputs))
-        if not found.view.aligned:
+        if found.view.cuts and not found.cuts:
             return "it is cut into unequal slices"
         if _stack(found) != stack or given not in (sides, sides[::-1]):
             return "its uses do not fit one matrix: they contract different axes"
@@ -102,6 +112,23 @@ def _matrix(uses: list[Found], size: int) -> Matrix | str:
     if _split((*stack, *sides[0], *sides[1]), size) is None:
         return "only a part of it is used"
     return Matrix(stack, *sides, swapped)
+
+
+def _as_parts(uses: list[Found], size: int) -> list[Found] | None:
+    """The uses as parts of one matrix, where they agree on one."""
+
+    def sides(found: Found) -> set:
+        return {views.in_order(found.inputs), views.in_order(found.outputs)}
+
+    ways = [of_whole_leaf(found) for found in uses]
+    for first in ways[0]:
+        fitting = [
+            next((f for f in way if sides(f) == sides(first)), None) for way in [[first], *ways[1:]]
+        ]
+        found = [f for f in fitting if f is not None]
+        if len(found) == len(uses) and not isinstance(_matrix(found, size), str):
+            return found
+    return None
 
 
 def _split(pieces, size: int) -> list[Piece] | None:
@@ -218,6 +245,12 @@ def _matrices(
             for number, found in zip(numbers, own, strict=True):
                 uses[number] = found
             matrix = _matrix(own, size)
+        parts = _as_parts(own, size) if isinstance(matrix, str) else None
+        if parts is not None:
+            uses.update(zip(numbers, parts, strict=True))
+            matrix = _matrix(parts, size)
+        if len({found.made for found in own}) > 1:
+            matrix = "its uses meet the data through different functions of it"
         if isinstance(matrix, str):
             uncovered[leaf] = matrix
         else:
@@ -232,7 +265,7 @@ def _biases(uses, by_leaf, matrices, uncovered, shapes) -> dict[int, tuple[int, 
         partners = [uses[n].partner for n in numbers]
         if leaf in uncovered or None in partners:
             continue
-        if not uses.keys() >= set(partners):
+        if not uses.keys() >= set(partners) or any(uses[p].cuts for p in partners):
             continue
         kernels = {uses[p].view.source for p in partners}
         kernel = min(kernels)
@@ -290,6 +323,7 @@ def _kernel_layer(uses: list[Found], shape, kernel: str, matrix: Matrix) -> Laye
         kernel_split=split,
         kernel_axes=axes,
         rows=_rows(first),
+        made=first.made is not None,
     )
 
 
@@ -343,7 +377,9 @@ def _uses(uses, numbers, layer, matrix, shifts, batch) -> dict[int, Use]:
             slots=()
             if matrix is None
             else tuple(s.index for s in found.view.slots if s.loop is None),
-            gain=found.view.gain * found.sign,
+            input_places=None if matrix is None else places(found.inputs, found.cuts),
+            output_places=None if matrix is None else places(found.outputs, found.cuts),
+            gain=(1.0 if found.made is not None else found.view.gain) * found.sign,
             loops=tuple(own for _, own in found.loops),
             positions=_positions(found, layer) if matrix is None else None,
             batch=batch,

@@ -31,6 +31,15 @@ class Slot(NamedTuple):
     loop: int | None = None
 
 
+class Cut(NamedTuple):
+    """A part of an axis of the leaf that is none of several equal ones: `kept` from `start` on."""
+
+    stride: int
+    size: int
+    start: int
+    kept: int
+
+
 class View(NamedTuple):
     """A view of a parameter leaf, or of the output of a group of uses."""
 
@@ -38,10 +47,11 @@ class View(NamedTuple):
     axes: tuple[tuple[Piece, ...], ...]  # without pieces of size 1
     offset: int = 0
     slots: tuple[Slot, ...] = ()  # what scans and slices took away, in the order it went
-    aligned: bool = True  # whether every slice was one of several equal ones
+    cuts: tuple[Cut, ...] = ()  # the unequal slices
     gain: float = 1.0  # a number, and variables, that multiply the entries
     coefficients: tuple = ()
     divisors: tuple = ()  # variables, numbers, that divide the entries
+    made: bool = False  # whether entries are functions of the leaf's, each of its own alone
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -135,18 +145,29 @@ def cut(view: View, dimension: int, start: int, size: int) -> View | None:
     pieces = merged(view.axes[dimension])
     if size_of(pieces) == size:
         return view
-    if len(pieces) != 1:
+    if len(pieces) != 1 or size == 0:
         return None
-    stride, full = pieces[0]
-    aligned = view.aligned and full % size == 0 and start % size == 0 and stride > 0
-    slots = (
-        (*view.slots, Slot(stride * size, full // size, start // size)) if stride else view.slots
-    )
     axes = list(view.axes)
-    axes[dimension] = ((stride, size),) if size != 1 else ()
-    return view._replace(
-        axes=tuple(axes), offset=view.offset + stride * start, slots=slots, aligned=aligned
-    )
+    axes[dimension] = ((pieces[0][0], size),) if size != 1 else ()
+    view = view._replace(axes=tuple(axes), offset=view.offset + pieces[0][0] * start)
+    return _with_cut(view, *pieces[0], start, size)
+
+
+def _with_cut(view: View, stride: int, full: int, start: int, size: int) -> View:
+    """Notes the slice of an axis of stride and size `full`, itself a slice perhaps."""
+    if not stride:
+        return view
+    if any((cut.stride, cut.kept) == (stride, full) for cut in view.cuts):
+        cuts = (
+            Cut(stride, cut.size, cut.start + start, size)
+            if (cut.stride, cut.kept) == (stride, full)
+            else cut
+            for cut in view.cuts
+        )
+        return view._replace(cuts=tuple(cuts))
+    if stride > 0 and full % size == 0 and start % size == 0:
+        return view._replace(slots=(*view.slots, Slot(stride * size, full // size, start // size)))
+    return view._replace(cuts=(*view.cuts, Cut(stride, full, start, size)))
 
 
 def enter_loop(view: View, depth: int) -> View | None:
@@ -161,10 +182,18 @@ def enter_loop(view: View, depth: int) -> View | None:
 
 
 def is_plain(view: View) -> bool:
-    """Whether the view has no coefficients, and no entry twice."""
-    return not view.coefficients + view.divisors and all(
-        stride for axis in view.axes for stride, _ in axis
-    )
+    """Whether the view has the leaf's own entries without coefficients, and none twice."""
+    return not view.coefficients + view.divisors and not view.made and has_each_once(view)
+
+
+def has_each_once(view: View) -> bool:
+    """Whether the view has no entry twice."""
+    return all(stride for axis in view.axes for stride, _ in axis)
+
+
+def as_made(view: View) -> View:
+    """The view as an array that is made of the leaf, whatever multiplies it forgotten."""
+    return view._replace(made=True, gain=1.0, coefficients=(), divisors=())
 
 
 def moved(eqn, view: View) -> View | None:

@@ -11,6 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 from optax_curv.capture._graph import views
+from optax_curv.capture._graph.borders import (
+    after_step,
+    any_varies,
+    at_boundary,
+    carried,
+    either,
+    slice_of,
+    unsliced,
+)
 from optax_curv.capture._graph.examples import propagate
 from optax_curv.capture._graph.jaxpr import (
     bodies,
@@ -32,9 +41,8 @@ from optax_curv.capture._graph.marks import (
     Node,
     Seed,
     Segments,
-    known_batch,
 )
-from optax_curv.capture._graph.primitives import RULES, is_complex, why_not
+from optax_curv.capture._graph.primitives import described, is_complex, why_not
 from optax_curv.capture._graph.seeds import Seeds, repeated_axes
 from optax_curv.capture._graph.views import View
 
@@ -192,7 +200,7 @@ class Walk:
             return [Mark(batch=given[0].batch) for _ in eqn.outvars]
         nodes = tuple(map(Node, bodies(eqn)))
         if nodes:
-            given = [_at_boundary(mark) for mark in given]
+            given = [at_boundary(mark) for mark in given]
             enter = {"scan": self._scan, "cond": self._cond}.get(eqn.primitive.name, self._call)
             results = enter(at, given, nodes)
             at.node.children[at.index] = nodes
@@ -205,14 +213,13 @@ class Walk:
                 self.made |= {leaf for mark in given for leaf, _ in mark.derived}
         batches = propagate(eqn, [mark.batch for mark in given], self.batch)
         results, before = None, len(self.found)
-        known = any(mark.leaves or mark.output for mark in given) and eqn.primitive.name in RULES
-        if known and not is_complex(eqn.outvars):
-            results = RULES[eqn.primitive.name](at, eqn, given)
+        if any(mark.leaves or mark.output for mark in given) and not is_complex(eqn.outvars):
+            results = described(at, eqn, given)
         if results is None:
             self._refuse_while(at, given)
             results = [Mark(derived=_derived(eqn, given))] * len(eqn.outvars)
-        elif any(mark.derived for mark in given):
-            derived = tuple({entry for mark in given for entry in mark.derived})
+        elif any(mark.derived for mark in [*given, *results]):
+            derived = tuple({entry for mark in [*given, *results] for entry in mark.derived})
             results = [mark._replace(derived=derived) for mark in results]
             for use in self.found[before:]:  # of a leaf that also meets the examples another way
                 if use.view.source in dict(derived):
@@ -225,7 +232,12 @@ class Walk:
         counter = None if counting is None else given[counting].counter
         adds = _adds_penalty(at, given)
         return [
-            self._met(adds, mark._replace(batch=batch, seeds=followed.seeds, counter=counter))
+            self._met(
+                adds,
+                mark._replace(
+                    batch=batch, seeds=followed.seeds, counter=counter, varies=any_varies(given)
+                ),
+            )
             for mark, batch in zip(results, batches, strict=True)
         ]
 
@@ -238,7 +250,7 @@ class Walk:
         return mark._replace(derived=())
 
     def _call(self, at: _At, given: list[Mark], nodes) -> list[Mark]:
-        return [_at_boundary(mark) for mark in self.node(nodes[0], given, (), at.around)]
+        return [at_boundary(mark) for mark in self.node(nodes[0], given, (), at.around)]
 
     def _cond(self, at: _At, given: list[Mark], nodes) -> list[Mark]:
         number, columns = len(self.found), []
@@ -246,8 +258,8 @@ class Walk:
         for k, node in enumerate(nodes):
             around = dataclasses.replace(at.around, branch=at.around.branch or (number, k))
             results = self.seeds.lose(self.node(node, operands, (), around))
-            columns.append([_at_boundary(mark) for mark in results])
-        return [_either(marks) for marks in zip(*columns, strict=True)]
+            columns.append([at_boundary(mark) for mark in results])
+        return [either(marks) for marks in zip(*columns, strict=True)]
 
     def _scan(self, at: _At, given: list[Mark], nodes) -> list[Mark]:
         eqn, body, depth = at.eqn, nodes[0], len(at.loops)
@@ -255,7 +267,7 @@ class Walk:
         counted, unchanged = counters_carried(eqn), _unchanged(body.jaxpr.jaxpr, consts, carry)
         counting = Mark(counter=depth)
         state = [
-            counting if k in counted else mark if k in unchanged else _carried(mark)
+            counting if k in counted else mark if k in unchanged else carried(mark)
             for k, mark in enumerate(given[consts : consts + carry])
         ]
         slices = self._slices(at, given, consts + carry)
@@ -272,7 +284,7 @@ class Walk:
         state, results = self._until_stable(state, counted | unchanged, body, step, depth)
         self._note_carry(at, given[consts : consts + carry], state, results)
         state = [NOTHING if k in counted else mark for k, mark in enumerate(state)]
-        return state + [_unsliced(mark, depth) for mark in results[carry:]]
+        return state + [unsliced(mark, depth) for mark in results[carry:]]
 
     def _slices(self, at: _At, given: list[Mark], first: int) -> list[Mark]:
         """Marks of what a scan slices, in one step."""
@@ -280,7 +292,7 @@ class Walk:
         return [
             Mark(counter=depth)
             if is_range(jaxpr, variable)
-            else _slice(mark, depth, by_example=scan_length(at.eqn) == self.batch)
+            else slice_of(mark, depth, by_example=scan_length(at.eqn) == self.batch)
             for variable, mark in zip(at.eqn.invars[first:], given[first:], strict=True)
         ]
 
@@ -295,7 +307,7 @@ class Walk:
             body.clear()
             results = step(state)
             grown = [
-                old if k in fixed else _either((old, _after_step(new, depth)))
+                old if k in fixed else either((old, after_step(new, depth)))
                 for k, (old, new) in enumerate(zip(state, results, strict=False))
             ]
             for mark in grown:
@@ -324,8 +336,8 @@ class Walk:
           results: marks of what a step makes, the next carry first.
         """
         variables, count = at.eqn.outvars, self.batch
-        carried, axes = at.node.carried, at.node.started
-        carried[at.index] = [frozenset(seed.use for seed in mark.seeds) for mark in state]
+        held, axes = at.node.carried, at.node.started
+        held[at.index] = [frozenset(seed.use for seed in mark.seeds) for mark in state]
         axes[at.index] = {}
         for k, (first, mark, after) in enumerate(zip(started, state, results, strict=False)):
             if mark.batch is None:
@@ -375,7 +387,7 @@ def _adds_penalty(at: _At, given: list[Mark]) -> bool:
     return all(
         len(repeated_axes(jaxpr, variable)) == len(shape_of(variable))
         for variable, mark in zip(at.eqn.invars, given, strict=True)
-        if mark.derived and mark.batch is None
+        if (mark.derived or mark.leaves) and mark.batch is None
     )
 
 
@@ -388,79 +400,6 @@ def _derived(eqn, given: list[Mark]) -> tuple[tuple[int, str], ...]:
     return tuple(entries.items())
 
 
-def _at_boundary(mark: Mark) -> Mark:
-    """The mark inside a body: coefficients of leaves are variables of the jaxpr outside."""
-    if any(view.coefficients + view.divisors for view in mark.leaves):
-        reason = "it is multiplied element-wise before it enters a function call"
-        mark = _as_derived(mark, reason)
-    return mark._replace(output=None)
-
-
-def _as_derived(mark: Mark, reason: str) -> Mark:
-    """The mark of an array made of the leaves in a way no layer describes."""
-    made = tuple((view.source, reason) for view in mark.leaves)
-    return mark._replace(leaves=(), derived=mark.derived + made)
-
-
-def _carried(mark: Mark) -> Mark:
-    return _as_derived(mark, "it is carried through a scan that changes it")
-
-
-def _either(marks) -> Mark:
-    """The mark of a variable that is one of several."""
-    leaves = marks[0].leaves if all(mark.leaves == marks[0].leaves for mark in marks) else ()
-    derived = dict(entry for mark in marks for entry in mark.derived)
-    if not leaves:
-        reason = "it is one of several results of a cond"
-        derived |= {view.source: reason for mark in marks for view in mark.leaves}
-    uses = dict.fromkeys(seed.use for mark in marks for seed in mark.seeds)
-    return Mark(
-        leaves=leaves,
-        joined=marks[0].joined,
-        batch=known_batch(marks),
-        derived=tuple(derived.items()),
-        seeds=tuple(Seed(use, None) for use in uses),
-    )
-
-
 def _unchanged(body, consts: int, carry: int) -> set[int]:
     """Places of a scan's carry that every step hands on as they are."""
     return {k for k in range(carry) if body.invars[consts + k] is body.outvars[k]}
-
-
-def _after_step(mark: Mark, depth: int) -> Mark:
-    """The mark of a carry after a step; one that runs from example to example mixes them."""
-    mixed = mark.batch is not None and mark.batch.loop == depth
-    return mark._replace(leaves=(), output=None, batch=LOST if mixed else mark.batch)
-
-
-def _slice(mark: Mark, depth: int, by_example: bool) -> Mark:
-    """The mark of one slice of the leading axis in a scan at this depth.
-
-    With `by_example` the scan has as many steps as there are examples.
-    """
-    entered = [views.enter_loop(view, depth) for view in mark.leaves]
-    leaves = tuple(view for view in entered if view is not None)
-    batch = mark.batch
-    if batch is not None and batch.axis is not None:
-        one = batch.inner == 1 and by_example
-        first = Batch(None, loop=depth) if one else LOST
-        batch = first if batch.axis == 0 else batch._replace(axis=batch.axis - 1)
-    if len(leaves) != len(mark.leaves) or len(leaves) > 1:
-        return Mark(batch=batch, derived=_carried(mark).derived, seeds=_unseen(mark))
-    return Mark(leaves=leaves, batch=batch, derived=mark.derived, seeds=_unseen(mark))
-
-
-def _unsliced(mark: Mark, depth: int) -> Mark:
-    """The mark of the results of all steps of a scan at this depth, stacked."""
-    batch = mark.batch
-    if batch is not None and batch.axis is not None:
-        batch = batch._replace(axis=batch.axis + 1)
-    elif batch is not None and batch.loop == depth:
-        batch = Batch(0)
-    return Mark(batch=batch, derived=_carried(mark).derived, seeds=_unseen(mark))
-
-
-def _unseen(mark: Mark) -> tuple[Seed, ...]:
-    """The seeds of a variable that is no view of an output."""
-    return tuple(Seed(seed.use, None) for seed in mark.seeds)

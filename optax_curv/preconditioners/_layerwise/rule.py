@@ -108,10 +108,12 @@ class LayerRule(StackRule):
         **extra_args: Any,
     ) -> Step:
         """One step of the layers, within the clip, and of the fallback on all other leaves."""
-        ours = {name: grads[name] for name in view.layers}
+        inverse = view.inverse_slopes(curvature)
+        ours = {name: grads[name] * inverse.get(name, 1) for name in view.layers}
         others = {name: g for name, g in grads.items() if name not in ours}
         step = self.update_layers(view, ours, state, sound, curvature)
         directions = self._clipped(step.directions, ours, state.count)
+        directions = {name: u * inverse.get(name, 1) for name, u in directions.items()}
         kept = as_kept(step.state._replace(fallback=None), self.factor_sharding)
         fallback = state.fallback
         if self.fallback is not None:

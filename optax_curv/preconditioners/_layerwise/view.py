@@ -1,10 +1,13 @@
 """Layers of a tree as stacks, and the averages of their factors."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from optax_curv.layers import slope_matrix
 from optax_curv.linalg._compiler import not_recomputed
 from optax_curv.linalg.factors import Factor
 from optax_curv.preconditioners._layerwise.factors import (
@@ -22,6 +25,10 @@ from optax_curv.preconditioners._stacks.stacks import Stacks
 from optax_curv.preconditioners._transformation.numbers import value_at
 from optax_curv.preconditioners._transformation.soundness import is_squarable
 from optax_curv.typing import Number, Schedulable
+
+# Slopes below this part of a kernel's largest move their entries less the smaller they are: where a
+# softplus is nearly flat the step is no longer linear in the leaf. A tenth is ours.
+MADE_FLOOR = 0.1
 
 
 class LayerStacks(Stacks):
@@ -70,6 +77,38 @@ class LayerStacks(Stacks):
             parts = [layer_factors(self._method, x, curvature[x.whole.name]) for x in layers]
             found[name] = factor_like(self.kind(name), joined(layers, parts))
         return found
+
+    def inverse_slopes(self, curvature: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Returns 1 / c, by which gradients of leaves become those of made kernels, by stack.
+
+        Where a slope c is below a tenth of the largest it is c / (0.1 max c)², so 0 where a mask
+        is. Directions of kernels times it are those of the leaves: (C K C)⁻¹ ∇ for the block
+        C K C of a leaf whose slopes C = diag(c) are not far apart.
+        """
+        found = {}
+        for name, layers in self.layers.items():
+            if any(x.whole.made and x.layer.kernel is not None for x in layers):
+                parts = [_inverse_slope(self._method, x, curvature[x.whole.name]) for x in layers]
+                found[name] = jnp.concatenate(parts).astype(self[name].dtype)
+        return found
+
+
+def _inverse_slope(method: str, x: PresentLayer, statistic: Any) -> jax.Array:
+    """See `LayerStacks.inverse_slopes`; [prod(stack), rows, out]."""
+    layer = x.layer
+    shape = (math.prod(layer.stack), layer.rows_of_matrix, layer.out_dim)
+    if not x.whole.made or layer.kernel is None:
+        return jnp.ones(shape, x.dtype)
+    slope = getattr(statistic, "slope", None)
+    if slope is None:
+        raise ValueError(
+            f"{method}: the statistic of layer {x.whole.name!r} has no slope, and its kernel is "
+            f"made of {x.whole.kernel}; take it from optax_curv.value_grad_and_curvature."
+        )
+    c = slope_matrix(layer, slope).reshape(shape).astype(x.dtype)
+    least = MADE_FLOOR * jnp.max(jnp.abs(c), axis=(-1, -2), keepdims=True)
+    inverse = c / jnp.maximum(jnp.square(c), jnp.square(least))
+    return jnp.where(jnp.isfinite(inverse), inverse, 0)
 
 
 def averaged_of(
