@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_curv.preconditioners._branches.rows import cheaper, solve_rows
+from optax_curv.preconditioners._branches.metric import Metric, StoredRows
+from optax_curv.preconditioners._branches.solve import cheaper, solve_metric
 
 BOUND = 1.2
 SOLVERS = ("woodbury", "cholesky")
@@ -23,7 +24,8 @@ SOLVERS = ("woodbury", "cholesky")
 @functools.partial(jax.jit, static_argnames="solver")
 def solve(rows, b, solver):
     damping = jnp.asarray(1e-3, b["w"].dtype)
-    return solve_rows(rows, b, damping, solver=solver, max_iters=0, tol=0.0).x
+    metric = Metric(StoredRows([rows["w"]], [b["w"]], jax.tree.structure(b)))
+    return solve_metric(metric, b, damping, solver=solver, max_iters=0, tol=0.0).x
 
 
 def seconds(rows, b, solver):

@@ -16,6 +16,9 @@ from optax_curv.curvature import (
     RawSamples as RawSamples,
     SplitRows as SplitRows,
 )
+from optax_curv.rows import (
+    LazyRows as LazyRows,
+)
 from optax_curv.capture.gradients import (
     find_layers as find_layers,
     value_grad_and_curvature as value_grad_and_curvature,
@@ -28,6 +31,7 @@ from optax_curv.capture.probes import (
 )
 from optax_curv.capture.branches import (
     jacobian_rows as jacobian_rows,
+    lazy_rows as lazy_rows,
     per_example_grads as per_example_grads,
     residual_rows as residual_rows,
 )

@@ -87,9 +87,9 @@ def wrong_directions(name):
         return
     allowed = {
         "linalg": ("linalg", "typing"),
-        "capture": ("capture", "linalg", "layers", "curvature", "objective", "typing"),
+        "capture": ("capture", "linalg", "layers", "curvature", "rows", "objective", "typing"),
         "preconditioners": (
-            *("preconditioners", "linalg", "layers", "curvature", "objective", "typing"),
+            *("preconditioners", "linalg", "layers", "curvature", "rows", "objective", "typing"),
         ),
     }[room]
     for line, module, _ in imports(name):

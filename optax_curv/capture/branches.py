@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from optax_curv.capture._graph.holomorphy import is_holomorphic
 from optax_curv.curvature import SplitRows
+from optax_curv.rows import LazyRows
 from optax_curv.typing import Number, Tree
 
 
@@ -112,6 +113,44 @@ def jacobian_rows(
         return _jacobian(fn, params, batch, chunk_size, holomorphic)[1]
 
     return rows
+
+
+def lazy_rows(fn: Callable, params: Tree, *batch: Any, chunk_size: int | None = None) -> LazyRows:
+    """Makes rows that are never stored, for networks whose K rows of n numbers fit no memory.
+
+    They stand for what `jacobian_rows(fn)(params, *batch)` returns, wherever rows are accepted. A
+    solve makes the rows again, chunk by chunk, for the kernel of K × K numbers, and its direction
+    by one pull-back; the memory is that of the kernel and of two chunks. They are taken over real
+    coordinates, so that `fn` need not be holomorphic in complex parameters.
+
+    Args:
+      fn: `fn(params, *batch)` -> outputs [N, ...], real or complex, or one number for a batch of
+        one; called with batches of one. Use one function for all steps: a new one is compiled anew.
+      params: the parameters, at which the rows are taken.
+      *batch: arrays with one leading axis N, which may be sharded over the devices of a mesh.
+      chunk_size: examples differentiated at once; None: as many as make some 2²⁴ numbers.
+
+    Returns:
+      A pytree that `scale_by_branch_fisher`, `branch_fisher` and `levenberg_marquardt` take as
+      `branches`, with one row for each output of an example.
+
+    Raises:
+      ValueError: where the batch has no example, its leading axes differ, the outputs are no array
+        of floating-point numbers or do not begin with N, or `chunk_size` is not positive.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax_curv
+      >>> predict = lambda w, x: jnp.sin(x @ w)
+      >>> rows = optax_curv.lazy_rows(predict, jnp.zeros(2), jnp.eye(2))
+      >>> tx = optax_curv.scale_by_branch_fisher(0.5, solver="auto", centered=False)
+      >>> direction, _ = tx.update(jnp.ones(2), tx.init(jnp.ones(2)), branches=rows)
+      >>> print(direction)  # the metric is half of the identity
+      [1. 1.]
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"lazy_rows: expected a positive chunk_size, got {chunk_size=}.")
+    _require_outputs("lazy_rows", fn, params, batch)
+    return LazyRows(fn, params, jax.tree.map(jnp.asarray, batch), chunk_size)
 
 
 def residual_rows(

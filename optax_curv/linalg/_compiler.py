@@ -18,6 +18,7 @@ from jax.sharding import AxisType
 from jax.typing import ArrayLike
 
 FULL = jax.lax.Precision.HIGHEST
+HALVED_FROM = 1024  # smaller products by halves cost more than they save
 
 
 def compiled_once(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -139,3 +140,26 @@ def full_matmul(a: ArrayLike, b: ArrayLike) -> jax.Array:
     bits of the 23: too few for products whose inverse or root is taken. On CPU it does nothing.
     """
     return jnp.matmul(a, b, precision=FULL)
+
+
+def gram(x: jax.Array) -> jax.Array:
+    """X Xᴴ of a matrix at full precision, on CPU by halves of its rows where it is large.
+
+    Of the four products of halves one is another's adjoint and is not computed, which XLA on CPU
+    does not see by itself: [1500, 3000] in float64 takes 0.46 s so and 0.62 s whole (JAX 0.10.2).
+    It may go when a product with one's own adjoint is a symmetric one.
+    """
+    x = materialize(x)
+    if min(x.shape) < HALVED_FROM:
+        return _whole_gram(x)
+    return per_platform(x, cpu=_gram_by_halves, other=_whole_gram)
+
+
+def _whole_gram(x):
+    return full_matmul(x, x.conj().T)
+
+
+def _gram_by_halves(x):
+    upper, lower = jnp.split(x, [len(x) // 2])
+    corner = full_matmul(upper, lower.conj().T)
+    return jnp.block([[_whole_gram(upper), corner], [corner.conj().T, _whole_gram(lower)]])

@@ -9,23 +9,19 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv import linalg
-from optax_curv.preconditioners._branches.complex_rows import (
-    complex_again,
+from optax_curv.preconditioners._branches.metric import (
+    Metric,
+    StoredRows,
     has_split,
     is_split,
-    real_parts,
-    real_rows,
+    metric_of,
 )
 from optax_curv.preconditioners._branches.rows import (
-    apply_rows,
     are_sound_weights,
-    combine_rows,
-    covariance_rows,
     is_array,
-    is_complex,
     require_weights,
-    solve_rows,
 )
+from optax_curv.preconditioners._branches.solve import solve_metric
 from optax_curv.preconditioners._branches.state_space import StateBranches, descent
 from optax_curv.preconditioners._transformation.numbers import (
     require_choice,
@@ -34,6 +30,7 @@ from optax_curv.preconditioners._transformation.numbers import (
 )
 from optax_curv.preconditioners._transformation.transformation import counters, transformation
 from optax_curv.preconditioners._transformation.trees import require_same_leaves, wide_zeros
+from optax_curv.rows import LazyRows
 from optax_curv.typing import (
     COMPLEX_METRICS,
     SOLVERS,
@@ -142,7 +139,7 @@ class _BranchFisher(StateBranches):
         weights = extra_args.get("weights")
         if weights is not None:
             require_weights(self.method, weights, count)
-        return branches, weights
+        return (weights if isinstance(branches, LazyRows) else branches), weights
 
     def update(
         self,
@@ -173,7 +170,8 @@ class _BranchFisher(StateBranches):
         """Solves (BᵀB + λI) x = b for rows B [K, D]; "cg" is the original's, guarded."""
         limits = {"max_iters": self.max_iters, "tol": self.tol}
         if self.solver != "cg":
-            return solve_rows(rows, b, damping, solver=self.solver, **limits)
+            metric = Metric(StoredRows([rows], [b], jax.tree.structure(b)))
+            return solve_metric(metric, b, damping, solver=self.solver, **limits)
         covariance = _dot(rows.T, rows) if len(b) <= FORMED_UP_TO else None
 
         def matvec(v):
@@ -191,43 +189,44 @@ class _BranchFisher(StateBranches):
 
     def _parameter_step(self, grads, state, branches, weights):
         """Steps along M⁻¹ (g - μ BᵀB d₋) + μ d₋ for rows of the parameters themselves."""
-        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves((grads, branches)))
-        wide = jnp.finfo(dtype).dtype
-        ddof = 0 if self.ddof is None else self.ddof
-        real = self._has_real_coordinates(branches, grads)
-
-        def cast(x):
-            return x.astype(jnp.promote_types(wide, x.dtype) if real else dtype)
-
-        def rows_of(x):
-            return covariance_rows(cast(jnp.asarray(x)), self.centered, ddof, weights)
-
-        rows, gradient = jax.tree.map(rows_of, branches), jax.tree.map(cast, grads)
-        previous = None if self.momentum is None else jax.tree.map(cast, state.previous)
-        if real:
-            rows, gradient = real_rows(rows, gradient), real_parts(gradient)
-            previous = None if previous is None else real_parts(previous)
+        gradient, metric = self._geometry(grads, branches, weights)
+        wide = jnp.result_type(metric.scale)
         damping = value_at(self.damping, state.count, wide)
         limits = {"max_iters": self.max_iters, "tol": self.tol}
-        solve = functools.partial(solve_rows, rows, damping=damping, solver=self.solver, **limits)
-        if previous is None:
+        solve = functools.partial(
+            solve_metric, metric, damping=damping, solver=self.solver, **limits
+        )
+        if self.momentum is None:
             direction, converged = solve(gradient)
         else:
-            start = optax.tree.scale(jnp.asarray(self.momentum, wide), previous)
-            residual = optax.tree.sub(gradient, combine_rows(rows, apply_rows(rows, start)))
-            rest, converged = solve(residual)
+            start = jax.tree.map(
+                lambda d, g: jnp.asarray(self.momentum, wide) * d.astype(g.dtype),
+                state.previous,
+                gradient,
+            )
+            rest, converged = solve(optax.tree.sub(gradient, metric.product(start)))
             direction = optax.tree.add(start, rest)
-        if real:
-            direction = complex_again(direction, grads)
-        if self.momentum is not None:
             kept = jax.tree.map(lambda d, p: d.astype(p.dtype), direction, state.previous)
             state = state._replace(previous=kept)
         return self.step(state, direction, are_sound_weights(weights), converged)
 
-    def _has_real_coordinates(self, branches, grads):
-        """Whether real and imaginary parts are taken apart; else a complex metric is inverted."""
-        kinds = {jnp.iscomplexobj(g) for g in jax.tree.leaves(grads)}
-        return has_split(branches) or len(kinds) > 1 or (kinds == {False} and is_complex(branches))
+    def _geometry(self, grads, branches, weights):
+        """The gradient and the metric, in one precision."""
+        lazy = isinstance(branches, LazyRows)
+        given = branches.params if lazy else branches
+        wide = jnp.finfo(jnp.result_type(jnp.float32, *jax.tree.leaves((grads, given)))).dtype
+
+        def cast(x):
+            return x.astype(jnp.promote_types(wide, jnp.result_type(x)))
+
+        gradient = jax.tree.map(cast, grads)
+        rows = branches
+        if not lazy:
+            leaves, treedef = jax.tree.flatten(gradient)
+            entries = treedef.flatten_up_to(jax.tree.map(lambda x: cast(jnp.asarray(x)), branches))
+            rows = StoredRows(entries, leaves, treedef)
+        ddof = 0 if self.ddof is None else self.ddof
+        return gradient, metric_of(rows, self.centered, ddof, weights, wide)
 
 
 def scale_by_branch_fisher(
@@ -465,11 +464,19 @@ def _are_rows(branches: Any, updates: Any, projection: Any) -> bool:
 
 def _count_of_rows(method: str, branches: Any, updates: Any) -> int:
     """Returns K of samples of the parameters; refuses those that do not fit or are none."""
+    if isinstance(branches, LazyRows):
+        return _count_of_lazy_rows(method, branches, updates)
     halves = jax.tree.leaves(branches, is_leaf=is_split)
     for x in halves:
         if is_split(x):
             require_same_leaves(method, "real halves of rows", [x.real], "imaginary ones", [x.imag])
     one_half = jax.tree.map(lambda x: x.real if is_split(x) else x, branches, is_leaf=is_split)
+    given, wanted = jax.tree.structure(one_half), jax.tree.structure(updates)
+    if given != wanted:
+        raise ValueError(
+            f"{method}: branches in parameter space are the tree {given}; expected that of the "
+            f"gradients, {wanted}, each leaf with one leading axis K in front."
+        )
     got, shapes = jax.tree.map(jnp.shape, one_half), jax.tree.map(jnp.shape, updates)
     counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(one_half)}
     expected = jax.tree.map(lambda leaf: (*next(iter(counts), ()), *jnp.shape(leaf)), updates)
@@ -483,6 +490,14 @@ def _count_of_rows(method: str, branches: Any, updates: Any) -> int:
             f"{method}: branches in parameter space have no rows (K = 0); expected one at least."
         )
     return counts.pop()[0]
+
+
+def _count_of_lazy_rows(method: str, rows: LazyRows, updates: Any) -> int:
+    """Returns K of rows that are never stored; refuses those of other parameters."""
+    require_same_leaves(
+        method, "the gradients", updates, "the parameters of lazy rows", rows.params
+    )
+    return rows.count
 
 
 def _require_metric(method: str, complex_metric: ComplexMetric | None, updates: Any):

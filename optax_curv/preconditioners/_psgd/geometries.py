@@ -20,39 +20,19 @@ import jax
 import jax.numpy as jnp
 
 from optax_curv.linalg import kron_matvec, spectral_norm_bound, triangular_solve
-from optax_curv.linalg._compiler import full_matmul, materialize, per_platform
+from optax_curv.linalg._compiler import full_matmul, gram
 from optax_curv.linalg.factors import Dense, Diagonal, Factor
 from optax_curv.typing import Geometry
 
 Factors = tuple[Factor, ...]
 
 PIVOT_FLOOR = 1e-12  # the original's: a smaller pivot of a triangular solve makes that entry zero
-HALVED_FROM = 1024  # smaller products by halves cost more than they save
 ROTATION_LIMIT = 0.1  # largest ‖aR‖₂ of a Procrustes step: its Taylor error is below 1/3000
 
 
 def array_of(factor: Any) -> jax.Array:
     """The matrix of a dense factor, the diagonal of a diagonal one."""
     return factor.vector if isinstance(factor, Diagonal) else factor.matrix
-
-
-def gram(x: jax.Array) -> jax.Array:
-    """X Xᴴ of a matrix at full precision."""
-    x = materialize(x)
-    if min(x.shape) < HALVED_FROM or x.shape[0] % 2:
-        return _whole_gram(x)
-    return per_platform(x, cpu=_gram_by_halves, other=_whole_gram)
-
-
-def _whole_gram(x):
-    return full_matmul(x, x.conj().T)
-
-
-def _gram_by_halves(x):
-    """X Xᴴ by halves of its rows: of four products one is another's adjoint and is not computed."""
-    upper, lower = jnp.split(x, 2)
-    corner = full_matmul(upper, lower.conj().T)
-    return jnp.block([[_whole_gram(upper), corner], [corner.conj().T, _whole_gram(lower)]])
 
 
 def second_moment(x: jax.Array, axis: int, like: Factor) -> Factor:
