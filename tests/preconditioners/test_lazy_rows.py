@@ -202,3 +202,22 @@ def test_lazy_rows_that_cannot_be_are_refused():
         optax_curv.lazy_rows(real, REAL, X, chunk_size=0)
     with pytest.raises(ValueError, match=r"weights \[K\], one number for each of the K = 14"):
         tx.update(REAL, tx.init(REAL), branches=rows, weights=jnp.ones(7))
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_no_second_copy_of_the_rows_is_made(lazy):
+    """Of a compiled step with 256 rows of 65,536 numbers, 64 MiB."""
+    params = jax.ShapeDtypeStruct((128, 512), jnp.float32)
+    rows = jax.ShapeDtypeStruct((256, 128, 512), jnp.float32)
+    x = jax.ShapeDtypeStruct((256, 128), jnp.float32)
+    tx = optax_curv.scale_by_branch_fisher(DAMPING, solver="auto", momentum=DECAY)
+
+    def fn(w, x):
+        return jnp.sum(jnp.tanh(x @ w), -1)
+
+    def step(gradient, given):
+        rows = optax_curv.lazy_rows(fn, gradient, given, chunk_size=32) if lazy else given
+        return tx.update(gradient, tx.init(gradient), branches=rows)[0]
+
+    compiled = jax.jit(step).lower(params, x if lazy else rows).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < (0.45 if lazy else 0.3) * 2**26

@@ -13,8 +13,8 @@ from optax_curv.curvature import SplitRows
 from optax_curv.linalg._compiler import full_matmul, gram
 from optax_curv.rows import LazyRows, complex_again, real_parts
 
-# Numbers in a chunk of rows that is centred and copied for a product, 16 MiB of float32.
-CHUNK = 2**22
+# Numbers in a chunk of rows that is centred and copied for a product, 4 MiB of float32.
+CHUNK = 2**20
 
 
 def is_split(x: Any) -> bool:
