@@ -9,8 +9,9 @@ from optax_curv.capture._graph.marks import Node
 def without_gradient(node: Node) -> set[int]:
     """Finds the uses in a walked jaxpr from whose output no gradient comes back."""
     with_gradient: set[int] = set()
-    _back(node, [True] * len(node.jaxpr.jaxpr.outvars), with_gradient)
-    return set(node.uses()) - with_gradient
+    live = _back(node, [True] * len(node.jaxpr.jaxpr.outvars), with_gradient)
+    entered = {use for place, use in node.entries.items() if not live[place]}
+    return entered | set(node.uses()) - with_gradient
 
 
 def _back(node: Node, live: list[bool], uses: set[int]) -> list[bool]:

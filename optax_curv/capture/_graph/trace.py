@@ -191,7 +191,8 @@ def _grouped(
     unused = {leaf: reason for mark in results for leaf, reason in mark.derived}
     unused |= dict.fromkeys(walk.stopped - unused.keys(), FROZEN)
     frozen = without_gradient(node)
-    unused |= {walk.found[number].view.source: FROZEN for number in frozen}
+    unused |= {walk.found[number].view.source: FROZEN for number in frozen - walk.seeds.entries}
+    unused |= {leaf: reasons[leaf] for leaf in map(walk.leaf_of, frozen & walk.seeds.entries)}
     refused = {
         leaf: f"the kernel that meets the data is made of it: {reason}"
         if leaf in walk.made

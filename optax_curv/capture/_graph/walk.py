@@ -149,6 +149,10 @@ class Walk:
         self.queries: set[int] = set()
         self.stopped: set[int] = set()
 
+    def leaf_of(self, number: int) -> int:
+        """The leaf of a use."""
+        return self.found[number].view.source
+
     def enter(self, node: Node, leaf: int, shape: tuple[int, ...]) -> Mark:
         """Takes a whole leaf as a use of its own, whose output is the leaf; returns its mark.
 
