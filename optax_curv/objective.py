@@ -138,10 +138,26 @@ class Normal:
         return jnp.asarray(v)
 
 
+@dataclasses.dataclass(frozen=True)
+class Score(Normal):
+    """A wavefunction: gradients are those of its energy, the curvature that of log ψ itself."""
+
+    def loss(self, outputs: jax.Array, targets: Any) -> jax.Array:
+        """Returns Σ targets · outputs, whose mean has half of the energy's gradient."""
+        _require_targets("score", targets, outputs)
+        if outputs.ndim < 2:
+            raise ValueError(
+                "Objective: likelihood='score' expects log ψ as [N, 1], or [N, 2] of its modulus "
+                f"and phase, got outputs of shape {outputs.shape}."
+            )
+        return jnp.sum(jax.lax.stop_gradient(targets) * widen(outputs), -1)
+
+
 LIKELIHOODS: dict[LikelihoodName, Likelihood] = {
     "categorical": Categorical(),
     "bernoulli": Bernoulli(),
     "normal": Normal(),
+    "score": Score(),
 }
 
 
@@ -158,8 +174,15 @@ class Objective:
     a mean over all leading axes where no weights are given. ``jax.value_and_grad``, Optax and
     `value_grad_and_curvature` take it as an ordinary loss function. What a plain loss hides, it
     knows: targets drawn from the model, and the Hessian H_r = B_r B_rᵀ of a row's loss in its
-    outputs, hence the Gauss-Newton matrix Σ_r w_r J_rᵀ H_r J_r / Σ_r w_r, which for the three
-    built-in likelihoods is the Fisher matrix.
+    outputs, hence the Gauss-Newton matrix Σ_r w_r J_rᵀ H_r J_r / Σ_r w_r, which for the built-in
+    likelihoods is the Fisher matrix.
+
+    **Wavefunctions** have the likelihood "score". Outputs are log ψ of samples drawn from |ψ|², and
+    targets the local energies less their mean, a real [N, 1], or [N, 2] of real and imaginary parts
+    beside log |ψ| and the phase. The loss Σ_r w_r ⟨t_r, z_r⟩ / Σ_r w_r is no energy, but its
+    gradient is half of the energy's, and with ``fisher="exact"`` or "sampled" the curvature is the
+    metric E[∂z ∂zᵀ] of stochastic reconfiguration, not centred. "empirical" would square the
+    energies.
 
     It is hashable, and a pytree without leaves: it may be an argument of a jitted function.
 
@@ -168,7 +191,8 @@ class Objective:
         first leading axis counts the examples.
       likelihood: "categorical" (outputs are logits, targets integers [*leading] or probabilities
         [*leading, O]), "bernoulli" (outputs are logits, targets [*leading, O] in [0, 1]), "normal"
-        (½ Σ (output − target)²), or an object with the methods of `Likelihood`.
+        (½ Σ (output − target)²), "score" (see above), or an object with the methods of
+        `Likelihood`.
       regularizer: ``regularizer(params) -> scalar`` added to the loss; it does not enter the
         curvature of layers.
 

@@ -132,7 +132,7 @@ Sharing: TypeAlias = Literal["expand", "reduce"]
 """How several uses of one kernel enter its statistic."""
 SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
 
-LikelihoodName: TypeAlias = Literal["categorical", "bernoulli", "normal"]
+LikelihoodName: TypeAlias = Literal["categorical", "bernoulli", "normal", "score"]
 """The likelihoods that `Objective` knows by name."""
 LIKELIHOOD_NAMES: tuple[LikelihoodName, ...] = get_args(LikelihoodName)
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
+import optax_curv
 from optax_curv import Objective, testing
 from optax_curv.objective import LIKELIHOODS
 
@@ -18,6 +19,8 @@ DRAWS = 40_000
 MONTE_CARLO = 5 / np.sqrt(DRAWS)
 LEADING = (4, 3)
 WIDTH = 5
+# The curvature of "score" is not the Hessian of its loss: it has tests of its own.
+LOG_LIKELIHOODS = [name for name in LIKELIHOODS if name != "score"]
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -89,7 +92,7 @@ def test_losses_are_optax_losses_averaged_over_all_leading_axes():
     )
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("likelihood", LOG_LIKELIHOODS)
 @pytest.mark.parametrize("leading", [(), (1,), (4, 3)])
 def test_columns_square_to_the_hessian_of_the_loss(likelihood, leading):
     z, targets = logits_and_targets(likelihood, leading)
@@ -110,7 +113,7 @@ def test_columns_square_to_the_hessian_of_the_loss(likelihood, leading):
     np.testing.assert_allclose(product, np.einsum("...ij,...j->...i", hessians, z), atol=EXACT)
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("likelihood", LOG_LIKELIHOODS)
 def test_sampled_cotangents_have_mean_zero_and_second_moment_the_hessian(likelihood):
     z = jnp.array([1.0, -0.5, 0.3])
     model = LIKELIHOODS[likelihood]
@@ -133,7 +136,7 @@ def test_a_sampled_cotangent_is_the_gradient_at_a_possible_target():
     np.testing.assert_allclose(drawn, gradient, atol=EXACT)
 
 
-@pytest.mark.parametrize("likelihood", [*LIKELIHOODS, SquaredError()])
+@pytest.mark.parametrize("likelihood", [*LOG_LIKELIHOODS, SquaredError()])
 @pytest.mark.parametrize("leading", [(6,), (4, 3)])
 def test_gauss_newton_product_equals_the_dense_matrix(likelihood, leading):
     params, inputs, targets = problem(
@@ -146,7 +149,7 @@ def test_gauss_newton_product_equals_the_dense_matrix(likelihood, leading):
     np.testing.assert_allclose(ravel_pytree(product)[0], dense @ ravel_pytree(v)[0], atol=EXACT)
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("likelihood", LOG_LIKELIHOODS)
 def test_exact_cotangents_pull_back_to_the_gauss_newton_matrix(likelihood):
     params, inputs, targets = problem(likelihood, (7,))
     objective = Objective(predict, likelihood)
@@ -171,7 +174,7 @@ def test_sampled_cotangents_share_their_scale_with_the_exact_ones():
         )
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("likelihood", LOG_LIKELIHOODS)
 def test_a_mask_leaves_rows_out(likelihood):
     params, inputs, targets = problem(likelihood)
     objective = Objective(predict, likelihood)
@@ -225,7 +228,7 @@ def test_the_regularizer_adds_to_the_loss_and_not_to_the_curvature():
     )
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("likelihood", LOG_LIKELIHOODS)
 def test_bfloat16_outputs_are_computed_in_float32_and_cotangents_keep_their_dtype(likelihood):
     params, inputs, targets = problem(likelihood, dtype="bfloat16")
     objective = Objective(predict, likelihood)
@@ -344,3 +347,46 @@ def test_outputs_without_rows_and_losses_without_rows_are_refused():
 
     with pytest.raises(ValueError, match=r"one number a row, shape \(4,\).*got \(\)"):
         Objective(lambda params, inputs: params, Summed())(jnp.ones((4, 3)), None, jnp.ones((4, 3)))
+
+
+def test_the_score_of_a_wavefunction_has_its_forces_and_its_metric(x64):
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(3, 2))), "v": jnp.asarray(rng.normal(size=(2, 1)))}
+    x, energies = jnp.asarray(rng.normal(size=(9, 3))), jnp.asarray(rng.normal(size=9))
+    weights = jnp.asarray(rng.uniform(size=9))
+    share = weights / weights.sum()
+    targets = (energies - share @ energies)[:, None]
+    log_psi = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]  # noqa: E731
+    objective = Objective(log_psi, "score")
+    flat, unravel = ravel_pytree(params)
+    rows = jax.jacobian(lambda v: log_psi(unravel(v), x)[:, 0])(flat)
+    gradient = jax.grad(objective)(params, x, targets, weights=weights)
+    forces = share @ (rows * targets)
+    np.testing.assert_allclose(ravel_pytree(gradient)[0], forces, rtol=EXACT)
+    product = objective.gauss_newton_product(params, x, gradient, weights=weights)
+    metric = rows.T @ (share[:, None] * rows)
+    np.testing.assert_allclose(ravel_pytree(product)[0], metric @ forces, rtol=EXACT)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "sampled"])
+def test_kfac_of_a_linear_wavefunction_is_stochastic_reconfiguration(fisher, x64):
+    rng = np.random.default_rng(1)
+    x, energies = rng.normal(size=(12, 4)), rng.normal(size=12)
+    x, targets = jnp.asarray(x - x.mean(0)), jnp.asarray(energies - energies.mean())[:, None]
+    params = {"w": jnp.asarray(rng.normal(size=(4, 1)))}
+    objective = Objective(lambda p, x: x @ p["w"], "score")
+    layers = optax_curv.find_layers(objective, params, x, targets)
+    take = optax_curv.value_grad_and_curvature(objective, layers=layers, fisher=fisher)
+    key = {"key": jax.random.key(0)} if fisher == "sampled" else {}
+    _, grads, curvature = take(params, x, targets, **key)
+    tx = optax_curv.scale_by_kfac(layers, damping=0.0)
+    direction, _ = tx.update(grads, tx.init(params), params, curvature=curvature)
+    exact = np.linalg.solve(x.T @ x / 12, x.T @ targets / 12)
+    found = direction["w"] * (curvature[next(iter(layers)).name].output_factor if key else 1)
+    np.testing.assert_allclose(found, exact, rtol=1e-8)
+
+
+def test_a_wavefunction_without_an_axis_of_outputs_is_refused():
+    objective = Objective(lambda p, x: x @ p, "score")
+    with pytest.raises(ValueError, match=r"log ψ as \[N, 1\].*shape \(5,\)"):
+        objective(jnp.zeros(2), jnp.zeros((5, 2)), jnp.zeros(5))
