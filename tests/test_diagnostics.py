@@ -82,6 +82,20 @@ def test_slices_of_one_leaf_and_blocks_have_a_line_each():
     }
 
 
+def test_keys_that_look_like_a_name_of_a_stack_are_keys():
+    keys = ["a | b", "c ×3", " in blocks of ", "d \\| in\\ blocks of 2", "|", "plain"]
+    params = {key: jnp.asarray(random(2, 2)) for key in keys}
+    for tx in (optax_curv.scale_by_shampoo(block_size=1), optax_curv.soap(0.1)):
+        state = tx.update(params, tx.init(params), params)[1]
+        assert {s.name for s in factor_spectra(state)} == {f"[{key!r}]" for key in keys}
+    tx = optax_curv.scale_by_kron_psgd()
+    state = tx.update(params, tx.init(params), params)[1]
+    factors = optax_curv.axis_factors(state, params)
+    assert factors.keys() == params.keys()
+    again = optax_curv.with_axis_factors(state, params, factors)
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+
+
 def test_a_sweep_is_refused_with_advice():
     with pytest.raises(ValueError, match=r"got \(2, 1, 3, 3\). Of the states of a sweep take one"):
         factor_spectra(Written({"a": (jnp.ones((2, 1, 3, 3)),)}))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv import linalg
+from optax_curv.linalg._compiler import full_matmul
 from optax_curv.preconditioners._branches.metric import (
     Metric,
     StoredRows,
@@ -172,11 +173,12 @@ class _BranchFisher(StateBranches):
         if self.solver != "cg":
             metric = Metric(StoredRows([rows], [b], jax.tree.structure(b)))
             return solve_metric(metric, b, damping, solver=self.solver, **limits)
-        covariance = _dot(rows.T, rows) if len(b) <= FORMED_UP_TO else None
+        covariance = full_matmul(rows.T, rows) if len(b) <= FORMED_UP_TO else None
 
         def matvec(v):
-            product = _dot(rows.T, _dot(rows, v)) if covariance is None else _dot(covariance, v)
-            return product + damping * v
+            if covariance is not None:
+                return full_matmul(covariance, v) + damping * v
+            return full_matmul(rows.T, full_matmul(rows, v)) + damping * v
 
         x, _ = linalg.conjugate_gradient(
             matvec, b, max_iters=self.max_iters, atol=self.tol, floor=CG_FLOOR
@@ -510,6 +512,3 @@ def _require_metric(method: str, complex_metric: ComplexMetric | None, updates: 
             f"{method}: expected {'complex' if full else 'real'} gradients with "
             f"{complex_metric=}, got {list(map(str, dtypes))}."
         )
-
-
-_dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

@@ -11,6 +11,7 @@ import optax
 
 from optax_curv import linalg
 from optax_curv.linalg import _lapack as lapack
+from optax_curv.linalg._compiler import full_matmul
 from optax_curv.preconditioners._branches.state_space import StateBranches, descent
 from optax_curv.preconditioners._transformation.numbers import static
 from optax_curv.preconditioners._transformation.transformation import counters, transformation
@@ -65,7 +66,7 @@ class _BranchKFAC(StateBranches):
         index = _block_index(self.blocks, rows.shape[1])
         inside = _take(rows, index)
         padding = jnp.eye(index.shape[1], dtype=rows.dtype) * (index == rows.shape[1])[:, None, :]
-        gram = jnp.matmul(inside.mT, inside, precision=jax.lax.Precision.HIGHEST)
+        gram = full_matmul(inside.mT, inside)
         factor, _ = linalg.cholesky(gram + padding, damping)
         solution = linalg.cholesky_solve(factor, _take(b, index))
         return jnp.zeros_like(b).at[index].set(solution, mode="drop"), True

@@ -70,10 +70,7 @@ class _NormalizeByRms(PassingRule):
     target: Number
 
     def update(self, updates, state, params, **extra_args):
-        def normalized(u):
-            return leaves.scaled(u, self.target, leaves.norm_of(u) / max(1, u.size) ** 0.5)
-
-        return jax.tree.map(normalized, updates), state
+        return jax.tree.map(lambda u: leaves.with_rms(u, self.target), updates), state
 
 
 def normalize_by_rms(target: Number) -> optax.GradientTransformationExtraArgs:

@@ -5,9 +5,10 @@ from typing import Any
 
 import optax
 
-from optax_curv.preconditioners._psgd.flat import flat_decayed, flat_members
+from optax_curv.preconditioners._psgd.flat import flat_members
 from optax_curv.preconditioners._psgd.pieces import descending
 from optax_curv.preconditioners._psgd.rule import KronRule
+from optax_curv.preconditioners._transformation.aliases import decayed
 from optax_curv.preconditioners._transformation.numbers import static
 from optax_curv.preconditioners._transformation.transformation import transformation
 from optax_curv.typing import Criterion, Geometry, Key, Number, Schedulable, Tree, Whiten
@@ -192,4 +193,4 @@ def dense_psgd(
         key=key,
     )
     rule.check_options(rule.method)
-    return descending(rule, learning_rate, weight_decay, *flat_decayed(rule.method, weight_decay))
+    return descending(rule, learning_rate, weight_decay, *decayed(weight_decay))

@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.linalg import _lapack as lapack
+from optax_curv.linalg._compiler import full_matmul
 from optax_curv.linalg.factors import Diagonal
-from optax_curv.preconditioners._psgd.flat import WHOLE_TREE, flat_decayed, flat_members
+from optax_curv.preconditioners._psgd.flat import WHOLE_TREE, flat_members
 from optax_curv.preconditioners._psgd.geometries import carries_scale, scale_of
 from optax_curv.preconditioners._psgd.options import FitOptions, checked_probes
 from optax_curv.preconditioners._psgd.pieces import descending
 from optax_curv.preconditioners._psgd.step import BALANCE_PROBABILITY
 from optax_curv.preconditioners._stacks.rule import StackRule, is_ours
 from optax_curv.preconditioners._transformation import averages
+from optax_curv.preconditioners._transformation.aliases import decayed
 from optax_curv.preconditioners._transformation.numbers import (
     raw_key,
     require_numbers,
@@ -32,7 +34,6 @@ from optax_curv.preconditioners._transformation.transformation import (
 )
 from optax_curv.typing import Criterion, Key, Number, Schedulable, Tree, Whiten
 
-HIGHEST = jax.lax.Precision.HIGHEST
 # Factors common to d and the columns of I + U Vᵀ would drift apart until float32 no longer holds
 # their product: columns of a squared norm beyond these are drawn back. 1 % of μ outweighs the drift
 # where the bounds remember 100 steps.
@@ -71,7 +72,7 @@ class ScaleByLRAPsgdState(NamedTuple):
         low_rank = jnp.zeros(0, self.diagonal.dtype)
         if self.u.size:
             r_u, r_v = (lapack.qr_triangle(x) for x in (self.u, self.v))
-            low_rank = lapack.svd(_times(r_u, r_v.T))[1]
+            low_rank = lapack.svd(full_matmul(r_u, r_v.T))[1]
         found: dict[str, jax.Array | Diagonal] = {
             "diagonal": Diagonal(self.diagonal[None]),
             "low_rank": Diagonal(low_rank[None]),
@@ -88,21 +89,17 @@ class _Fit(NamedTuple):
     lipschitz: jax.Array
 
 
-def _times(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=HIGHEST)
-
-
 def _low_rank(u: jax.Array, v: jax.Array, x: jax.Array) -> jax.Array:
     """(I + U Vᵀ) x."""
-    return x + _times(u, _times(v.T, x))
+    return x + full_matmul(u, full_matmul(v.T, x))
 
 
 def _low_rank_inverse(u: jax.Array, v: jax.Array, x: jax.Array) -> jax.Array:
     """(I + U Vᵀ)⁻¹ x = x - U (I + VᵀU)⁻¹ Vᵀ x."""
     if u.shape[1] == 0:
         return x
-    small = jnp.eye(u.shape[1], dtype=u.dtype) + _times(v.T, u)
-    return x - _times(u, lapack.solve(small, _times(v.T, x)))
+    small = jnp.eye(u.shape[1], dtype=u.dtype) + full_matmul(v.T, u)
+    return x - full_matmul(u, lapack.solve(small, full_matmul(v.T, x)))
 
 
 def _precondition(diagonal: jax.Array, u: jax.Array, v: jax.Array, x: jax.Array) -> jax.Array:
@@ -118,11 +115,11 @@ def _bounded_step(old, new, rate, decay):
 
 def _projected(span, a, b):
     """W with (a aᵀ - b bᵀ) Π = W spanᵀ, Π projecting on the columns of `span`, and a norm bound."""
-    gram = _times(span.T, span)
+    gram = full_matmul(span.T, span)
     floor = (
         jnp.finfo(gram.dtype).eps * jnp.trace(gram) + jnp.finfo(gram.dtype).tiny
     )  # a column may vanish
-    inner = _times(span.T, jnp.stack([a, b], axis=1))
+    inner = full_matmul(span.T, jnp.stack([a, b], axis=1))
     weights = lapack.solve(gram + floor * jnp.eye(gram.shape[0], dtype=gram.dtype), inner)
     sizes = jnp.sqrt(jnp.maximum(jnp.sum(inner * weights, axis=0), 0))  # ‖Π a‖, ‖Π b‖
     bound = jnp.linalg.norm(a) * sizes[0] + jnp.linalg.norm(b) * sizes[1]
@@ -149,12 +146,14 @@ def _move(fit: _Fit, h: jax.Array, w: jax.Array, rate: jax.Array, decay: jax.Arr
 
     change, size = _projected(v, *images(diagonal, u, v))
     bound_u, step = _bounded_step(lipschitz[1], size, rate, decay)
-    u = u - step * (change + _times(change, _times(v.T, u)))
+    u = u - step * (change + full_matmul(change, full_matmul(v.T, u)))
 
     change, size = _projected(u, *images(diagonal, u, v))
     bound_v, step = _bounded_step(lipschitz[2], size, rate, decay)
-    v = v - step * (change + _times(v, _times(u.T, change)))
-    squares = 1 + 2 * jnp.sum(u * v, axis=1) + jnp.sum(_times(v, _times(u.T, u)) * v, axis=1)
+    v = v - step * (change + full_matmul(v, full_matmul(u.T, change)))
+    squares = (
+        1 + 2 * jnp.sum(u * v, axis=1) + jnp.sum(full_matmul(v, full_matmul(u.T, u)) * v, axis=1)
+    )
     squares = jnp.maximum(squares, jnp.finfo(v.dtype).eps)
     diagonal = diagonal * (squares / jnp.clip(squares, 1 / LARGEST, LARGEST)) ** (PULL * rate)
     return _Fit(diagonal, u, v, jnp.stack([bound_d, bound_u, bound_v]))
@@ -405,4 +404,4 @@ def lra_psgd(
         key=key,
     )
     rule.check_options()
-    return descending(rule, learning_rate, weight_decay, *flat_decayed(rule.method, weight_decay))
+    return descending(rule, learning_rate, weight_decay, *decayed(weight_decay))

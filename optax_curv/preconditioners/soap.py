@@ -9,6 +9,7 @@ import optax
 
 from optax_curv.layers import Layers
 from optax_curv.linalg import _lapack, kron_matvec
+from optax_curv.linalg._compiler import full_matmul
 from optax_curv.linalg.roots import eigenvectors, orthogonal_iteration
 from optax_curv.preconditioners._axes import moments
 from optax_curv.preconditioners._stacks.axes import LeafRule
@@ -196,7 +197,7 @@ def _turned(old, new, orders, momentum, v):
     turns = list(new)
     for axis, order in enumerate(orders):
         if order is not None:
-            turns[axis] = jnp.matmul(new[axis].mT.conj(), old[axis], precision=moments.HIGHEST)
+            turns[axis] = full_matmul(new[axis].mT.conj(), old[axis])
             shape = [len(v), *(d if i == axis else 1 for i, d in enumerate(v.shape[1:]))]
             v = jnp.take_along_axis(v, order.reshape(shape), axis=axis + 1)
     return kron_matvec(turns, momentum), v

@@ -10,10 +10,8 @@ import jax.numpy as jnp
 
 from optax_curv.linalg import kron_matvec
 from optax_curv.linalg._checks import widen
-from optax_curv.linalg._compiler import compiled_once, full_matmul
+from optax_curv.linalg._compiler import FULL, compiled_once, full_matmul
 from optax_curv.preconditioners._stacks.blocks import factor_structs
-
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Axes(NamedTuple):
@@ -79,7 +77,7 @@ def axis_moment(x: jax.Array, axis: int, diagonal: bool) -> jax.Array:
     if diagonal:
         return jnp.sum(jnp.square(jnp.abs(x)), axis=tuple(i for i in axes[1:] if i != own))
     others = [x.ndim if i == own else i for i in axes]
-    return jnp.einsum(x, axes, x.conj(), others, [0, own, x.ndim], precision=HIGHEST)
+    return jnp.einsum(x, axes, x.conj(), others, [0, own, x.ndim], precision=FULL)
 
 
 def whitened_moment(x: jax.Array, roots: Any, axis: int, diagonal: bool) -> jax.Array:

@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from optax_curv import linalg
 from optax_curv.linalg import _lapack as lapack
-from optax_curv.linalg._compiler import equally_varying
+from optax_curv.linalg._compiler import equally_varying, full_matmul
 
 # Entries of P that exist at once while it is drawn: 16 MiB of float32, so that a chunk costs much
 # more than its loop.
@@ -100,7 +100,7 @@ class _Drawn:
             flat = jnp.pad(flat, ((0, 0), (0, -group.size % group.rows))).reshape(-1, group.rows)
 
             def add(total, chunk, rows=group.rows):
-                return total + _dot(chunk[0], self.draw(chunk[1], rows)), None
+                return total + full_matmul(chunk[0], self.draw(chunk[1], rows)), None
 
             total, _ = jax.lax.scan(add, total, (flat, group.names))
         return total
@@ -111,7 +111,7 @@ class _Drawn:
         for group in self.groups():
 
             def product(name, rows=group.rows):
-                return _dot(self.draw(name, rows), v)
+                return full_matmul(self.draw(name, rows), v)
 
             flat = jax.lax.map(product, group.names)
             flat = flat.reshape(len(group.members), -1, *v.shape[1:])[:, : group.size]
@@ -127,7 +127,7 @@ class _Drawn:
 
             def add(total, name, rows=group.rows):
                 entries = self.draw(name, rows)
-                return total + _dot(entries.T, entries), None
+                return total + full_matmul(entries.T, entries), None
 
             total, _ = jax.lax.scan(add, total, group.names)
         return total
@@ -159,8 +159,8 @@ def dense(matrix, like) -> Projection:
         return _orthonormal(columns.pull, columns.push, q.shape[1], q.dtype), t
 
     return Projection(
-        pull=lambda tree: _dot(ravel_pytree(tree)[0], matrix),
-        push=lambda v: unravel(_dot(matrix, v)),
+        pull=lambda tree: full_matmul(ravel_pytree(tree)[0], matrix),
+        push=lambda v: unravel(full_matmul(matrix, v)),
         factor=factor,
     )
 
@@ -185,7 +185,3 @@ def _orthonormal(pull, push, dimension, dtype) -> Projection:
     """A map with orthonormal columns, its own factor Q."""
     columns = Projection(pull, push, lambda: (columns, jnp.eye(dimension, dtype=dtype)))
     return columns
-
-
-def _dot(a, b):
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.linalg import _lapack as lapack
+from optax_curv.linalg._compiler import full_matmul
 from optax_curv.preconditioners._branches import projections
 from optax_curv.preconditioners._branches.rows import (
     are_sound_weights,
@@ -184,10 +185,10 @@ def _keep_complement(basis, gradient, root, damping):
     where λ is far below the rounding of P cov Pᵀ.
     """
     columns, triangle = basis.factor()
-    left, s, _ = lapack.svd(jnp.matmul(triangle, root.T, precision="highest"))
+    left, s, _ = lapack.svd(full_matmul(triangle, root.T))
     share = (s / jnp.maximum(jnp.hypot(s, jnp.sqrt(damping)), jnp.finfo(s.dtype).tiny)) ** 2
-    inside = share * jnp.matmul(left.T, columns.pull(gradient), precision="highest")
-    return optax.tree.sub(gradient, columns.push(jnp.matmul(left, inside, precision="highest")))
+    inside = share * full_matmul(left.T, columns.pull(gradient))
+    return optax.tree.sub(gradient, columns.push(full_matmul(left, inside)))
 
 
 def descent(

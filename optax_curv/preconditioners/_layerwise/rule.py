@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.layers import Layers
+from optax_curv.linalg._compiler import FULL
 from optax_curv.preconditioners._layerwise.factors import Averaging, LayerFactors
 from optax_curv.preconditioners._layerwise.members import present_layers
 from optax_curv.preconditioners._layerwise.statistics import require_curvature
@@ -25,8 +26,6 @@ from optax_curv.preconditioners._transformation.numbers import (
 )
 from optax_curv.preconditioners._transformation.transformation import Step, transformation
 from optax_curv.typing import Number, Schedulable
-
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -126,7 +125,7 @@ class LayerRule(StackRule):
         """The directions u, scaled so that the step r u has r² Σ ⟨u, ∇⟩ ≤ `kl_clip`."""
         if self.kl_clip is None or not directions:
             return directions
-        parts = [jnp.vdot(u, grads[name], precision=HIGHEST).real for name, u in directions.items()]
+        parts = [jnp.vdot(u, grads[name], precision=FULL).real for name, u in directions.items()]
         decrease = sum(parts[1:], start=parts[0])
         decrease = jnp.square(value_at(self.step_rate, count, decrease.dtype)) * decrease
         # A NaN-free 1 where the decrease is zero, as the root of infinity is infinite.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from optax_curv.preconditioners._psgd.flat import WHOLE_TREE
 from optax_curv.preconditioners._psgd.geometries import array_of
 from optax_curv.preconditioners._psgd.rule import ScaleByKronPsgdState
-from optax_curv.preconditioners._stacks.names import BLOCKS, member_name, members_of
+from optax_curv.preconditioners._stacks.names import BLOCKS, leaf_name, members_of
 from optax_curv.preconditioners._transformation.trees import path_of
 
 
@@ -46,7 +46,7 @@ class _Rows(NamedTuple):
 def _places(state: ScaleByKronPsgdState, params: Any) -> dict[str, list[_Rows]]:
     """The path of every leaf with factors -> where its blocks lie, in order."""
     shapes = {
-        member_name(path_of(path), 1): jnp.shape(leaf)
+        leaf_name(path_of(path)): jnp.shape(leaf)
         for path, leaf in jax.tree.leaves_with_path(params)
     }
     blocks: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -113,7 +113,7 @@ def shown(state: ScaleByKronPsgdState, params: Any) -> Any:
         return tuple(x[0] for x in places[WHOLE_TREE][0])
 
     def of_leaf(path, leaf):
-        blocks = places.get(member_name(path_of(path), 1), [])
+        blocks = places.get(leaf_name(path_of(path)), [])
         stacked = [tuple(_with_stack(x, jnp.shape(leaf), len(b)) for x in b) for b in blocks]
         return stacked[0] if len(stacked) == 1 else tuple(stacked)
 
@@ -174,7 +174,7 @@ def _by_path(method: str, state: ScaleByKronPsgdState, params: Any, tree: Any) -
     """The entries of a tree of factors, by the path of the leaf in whose place they stand."""
     if list(_places(state, params)) == [WHOLE_TREE]:
         return {WHOLE_TREE: tree}
-    paths = [member_name(path_of(path), 1) for path, _ in jax.tree.leaves_with_path(params)]
+    paths = [leaf_name(path_of(path)) for path, _ in jax.tree.leaves_with_path(params)]
     try:
         entries = jax.tree.structure(params).flatten_up_to(tree)
     except ValueError as error:

@@ -6,16 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from optax_curv.preconditioners._stacks.rule import METHOD
 from optax_curv.preconditioners._stacks.stacks import Member
-from optax_curv.preconditioners._transformation.numbers import is_python_number
-from optax_curv.preconditioners._transformation.transformation import Piece
 from optax_curv.preconditioners._transformation.trees import (
     by_prefix,
     is_function,
-    require_params,
 )
 
 WHOLE_TREE = "all leaves"
@@ -31,6 +27,12 @@ class FlatKind(NamedTuple):
 
     role: str
     parts: tuple[tuple[int, bool], ...]
+
+    @property
+    def decays(self) -> bool | np.ndarray:
+        """Whether weight decay acts on the vector, or on which of its entries, bool [size]."""
+        mask = np.concatenate([np.full(size, decays) for size, decays in self.parts])
+        return True if mask.all() else mask
 
 
 def flat_members(method: str, tree: Any, weight_decay_mask: Any) -> list[tuple[Member, Any]]:
@@ -59,23 +61,3 @@ def flat_members(method: str, tree: Any, weight_decay_mask: Any) -> list[tuple[M
 
     member = Member(WHOLE_TREE, 1, (sum(sizes),), dtype, take, give)
     return [(member, FlatKind(METHOD, tuple(zip(sizes, decays, strict=True))))]
-
-
-def flat_decayed(method: str, weight_decay: Any) -> list[Piece]:
-    """Decoupled weight decay of the leaves that decay; nothing for the Python number 0."""
-    if is_python_number(weight_decay, 0):
-        return [optax.identity()]  # the state's structure is that of any number
-
-    def piece_of(view: Any) -> optax.GradientTransformation:
-        def decayed(name, u, p):
-            parts = view[name].kind.parts
-            mask = np.concatenate([np.full(size, decay) for size, decay in parts])
-            return u + jnp.asarray(weight_decay, u.dtype) * jnp.where(mask, p, 0)
-
-        def update(updates: Any, state: Any, params: Any = None):
-            require_params(method, params)
-            return {name: decayed(name, u, params[name]) for name, u in updates.items()}, state
-
-        return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-    return [piece_of]

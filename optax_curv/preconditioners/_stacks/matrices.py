@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from optax_curv.layers import Layer, Layers, aligned
-from optax_curv.preconditioners._stacks.names import member_name
+from optax_curv.preconditioners._stacks.names import leaf_name
 from optax_curv.preconditioners._stacks.stacks import Member, leaf_member, permuted_member
 from optax_curv.preconditioners._transformation.trees import (
     by_prefix,
@@ -113,7 +113,7 @@ def axes_of_leaves(
     kernels = {} if layers is None else _kernels(method, layers, tree)
     table = []
     for (path, leaf), choice, count in zip(leaves, choices, counts, strict=True):
-        name = member_name(path_of(path), 1)
+        name = leaf_name(path_of(path))
         row = _by_layer(name, leaf, kernels, layers) if layers is not None else None
         row = row or _by_shape(name, leaf, count)
         table.append(_chosen(method, row, choice, count))
@@ -166,11 +166,11 @@ def _chosen(method: str, row: LeafAxes, choice: Any, count: int) -> LeafAxes:
 def _kernels(method: str, layers: Layers, tree: Any) -> dict[str, Layer]:
     """The layers of kernels by the kernel's path in this tree; refuses those of another model."""
     found = jax.tree.leaves_with_path(tree, is_leaf=is_gap)
-    names = {member_name(path_of(path), 1): leaf for path, leaf in found}
+    names = {leaf_name(path_of(path)): leaf for path, leaf in found}
     kernels = {}
     for layer in layers:
         for path in layer.paths:
-            name = member_name(path, 1)
+            name = leaf_name(path)
             hidden = any(name.startswith(gap) for gap, leaf in names.items() if is_gap(leaf))
             if name not in names and names and not hidden:
                 raise ValueError(
@@ -179,7 +179,7 @@ def _kernels(method: str, layers: Layers, tree: Any) -> dict[str, Layer]:
                     "optax_curv.find_layers from the same parameters."
                 )
         if layer.kernel is not None:
-            kernels[member_name(layer.kernel, 1)] = layer
+            kernels[leaf_name(layer.kernel)] = layer
     return kernels
 
 
@@ -188,8 +188,8 @@ def _by_layer(name: str, leaf: Any, kernels: dict[str, Layer], layers: Any) -> L
     shape = tuple(leaf.shape)
     rest = LeafAxes(name, shape, False, False, "", shape)
     if name not in kernels:
-        covered = {member_name(path, 1) for layer in layers for path in layer.paths}
-        uncovered = {member_name(path, 1): why for path, why in layers.uncovered.items()}
+        covered = {leaf_name(path) for layer in layers for path in layer.paths}
+        uncovered = {leaf_name(path): why for path, why in layers.uncovered.items()}
         reason = "no kernel" if name in covered else uncovered.get(name, "in no layer")
         return dataclasses.replace(rest, reason=reason)
     layer = kernels[name]
@@ -223,10 +223,10 @@ def _by_shape(name: str, leaf: Any, count: int) -> LeafAxes:
     """The row of a leaf by its name and shape."""
     shape = tuple(leaf.shape)
     stack = tuple(range(count))
-    last = re.findall(r"\w+", name)[-1:]
+    last = re.search(r"(?:^|[\['\"./])(\w+)['\"\]]*$", name)  # the last key, if it is one word
     row = LeafAxes(name, shape, False, False, "", shape, stack)
-    if last and last[0] in VECTOR_NAMES:
-        return dataclasses.replace(row, reason=f"named {last[0]}")
+    if last and last[1] in VECTOR_NAMES:
+        return dataclasses.replace(row, reason=f"named {last[1]}")
     own = range(count, len(shape))
     if len(own) < 2 or 0 in shape:
         return dataclasses.replace(row, reason=f"rank {len(own)}" if len(own) < 2 else "empty")

@@ -10,18 +10,35 @@ SEPARATOR = " | "
 BLOCKS = " in blocks of "
 
 
-def member_name(path: str, rows: int) -> str:
-    """The name of a member; one of several rows carries their number.
+# What marks a stack's name, where it stands in a path: a key may be any string.
+_MARKS = r"[|×]|in(?= blocks of )"
+
+
+def _escaped(path: str) -> str:
+    return re.sub(_MARKS, r"\\\g<0>", path)
+
+
+def _unescaped(path: str) -> str:
+    return re.sub(rf"\\({_MARKS})", r"\1", path)
+
+
+def leaf_name(path: str) -> str:
+    """A leaf's path, the same for a module's and for an optimizer's parameters.
 
     A variable of Flax NNX ends its path in `.value`, but `nnx.Optimizer` hands over pure arrays.
     """
-    path = path.removesuffix(".value")
-    return path if rows == 1 else f"{path} ×{rows}"
+    return path.removesuffix(".value")
+
+
+def member_name(path: str, rows: int) -> str:
+    """The name of a member; one of several rows carries their number."""
+    name = _escaped(leaf_name(path))
+    return name if rows == 1 else f"{name} ×{rows}"
 
 
 def layer_member_name(name: str, stack: tuple[int, ...]) -> str:
     """The name of a layer with slices of this shape, which a state alone is to tell."""
-    return name + "".join(f" ×{size}" for size in stack)
+    return _escaped(name) + "".join(f" ×{size}" for size in stack)
 
 
 def stack_name(members: Iterable[str]) -> str:
@@ -40,7 +57,7 @@ def layers_of(name: str) -> list[tuple[str, tuple[int, ...]]]:
     for member in name.split(BLOCKS)[0].split(SEPARATOR):
         found = re.fullmatch(r"(.*?)((?: ×\d+)*)", member, re.DOTALL)
         own, sizes = found.groups() if found else (member, "")
-        members.append((own, tuple(int(size) for size in re.findall(r"\d+", sizes))))
+        members.append((_unescaped(own), tuple(int(size) for size in re.findall(r"\d+", sizes))))
     return members
 
 

@@ -11,6 +11,7 @@ import optax
 from optax_curv.preconditioners._stacks.axes import LeafRule
 from optax_curv.preconditioners._stacks.rule import Fallback, is_ours
 from optax_curv.preconditioners._stacks.stacks import Stacks
+from optax_curv.preconditioners._transformation.leaves import with_rms
 from optax_curv.preconditioners._transformation.numbers import (
     is_python_number,
     require_learning_rate,
@@ -48,17 +49,17 @@ def decayed(weight_decay: Any) -> list[Piece]:
         return [optax.identity()]
 
     def piece_of(view: Any) -> optax.GradientTransformation:
-        decays = None
-        if isinstance(view, Mapping):
-            decays = {name: stack.kind.decays for name, stack in view.items()}
         decay = optax.add_decayed_weights(weight_decay)
-        if decays is None or all(decays.values()):
+        if not isinstance(view, Mapping):
+            return decay
+        decays = {name: stack.kind.decays for name, stack in view.items()}
+        if all(x is True for x in decays.values()):
             return decay
 
         def update(updates: Any, state: Any, params: Any = None) -> Any:
             new: Any
             new, state = decay.update(updates, state, params)
-            return {n: new[n] if decays[n] else u for n, u in updates.items()}, state
+            return {n: jnp.where(decays[n], new[n], u) for n, u in updates.items()}, state
 
         return optax.GradientTransformation(decay.init, update)
 
@@ -86,11 +87,3 @@ def matrices_and_adam(
     sizes = [] if rms is None else [by_rows(lambda u: with_rms(u, rms))]
     pieces = [*sizes, *decayed(weight_decay), optax.scale_by_learning_rate(learning_rate)]
     return transformation(rule, *pieces)
-
-
-def with_rms(u: jax.Array, target: Any) -> jax.Array:
-    """One tensor u as u · target / rms(u); zeros stay zero, and no square underflows."""
-    peak = jnp.max(jnp.abs(u), initial=0)
-    relative = u / jnp.where(peak == 0, 1, peak)
-    rms = jnp.sqrt(jnp.mean(jnp.square(jnp.abs(relative)))) if u.size else jnp.ones([])
-    return relative / jnp.where(rms == 0, 1, rms) * jnp.asarray(target, peak.dtype)

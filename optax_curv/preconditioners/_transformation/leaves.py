@@ -43,6 +43,11 @@ def scaled(u: jax.Array, numerator: Number, denominator: jax.Array) -> jax.Array
     return (per_one * jnp.asarray(numerator, denominator.dtype)).astype(u.dtype)
 
 
+def with_rms(u: jax.Array, target: Number) -> jax.Array:
+    """Scales to u · target / rms(u); zeros stay zero."""
+    return scaled(u, target, norm_of(u) / max(1, u.size) ** 0.5)
+
+
 def clipped(u: jax.Array, max_abs: Number) -> jax.Array:
     """Scales to u · min(1, max_abs / max|u|); a leaf within the bound is kept bit for bit."""
     peak = peak_of(u)
