@@ -272,13 +272,26 @@ def test_every_maker_is_injected_or_has_a_reason():
     assert tried | reasons == {case.maker for case in ALL.values()}
 
 
+def takes_a_key(name):
+    return "key" in inspect.signature(getattr(optax_curv, ALL[name].maker)).parameters
+
+
+every_that_draws = pytest.mark.parametrize("name", [x for x in UPDATERS if takes_a_key(x)])
+
+
 @pytest.mark.parametrize("kind", KEYS)
-@every_method
+@every_that_draws
 def test_every_kind_of_key_is_taken_and_kept(name, kind):
-    case = ALL[name]
-    if "key" not in inspect.signature(getattr(optax_curv, case.maker)).parameters:
-        return  # nothing is drawn
-    keeps(name, case.make(key=KEYS[kind]()))
+    keeps(name, ALL[name].make(key=KEYS[kind]()))
+
+
+@every_that_draws
+def test_a_state_keeps_its_kind_of_key_under_another_default(name):
+    tx, (params, grads) = ALL[name].make(), (cases.tree(seed) for seed in (0, 1))
+    state = jax.eval_shape(tx.init, params)
+    with jax.default_prng_impl("rbg"):
+        new_state = jax.eval_shape(updater(name, tx), grads, state, params, extras(name))[1]
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
 
 
 @every

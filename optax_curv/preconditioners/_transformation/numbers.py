@@ -192,6 +192,11 @@ def _with_shape_of_kind(method: str, data: jax.Array, kind: str | None) -> jax.A
     return data.reshape(_KEY_SHAPES[kind])
 
 
+def is_key_data(x: Any) -> bool:
+    """Whether `x` has the shape of a key's data as a state keeps them."""
+    return jnp.shape(x) in _KEY_SHAPES.values()
+
+
 def typed_key(data: jax.Array) -> jax.Array:
     """The typed key of the data that a state keeps."""
     kind = next(kind for kind, shape in _KEY_SHAPES.items() if shape == data.shape)

@@ -21,6 +21,7 @@ import optax
 
 from optax_curv.linalg._compiler import equally_varying, materialize, not_recomputed
 from optax_curv.preconditioners._stacks.owners import with_sharding_types
+from optax_curv.preconditioners._transformation.numbers import is_key_data
 from optax_curv.preconditioners._transformation.soundness import (
     is_finite,
     is_squarable,
@@ -289,8 +290,13 @@ def _with_leaves(state: Any) -> Any:
 
 def _require_state(method: str, state: Any, expected: Any):
     """Refuses a state of other parameters or of another method or option, and names both sides."""
+
+    def shape(path: str, leaf: Any) -> Any:
+        # A state keeps the kind of key it was made with, whatever kind is the default now.
+        return "a key" if path.endswith(".key") and is_key_data(leaf) else jnp.shape(leaf)
+
     given, wanted = (
-        {path_of(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+        {(name := path_of(path)): shape(name, x) for path, x in jax.tree.leaves_with_path(tree)}
         for tree in (state, expected)
     )
     if given != wanted:
