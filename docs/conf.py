@@ -1,8 +1,13 @@
 """Sphinx: the API reference from docstrings, and the notebooks as `.ci/run notebooks` left them."""
 
+import pathlib
 import re
 
+from docutils import nodes
+
 import optax_curv
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 project = "optax_curv"
 author = "The optax_curv authors"
@@ -47,5 +52,27 @@ def escape_plain_marks(app, what, name, obj, options, lines):
         lines[number] = "`".join(parts)
 
 
+PAGES = {"CHANGELOG.md": "changelog", "CONTRIBUTING.md": "contributing"}
+
+
+def link_to_pages(app, doctree, docname):
+    """Leads the README's links to files of the repository to these pages, or makes them text."""
+    for node in list(doctree.findall(nodes.reference)):
+        target = node.get("refid", "")
+        if not target or not (ROOT / target).exists():
+            continue
+        page = PAGES.get(target)
+        if target.startswith("benchmarks/"):
+            page = "benchmarks"
+        elif target.startswith("optax_curv/"):
+            page = "_modules/" + target.removesuffix(".py")
+        if page is None:
+            node.replace_self(node.children)
+        else:
+            del node["refid"]
+            node["refuri"] = app.builder.get_relative_uri(docname, page)
+
+
 def setup(app):
+    app.connect("doctree-resolved", link_to_pages)
     app.connect("autodoc-process-docstring", escape_plain_marks, priority=400)  # before napoleon

@@ -5,7 +5,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```python\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+EXAMPLES = BLOCK.findall(README)
+PAGES = {
+    f"{page.stem}, {number}": block
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    for number, block in enumerate(BLOCK.findall(page.read_text()))
+}
 COMMANDS = [
     block.strip()
     for block in re.findall(r"^```sh\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
@@ -15,6 +21,34 @@ COMMANDS = [
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_every_example_runs_as_printed(number):
     exec(compile(EXAMPLES[number], f"README.md, example {number}", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_example_of_the_pages_runs_as_printed(name):
+    exec(compile(PAGES[name], f"docs: {name}", "exec"), {"__name__": "docs"})
+
+
+def test_measured_figures_are_those_of_the_results():
+    """[problem](results) | method | steps of all | time | method | steps | time."""
+    rows = re.findall(
+        r"^\| \[[^]]*\]\((benchmarks/results/\S+)\) \| (.*) \|$", README, re.MULTILINE
+    )
+    assert len(rows) == 5
+    for path, cells in rows:
+        head, *table = re.findall(r"^\| (.*) \|$", (ROOT / path).read_text(), re.MULTILINE)
+        names = head.split(" | ")
+        found = {}
+        for line in table:
+            row = dict(zip(names, line.split(" | "), strict=False))
+            found[row["method"]] = row
+        ours, steps, time, other, *others = cells.replace("`", "").split(" | ")
+        assert re.findall(r"\d+", steps) == [
+            found[ours.split(",")[0]][x] for x in ("steps to target", "steps")
+        ]
+        assert time == found[ours.split(",")[0]]["time to target"]
+        row = found[other]
+        reached = row["steps to target"].replace("- (0 of 3)", "never")
+        assert others == [reached, row["time to target"]]
 
 
 def test_the_first_screen_has_a_short_example_and_the_two_commands():
