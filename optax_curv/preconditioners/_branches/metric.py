@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from optax_curv.curvature import SplitRows
-from optax_curv.linalg._compiler import full_matmul, gram
+from optax_curv.linalg._compiler import FULL, full_matmul, gram
 from optax_curv.rows import LazyRows, complex_again, real_parts
 
 # Numbers in a chunk of rows that is centred and copied for a product, 4 MiB of float32.
@@ -257,8 +257,8 @@ def _summed(function: Callable[[Any, int], jax.Array], size: int, width: int) ->
 
 
 def _times(a: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.tensordot(a, x, x.ndim, precision="highest")
+    return jnp.tensordot(a, x, x.ndim, precision=FULL)
 
 
 def _adjoint(a: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.tensordot(y, a.conj(), 1, precision="highest")
+    return jnp.tensordot(y, a.conj(), 1, precision=FULL)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_curv.linalg import kron_matvec, spectral_norm_bound, triangular_solve
-from optax_curv.linalg._compiler import full_matmul, gram
+from optax_curv.linalg._compiler import FULL, full_matmul, gram
 from optax_curv.linalg.factors import Dense, Diagonal, Factor
 from optax_curv.typing import Geometry
 
@@ -78,7 +78,7 @@ def _rotation(q: jax.Array) -> tuple[jax.Array, jax.Array]:
     first = full_matmul(skew, q)
     norm = spectral_norm_bound(skew, iterations=1)
     scale = 1 / jnp.where(norm > 0, norm, 1.0)  # R = scale · skew; scalars take it, and no matrix
-    dot = functools.partial(jnp.vdot, precision=jax.lax.Precision.HIGHEST)
+    dot = functools.partial(jnp.vdot, precision=FULL)
     slope = 0.5 * scale * dot(skew, skew).real
     curvature = -jnp.square(scale) * dot(skew, first).real  # tr(R RQ), as R is skew
     best = -slope / jnp.where(curvature < 0, curvature, -1.0)
