@@ -4,7 +4,7 @@ They run outside `jax.jit` only, and read states through the protocol `Curvature
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, overload, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +163,15 @@ def factor_spectra(opt_state: Any) -> list[FactorSpectrum]:
     return [spectrum for state in _states(opt_state) for spectrum in _spectra_of(state)]
 
 
-def curvature_table(opt_state: Any) -> str:
+@overload
+def curvature_table(opt_state: Any, *, as_dict: Literal[False] = False) -> str: ...
+@overload
+def curvature_table(
+    opt_state: Any, *, as_dict: Literal[True]
+) -> dict[str, dict[str, dict[str, float]]]: ...
+def curvature_table(
+    opt_state: Any, *, as_dict: bool = False
+) -> str | dict[str, dict[str, dict[str, float]]]:
     """Writes a table of the states of this package, with a line for each of their factors.
 
     The condition is the largest over the smallest eigenvalue; the effective rank is their sum over
@@ -174,9 +182,11 @@ def curvature_table(opt_state: Any) -> str:
 
     Args:
       opt_state: a state of this package, or any that holds some.
+      as_dict: whether to return the numbers instead, for a log.
 
     Returns:
-      The table; print it.
+      The table; print it. With `as_dict` {name: {factor: {column: number}}}, in the table's order,
+      with the columns size (of one slice), mean, largest, smallest, condition and effective rank.
 
     Raises:
       ValueError: if there is no state of this package.
@@ -196,6 +206,14 @@ def curvature_table(opt_state: Any) -> str:
             "curvature_table: expected an optimizer state that holds a state of optax_curv, got "
             f"{type(opt_state)}."
         )
+    if as_dict:
+        numbers: dict[str, dict[str, dict[str, float]]] = {}
+        for state in states:
+            for spectrum in _spectra_of(state):
+                figures = (spectrum.eigenvalues.shape[-1], *_figures(spectrum.eigenvalues))
+                row: dict[str, float] = dict(zip(COLUMNS[2:], map(float, figures), strict=True))
+                numbers.setdefault(spectrum.name, {})[spectrum.factor] = row
+        return numbers
     lines = []
     for state in states:
         figures = [
@@ -212,14 +230,18 @@ def curvature_table(opt_state: Any) -> str:
     return "\n".join(lines)
 
 
-def _row(spectrum: FactorSpectrum) -> tuple[str, ...]:
-    values = spectrum.eigenvalues
+def _figures(values: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The mean, largest, smallest, condition and effective rank of eigenvalues [*slices, d]."""
     largest, smallest = values.max(-1, initial=0), values.min(-1, initial=np.inf)
     condition = np.divide(largest, smallest, out=np.full(largest.shape, np.inf), where=smallest > 0)
     rank = np.divide(values.sum(-1), largest, out=np.zeros(largest.shape), where=largest > 0)
-    size = "×".join(map(str, values.shape))
-    figures = (values.mean(), largest.max(), smallest.min(), condition.max(), rank.min())
-    return spectrum.name, spectrum.factor, size, *(f"{float(figure):.3g}" for figure in figures)
+    return values.mean(), largest.max(), smallest.min(), condition.max(), rank.min()
+
+
+def _row(spectrum: FactorSpectrum) -> tuple[str, ...]:
+    size = "×".join(map(str, spectrum.eigenvalues.shape))
+    figures = (f"{float(figure):.3g}" for figure in _figures(spectrum.eigenvalues))
+    return spectrum.name, spectrum.factor, size, *figures
 
 
 def plot_curvature(opt_state: Any, axes: Any = None) -> Any:

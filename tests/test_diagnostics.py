@@ -96,6 +96,18 @@ def test_keys_that_look_like_a_name_of_a_stack_are_keys():
     assert jax.tree.structure(again) == jax.tree.structure(state)
 
 
+def test_the_tables_as_dicts_have_the_numbers_of_their_lines():
+    state = kfac_state()
+    for table in (curvature_table, optax_curv.layer_diagnostics):
+        numbers, lines = table(state, as_dict=True), table(state).splitlines()
+        rows = [line.split() for line in lines if line.split()[0] == "dense"]
+        found = numbers["dense"]
+        found = list(found.values()) if table is curvature_table else [found]
+        for row, values in zip(rows, found, strict=True):
+            values = list(values.values())
+            assert [f"{x:.3g}" for x in values] == row[-len(values) :]
+
+
 def test_a_sweep_is_refused_with_advice():
     with pytest.raises(ValueError, match=r"got \(2, 1, 3, 3\). Of the states of a sweep take one"):
         factor_spectra(Written({"a": (jnp.ones((2, 1, 3, 3)),)}))

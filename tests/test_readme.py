@@ -73,3 +73,9 @@ def test_the_table_of_methods_names_what_the_package_has():
     rows = re.findall(r"^\| \[[^]]+\]\(optax_curv/\S+\): (.*?) \|", README, flags=re.MULTILINE)
     names = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     assert len(rows) >= 7 and all(hasattr(optax_curv, name) for name in names)
+
+
+def test_the_citation_names_this_version():
+    import optax_curv
+
+    assert f"\nversion: {optax_curv.__version__}\n" in (ROOT / "CITATION.cff").read_text()

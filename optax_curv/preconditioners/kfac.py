@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -440,7 +440,13 @@ def kfac(
     return adapt_damping(damped, start)
 
 
-def layer_diagnostics(opt_state: Any) -> str:
+@overload
+def layer_diagnostics(opt_state: Any, *, as_dict: Literal[False] = False) -> str: ...
+@overload
+def layer_diagnostics(opt_state: Any, *, as_dict: Literal[True]) -> dict[str, dict[str, float]]: ...
+def layer_diagnostics(
+    opt_state: Any, *, as_dict: bool = False
+) -> str | dict[str, dict[str, float]]:
     """Writes a table of the K-FAC layers in an optimizer's state.
 
     `LayerDiagnostics`, the `diagnostics` of that state, defines the figures. A damping above the
@@ -450,9 +456,11 @@ def layer_diagnostics(opt_state: Any) -> str:
     Args:
       opt_state: the state of `scale_by_kfac`, alone or anywhere within the state of a chain,
         outside `jax.jit`.
+      as_dict: whether to return the numbers instead, for a log.
 
     Returns:
-      The table, one line a layer in the order of `layers`; print it.
+      The table, one line a layer in the order of `layers`; print it. With `as_dict`
+      {layer: {figure: number}} in this order.
 
     Raises:
       ValueError: if the state holds no such diagnostics.
@@ -480,9 +488,15 @@ def layer_diagnostics(opt_state: Any) -> str:
             "layer_diagnostics: expected the state of scale_by_kfac, found no diagnostics of "
             "layers in it."
         )
-    rows = [("layer", *LayerDiagnostics._fields)]
-    for state in found:
-        figures = zip(*state.diagnostics, strict=True)
-        for name, row in zip(names_in_order(state.places), figures, strict=True):
-            rows.append((name, *(f"{float(figure):.3g}" for figure in row)))
-    return "\n".join(aligned(rows))
+    columns = LayerDiagnostics._fields
+    numbers = {
+        name: dict(zip(columns, map(float, row), strict=True))
+        for state in found
+        for name, row in zip(
+            names_in_order(state.places), zip(*state.diagnostics, strict=True), strict=True
+        )
+    }
+    if as_dict:
+        return numbers
+    rows = [(name, *(f"{x:.3g}" for x in row.values())) for name, row in numbers.items()]
+    return "\n".join(aligned([("layer", *columns), *rows]))

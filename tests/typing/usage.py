@@ -120,6 +120,8 @@ adaptive: optax.GradientTransformationExtraArgs = optax_curv.adapt_damping(
 
 # Diagnostics and kernels.
 table: str = optax_curv.diagnostics.curvature_table(state)
+by_layer: dict[str, dict[str, float]] = optax_curv.layer_diagnostics(state, as_dict=True)
+figure: float = optax_curv.diagnostics.curvature_table(state, as_dict=True)["w"]["axis 0"]["mean"]
 optax_curv.diagnostics.plot_curvature(state, axes=None)
 names = [spectrum.name for spectrum in optax_curv.diagnostics.factor_spectra(state)]
 factor, damping_used = linalg.cholesky(jnp.eye(3), damping=1e-3)
