@@ -43,6 +43,7 @@ from optax_curv.preconditioners.matrix_axes import (
     matrix_axes as matrix_axes,
     muon_dimension_numbers as muon_dimension_numbers,
 )
+from optax_curv.preconditioners.state_shardings import state_shardings as state_shardings
 from optax_curv.preconditioners.shampoo import (
     ScaleByShampooState as ScaleByShampooState,
     scale_by_shampoo as scale_by_shampoo,

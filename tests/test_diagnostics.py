@@ -69,8 +69,8 @@ def test_dense_or_diagonal_is_told_by_type_or_by_rank_and_never_by_size():
 def test_slices_of_one_leaf_and_blocks_have_a_line_each():
     state = Written(
         {
-            "a ×2 | b in blocks of 2": (jnp.asarray(random(6, 2)),),
-            "a ×2 | b in blocks of 1": (jnp.asarray(random(3, 1)),),
+            "a ×2 | b in 2 blocks of 2": (jnp.asarray(random(6, 2)),),
+            "a ×2 | b in 1 block of 1": (jnp.asarray(random(3, 1)),),
         }
     )
     found = {(s.name, s.factor): s.eigenvalues.shape for s in factor_spectra(state)}
@@ -83,7 +83,7 @@ def test_slices_of_one_leaf_and_blocks_have_a_line_each():
 
 
 def test_keys_that_look_like_a_name_of_a_stack_are_keys():
-    keys = ["a | b", "c ×3", " in blocks of ", "d \\| in\\ blocks of 2", "|", "plain"]
+    keys = ["a | b", "c ×3", " in 2 blocks of ", "d \\| in\\ 2 blocks of 2", "|", "plain"]
     params = {key: jnp.asarray(random(2, 2)) for key in keys}
     for tx in (optax_curv.scale_by_shampoo(block_size=1), optax_curv.soap(0.1)):
         state = tx.update(params, tx.init(params), params)[1]

@@ -27,6 +27,7 @@ from optax_curv.preconditioners._layerwise.factors import (
     spectra_of,
 )
 from optax_curv.preconditioners._layerwise.rule import LayerRule, fallback_of
+from optax_curv.preconditioners._stacks.owners import owners_of
 from optax_curv.preconditioners._transformation import averages
 from optax_curv.preconditioners._transformation.numbers import require_numbers
 from optax_curv.preconditioners._transformation.transformation import (
@@ -118,24 +119,22 @@ class _AdamInBasis(LayerRule):
         factors, sound = self.when_due(state, curvature, sound, averaged, (state.stacks,))
 
         def renewed():
-            _, new = bases_of(factors, self.factor_sharding)
-            return new, each(carried, self.factor_sharding, new, state.bases, state.moments)
+            _, new = bases_of(factors, self.owners)
+            return new, each(carried, self.owners, new, state.bases, state.moments)
 
         bases, moments = jax.lax.cond(
             sound & averages.is_due(state.count, self.basis_every),
             renewed,
             lambda: (state.bases, state.moments),
         )
-        squares = each(
-            lambda basis, x: jnp.square(into_bases(basis, x)), self.factor_sharding, bases, grads
-        )
+        squares = each(lambda basis, x: jnp.square(into_bases(basis, x)), self.owners, bases, grads)
         first, second = (averages.weight_at(b, state.count, sound) for b in (self.b1, self.b2))
         momentum = {
             n: averages.averaged(state.momentum[n], first, grads[n]) for n in state.momentum
         }
         moments = {n: averages.averaged(x, second, squares[n]) for n, x in moments.items()}
         scale = {n: jnp.sqrt(x) + jnp.asarray(self.eps, x.dtype) for n, x in moments.items()}
-        directions = each(divided_in_bases, self.factor_sharding, bases, scale, momentum)
+        directions = each(divided_in_bases, self.owners, bases, scale, momentum)
         new = state._replace(stacks=factors, bases=bases, momentum=momentum, moments=moments)
         return Step(directions, new, sound)
 
@@ -151,6 +150,7 @@ def scale_by_adam_in_basis(
     statistic_bound: Number | None = 10.0,
     basis_every: Number = 10,
     fallback: optax.GradientTransformation | None = None,
+    sharding: Sharding = None,
     factor_sharding: Sharding = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam in the eigenbasis of K-FAC's factors.
@@ -182,8 +182,11 @@ def scale_by_adam_in_basis(
         into the new basis, as far as their diagonal says.
       fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`. It
         sees the tree of these leaves in float32 at least. None refuses them.
-      factor_sharding: None, or a `jax.sharding.NamedSharding` whose first entry names the mesh axes
-        whose devices divide factors and eigendecompositions among them.
+      sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. They invert,
+        decompose and apply factors of equal widths in turn, and keep them divided along the first
+        axis that their number divides.
+      factor_sharding: the old name of `sharding`.
 
     Returns:
       A `GradientTransformationExtraArgs` whose `update` needs `curvature=`, a dict from layer name
@@ -221,7 +224,7 @@ def scale_by_adam_in_basis(
         statistic_bound=statistic_bound,
         basis_every=basis_every,
         fallback=fallback_of(fallback),
-        factor_sharding=factor_sharding,
+        owners=owners_of("scale_by_adam_in_basis", sharding, factor_sharding),
     )
     rule.check_options()
     return transformation(rule)

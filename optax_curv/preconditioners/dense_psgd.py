@@ -21,8 +21,6 @@ class _DensePsgd(KronRule):
     stacked: Any = None
     max_dense_dim: int = 2**31
     max_skew: float = float("inf")
-    block_size: int | None = None
-    factor_sharding: Any = None
     eps: Number = 1e-8
 
     def check_options(self, method: str):

@@ -30,6 +30,7 @@ from optax_curv.preconditioners._layerwise.factors import (
     spectra_of,
 )
 from optax_curv.preconditioners._layerwise.rule import LayerRule, fallback_of, heavy_ball
+from optax_curv.preconditioners._stacks.owners import owners_of
 from optax_curv.preconditioners._transformation import averages
 from optax_curv.preconditioners._transformation.numbers import (
     require_numbers,
@@ -170,7 +171,7 @@ class _EKFAC(LayerRule):
         )
         damping = value_at(self.damping, state.count, jnp.result_type(float))
         damped = {name: _damped(x, damping.astype(x.dtype)) for name, x in moments.items()}
-        directions = each(divided_in_bases, self.factor_sharding, bases, damped, grads)
+        directions = each(divided_in_bases, self.owners, bases, damped, grads)
         new = state._replace(stacks=factors, bases=bases, moments_of_stacks=moments)
         return Step(directions, new, sound)
 
@@ -198,8 +199,8 @@ class _EKFAC(LayerRule):
 
     def _change_bases(self, factors, bases, moments, first):
         """The factors' eigenbases and the moments in them; in the first step s_A s_Gᵀ."""
-        values, new = bases_of(factors, self.factor_sharding)
-        moved = each(carried, self.factor_sharding, new, bases, moments)
+        values, new = bases_of(factors, self.owners)
+        moved = each(carried, self.owners, new, bases, moments)
 
         def in_new_bases(name):
             a, g = (jnp.maximum(x, 0) for x in values[name])
@@ -229,6 +230,7 @@ def scale_by_ekfac(
     invert_every: Number = 1,
     kl_clip: Number | None = None,
     fallback: optax.GradientTransformation | None = None,
+    sharding: Sharding = None,
     factor_sharding: Sharding = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions each layer's gradient by its second moments in K-FAC's eigenbasis.
@@ -264,8 +266,11 @@ def scale_by_ekfac(
         all layers.
       fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`. It
         sees the tree of these leaves in float32 at least. None refuses them.
-      factor_sharding: None, or a `jax.sharding.NamedSharding` whose first entry names the mesh axes
-        whose devices divide factors and eigendecompositions among them.
+      sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. They invert,
+        decompose and apply factors of equal widths in turn, and keep them divided along the first
+        axis that their number divides.
+      factor_sharding: the old name of `sharding`.
 
     Returns:
       A `GradientTransformationExtraArgs` whose `update` needs `curvature=`, a dict from layer name
@@ -303,7 +308,7 @@ def scale_by_ekfac(
         invert_every=invert_every,
         kl_clip=kl_clip,
         fallback=fallback_of(fallback),
-        factor_sharding=factor_sharding,
+        owners=owners_of("scale_by_ekfac", sharding, factor_sharding),
     )
     rule.check_options()
     return transformation(rule)
@@ -320,6 +325,7 @@ def ekfac(
     invert_every: Number = 1,
     kl_clip: Number | None = 5e-3,
     fallback: optax.GradientTransformation | None = None,
+    sharding: Sharding = None,
     factor_sharding: Sharding = None,
     momentum: Number = 0.9,
     weight_decay: Number = 0.0,
@@ -351,8 +357,11 @@ def ekfac(
         0.01 to 0.1; without it, the loss rises from 2.3 to 414 at η = 0.1.
       fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`. It
         sees the tree of these leaves in float32 at least. None refuses them.
-      factor_sharding: None, or a `jax.sharding.NamedSharding` whose first entry names the mesh axes
-        whose devices divide factors and eigendecompositions among them.
+      sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. They invert,
+        decompose and apply factors of equal widths in turn, and keep them divided along the first
+        axis that their number divides.
+      factor_sharding: the old name of `sharding`.
       momentum: decay of the heavy ball, a number.
       weight_decay: decoupled, added to the direction, times the parameters, before the momentum.
         Other than the Python number 0, `update` needs `params`.
@@ -384,7 +393,7 @@ def ekfac(
         kl_clip=kl_clip,
         step_rate=learning_rate,
         fallback=fallback_of(fallback),
-        factor_sharding=factor_sharding,
+        owners=owners_of("ekfac", sharding, factor_sharding),
     )
     rule.check_options()
     return heavy_ball(rule, learning_rate, momentum, weight_decay)

@@ -29,6 +29,7 @@ from optax_curv.preconditioners._layerwise.factors import (
 from optax_curv.preconditioners._layerwise.rows import held_to_rows
 from optax_curv.preconditioners._layerwise.rule import LayerRule, fallback_of, heavy_ball
 from optax_curv.preconditioners._layerwise.statistics import has_rows
+from optax_curv.preconditioners._stacks.owners import owners_of
 from optax_curv.preconditioners._transformation.averages import is_due
 from optax_curv.preconditioners._transformation.numbers import (
     is_python_number,
@@ -168,7 +169,7 @@ class _KFAC(LayerRule):
         damping = value_at(self.damping, state.count, jnp.result_type(float))
 
         def blocks(kept):
-            given = pairs.factors_of(kept), damping, self.damping_rule, self.factor_sharding
+            given = pairs.factors_of(kept), damping, self.damping_rule, self.owners
             return Blocks(view, *given)
 
         new = state._replace(stacks=stacks)
@@ -176,7 +177,7 @@ class _KFAC(LayerRule):
             return Step(blocks(stacks).solve_by_cg(grads), new, sound)
         if self.inverts_always:
             inverses, diagnostics = blocks(stacks).invert(self.inverse)
-            directions = precondition(inverses, grads, self.factor_sharding)
+            directions = precondition(inverses, grads, self.owners)
             return Step(directions, new._replace(diagnostics=diagnostics), sound)
 
         def inverted():
@@ -185,7 +186,7 @@ class _KFAC(LayerRule):
 
         due = sound & (is_due(state.count, self.invert_every) | state.stale)
         kept, diagnostics = jax.lax.cond(due, inverted, lambda: (stacks, state.diagnostics))
-        directions = precondition(pairs.inverses_of(kept), grads, self.factor_sharding)
+        directions = precondition(pairs.inverses_of(kept), grads, self.owners)
         new = new._replace(stacks=kept)
         if has_rows(curvature):
             directions, ratio = held_to_rows(view, directions, grads, curvature, diagnostics)
@@ -217,6 +218,7 @@ def scale_by_kfac(
     invert_every: Number = 1,
     kl_clip: Number | None = None,
     fallback: optax.GradientTransformation | None = None,
+    sharding: Sharding = None,
     factor_sharding: Sharding = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions each layer's gradient by its Kronecker-factored Fisher block.
@@ -262,10 +264,11 @@ def scale_by_kfac(
         all layers, so that Σ ⟨u, F u⟩ ≤ c where the direction itself is the step.
       fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`. It
         sees the tree of these leaves in float32 at least. None refuses them.
-      factor_sharding: None, or a `jax.sharding.NamedSharding` whose first entry names mesh axes,
-        such as ``NamedSharding(mesh, PartitionSpec(("data", "model")))``. Their devices invert and
-        apply factors of equal widths in turn, and keep them divided along the first axis that their
-        number divides.
+      sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. They invert,
+        decompose and apply factors of equal widths in turn, and keep them divided along the first
+        axis that their number divides.
+      factor_sharding: the old name of `sharding`.
 
     Returns:
       A `GradientTransformationExtraArgs` whose `update` needs `curvature=`, a dict from layer name
@@ -305,7 +308,7 @@ def scale_by_kfac(
         invert_every=invert_every,
         kl_clip=kl_clip,
         fallback=fallback_of(fallback),
-        factor_sharding=factor_sharding,
+        owners=owners_of("scale_by_kfac", sharding, factor_sharding),
     )
     rule.check_options()
     return transformation(rule)
@@ -324,6 +327,7 @@ def kfac(
     invert_every: Number | None = None,
     kl_clip: Number | None = 5e-3,
     fallback: optax.GradientTransformation | None = None,
+    sharding: Sharding = None,
     factor_sharding: Sharding = None,
     momentum: Number = 0.9,
     weight_decay: Number = 0.0,
@@ -374,10 +378,11 @@ def kfac(
         95 with 1e-3.
       fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`. It
         sees the tree of these leaves in float32 at least. None refuses them.
-      factor_sharding: None, or a `jax.sharding.NamedSharding` whose first entry names mesh axes,
-        such as ``NamedSharding(mesh, PartitionSpec(("data", "model")))``. Their devices invert and
-        apply factors of equal widths in turn, and keep them divided along the first axis that their
-        number divides.
+      sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. They invert,
+        decompose and apply factors of equal widths in turn, and keep them divided along the first
+        axis that their number divides.
+      factor_sharding: the old name of `sharding`.
       momentum: decay of the heavy ball, a number; without effect in the adaptive mode.
       weight_decay: decoupled, added to the direction, times the parameters, before the momentum.
         Other than the Python number 0, `update` needs `params`.
@@ -422,7 +427,7 @@ def kfac(
         kl_clip=kl_clip,
         step_rate=1.0 if learning_rate is None else learning_rate,
         fallback=fallback_of(fallback),
-        factor_sharding=factor_sharding,
+        owners=owners_of("kfac", sharding, factor_sharding),
     )
     rule.check_options()
     if not adaptive:

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -12,10 +11,21 @@ from optax_curv.preconditioners._psgd import axis_factors as factor_trees
 from optax_curv.preconditioners._psgd.pieces import bounded, descending
 from optax_curv.preconditioners._psgd.rule import KronRule
 from optax_curv.preconditioners._psgd.rule import ScaleByKronPsgdState as ScaleByKronPsgdState
+from optax_curv.preconditioners._stacks.owners import owners_of
 from optax_curv.preconditioners._transformation.aliases import decayed
 from optax_curv.preconditioners._transformation.numbers import static
 from optax_curv.preconditioners._transformation.transformation import transformation
-from optax_curv.typing import Criterion, Geometry, Key, Number, Schedulable, Stacked, Tree, Whiten
+from optax_curv.typing import (
+    Criterion,
+    Geometry,
+    Key,
+    Number,
+    Schedulable,
+    Sharding,
+    Stacked,
+    Tree,
+    Whiten,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -45,7 +55,9 @@ def scale_by_kron_psgd(
     stacked: Stacked = None,
     layers: Layers | None = None,
     block_size: int | None = None,
-    factor_sharding: jax.sharding.NamedSharding | None = None,
+    sharding: Sharding = None,
+    transport_dtype: Any = None,
+    factor_sharding: Sharding = None,
     eps: Number = 1e-8,
     key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -112,10 +124,13 @@ def scale_by_kron_psgd(
         None: a factor for every axis of a leaf.
       block_size: longer axes are cut into the fewest blocks of nearly equal length, each with
         factors of its own.
-      factor_sharding: None, or a `jax.sharding.NamedSharding` whose first entry names mesh axes,
-        such as ``NamedSharding(mesh, PartitionSpec(("data", "model")))``. Leaves and blocks of
-        equal shape then move and apply their factors on their devices in turn, and factors are kept
-        divided along the first axis that the number of devices divides.
+      sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. Each device
+        owns equally many tensors of every shape, keeps what belongs to them, and alone computes
+        their directions.
+      transport_dtype: in which gradients go to their owners and directions come back, such as
+        "bfloat16"; None: in which they are.
+      factor_sharding: the old name of `sharding`.
       eps: floor of the normaliser of "right_triangular" only.
       key: an integer seed from 0 to 2**64 - 1, or a PRNG key of any kind.
 
@@ -163,7 +178,7 @@ def scale_by_kron_psgd(
         max_skew=max_skew,
         precond_dtype=precond_dtype,
         block_size=block_size,
-        factor_sharding=factor_sharding,
+        owners=owners_of("scale_by_kron_psgd", sharding, factor_sharding, transport_dtype),
         eps=eps,
         key=key,
     )
@@ -186,6 +201,8 @@ def kron_psgd(
     precond_dtype: Any = "float32",
     stacked: Stacked = None,
     key: Key = 0,
+    sharding: Sharding = None,
+    transport_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Kronecker PSGD with momentum, bounded updates, decoupled weight decay and a learning rate.
 
@@ -221,6 +238,12 @@ def kron_psgd(
         bool for all leaves, a prefix of the parameters' tree with them, or a function of the
         parameters that returns one.
       key: an integer seed from 0 to 2**64 - 1, or a PRNG key of any kind.
+      sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. Each device
+        owns equally many tensors of every shape, keeps what belongs to them, and alone computes
+        their directions.
+      transport_dtype: in which gradients go to their owners and directions come back, such as
+        "bfloat16"; None: in which they are.
 
     Returns:
       A `GradientTransformationExtraArgs`. With a NaN or an infinity in any gradient no leaf moves.
@@ -259,7 +282,7 @@ def kron_psgd(
         max_skew=1.0,
         precond_dtype=precond_dtype,
         block_size=None,
-        factor_sharding=None,
+        owners=owners_of("kron_psgd", sharding, transport_dtype=transport_dtype),
         eps=1e-8,
         key=key,
     )

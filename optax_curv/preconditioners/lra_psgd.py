@@ -15,7 +15,7 @@ from optax_curv.preconditioners._psgd.geometries import carries_scale, scale_of
 from optax_curv.preconditioners._psgd.options import FitOptions, checked_probes
 from optax_curv.preconditioners._psgd.pieces import descending
 from optax_curv.preconditioners._psgd.step import BALANCE_PROBABILITY
-from optax_curv.preconditioners._stacks.rule import StackRule, is_ours
+from optax_curv.preconditioners._stacks.rule import StackRule
 from optax_curv.preconditioners._transformation import averages
 from optax_curv.preconditioners._transformation.aliases import decayed
 from optax_curv.preconditioners._transformation.numbers import (
@@ -171,6 +171,8 @@ def _balanced(u, v):
 class _LowRankPsgd(StackRule, FitOptions):
     """Low-rank PSGD's mathematics; `scale_by_lra_psgd` documents the options."""
 
+    like_gradients = ("probe", "hvp")
+
     rank: int
     weight_decay_mask: Any = None
 
@@ -207,13 +209,6 @@ class _LowRankPsgd(StackRule, FitOptions):
             lipschitz=jnp.zeros(3, dtype),
             momentum=jnp.zeros(size if self.keeps_momentum else 0, dtype),
         )
-
-    def update(self, view, grads, state, params, sound, *, probe=None, hvp=None, **extra_args):
-        """One step, with probes seen as the gradients are."""
-        if probe is not None:
-            probes = {"probe": view.take(probe, is_ours), "hvp": view.take(hvp, is_ours)}
-            extra_args = {**extra_args, **probes}
-        return super().update(view, grads, state, params, sound, **extra_args)
 
     def update_stacks(self, grads, state, sound, **extra_args):
         """One step of the vector; with `criterion="newton"` probe and hvp are given."""

@@ -13,8 +13,8 @@ from optax_curv.linalg.roots import factor_roots
 from optax_curv.preconditioners._axes import kept as kept_axes
 from optax_curv.preconditioners._axes import moments, refresh
 from optax_curv.preconditioners._stacks.axes import LeafRule
-from optax_curv.preconditioners._stacks.blocks import blocks_of
 from optax_curv.preconditioners._stacks.chunks import in_chunks
+from optax_curv.preconditioners._stacks.owners import owners_of
 from optax_curv.preconditioners._transformation import averages
 from optax_curv.preconditioners._transformation.aliases import matrices_and_adam
 from optax_curv.preconditioners._transformation.numbers import (
@@ -32,7 +32,7 @@ from optax_curv.preconditioners._transformation.transformation import (
     counters,
     transformation,
 )
-from optax_curv.typing import ROOTS, AdamFor, Number, Root, Schedulable, Stacked, Tree
+from optax_curv.typing import ROOTS, AdamFor, Number, Root, Schedulable, Sharding, Stacked, Tree
 
 
 class ScaleByShampooState(NamedTuple):
@@ -41,8 +41,8 @@ class ScaleByShampooState(NamedTuple):
     Attributes:
       count: steps taken, int32 [].
       since: steps since the last scheduled refresh of the roots, int32 [].
-      momentum: by stack, [N, *shape], float32 at least.
-      factors: by stack (or stack of blocks) the tuple of its axes: a `linalg.factors.SymmetricPair`
+      momentum: by stack (or stack of blocks), [N, *shape], float32 at least.
+      factors: by stack the tuple of its axes: a `linalg.factors.SymmetricPair`
         of a factor and its root, [N, d, d + 1], or a `Diagonal` factor [N, d].
       bases: with `root="qr"` by stack the tuple of its axes' orthonormal columns [N, d, d], or ones
         [N, d] where the factor is diagonal; else an empty dict.
@@ -82,7 +82,6 @@ class _Shampoo(LeafRule):
     refresh_growth: Number
     kl: bool
     max_dim: int
-    block_size: int | None
     precond_dtype: Any
 
     def check_options(self):
@@ -111,16 +110,14 @@ class _Shampoo(LeafRule):
                 f'exponent={self.exponent}; use root="eigh".'
             )
 
-    def blocks(self, structs):
-        """(the stacks in blocks, their axes); stacks without numbers have neither."""
+    def axes(self, structs):
+        """The axes of all stacks but those without numbers."""
         filled = {name: x for name, x in structs.items() if 0 not in x.shape}
-        blocks = blocks_of(filled, self.block_size)
-        structs = {name: blocks.struct(name) for name in blocks.places}
-        return blocks, moments.axes_of(structs, self.max_dim, self.precond_dtype)
+        return moments.axes_of(filled, self.max_dim, self.precond_dtype)
 
     def init_stacks(self, structs):
         """Zeros: the first gradient sets everything."""
-        _, axes = self.blocks(structs)
+        axes = self.axes(structs)
         tracks = self.root == "qr"
         return ScaleByShampooState(
             **counters(),
@@ -135,15 +132,13 @@ class _Shampoo(LeafRule):
     def update_stacks(self, grads, state, sound, **extra_args):
         """The step u = ⊗Rᵢ · m, with roots of the factors that this step's gradients have moved."""
         del extra_args
-        structs = {n: jax.ShapeDtypeStruct(g.shape, g.dtype) for n, g in grads.items()}
-        blocks, axes = self.blocks(structs)
+        axes = self.axes(grads)
         momentum, ahead = self._momentum(grads, state, sound)
         weight = averages.weight_at(self.decay, state.count, sound)
-        tensors = blocks.take(grads)
         measure = functools.partial(self._measured, weight)
         measured = {
-            n: in_chunks(functools.partial(measure, axes[n]), x, state.factors[n])
-            for n, x in tensors.items()
+            n: in_chunks(functools.partial(measure, x), grads[n], state.factors[n])
+            for n, x in axes.items()
         }
         period = value_at(self.root_every, state.count).astype(jnp.int32)
         due = sound & refresh.is_scheduled(state.count, state.since, period)
@@ -158,10 +153,10 @@ class _Shampoo(LeafRule):
             weight=weight,
             due=due,
             limit=self.refresh_growth,
+            anywhere=self.anywhere,
             take_roots=take_roots,
         )
-        shown = blocks.take(ahead)
-        directions = {n: in_chunks(self._applied, shown[n], kept[n]) for n in axes}
+        directions = {n: in_chunks(self._applied, ahead[n], kept[n]) for n in axes}
         state = state._replace(
             since=jnp.where(due, 1, optax.safe_increment(state.since)),
             momentum=momentum,
@@ -169,7 +164,7 @@ class _Shampoo(LeafRule):
             bases=bases,
             energies=energies,
         )
-        return Step({**ahead, **blocks.give(directions)}, state)
+        return Step({**ahead, **directions}, state)
 
     def _measured(self, weight, axes, x, kept):
         """A part of a stack with this step's moments averaged in; see `kept.Measured`."""
@@ -221,6 +216,8 @@ def scale_by_shampoo(
     stacked: Stacked = None,
     layers: Layers | None = None,
     precond_dtype: Any = "float32",
+    sharding: Sharding = None,
+    transport_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies each leaf's momentum, along every axis, by a root of its gradients' second moment.
 
@@ -260,6 +257,12 @@ def scale_by_shampoo(
         None: a factor for every axis of a leaf.
       precond_dtype: of dense factors and roots of leaves up to float32; "bfloat16" halves the
         memory, not the precision of the arithmetic.
+      sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. Each device
+        owns equally many tensors of every shape, keeps what belongs to them, and alone computes
+        their directions.
+      transport_dtype: in which gradients go to their owners and directions come back, such as
+        "bfloat16"; None: in which they are.
 
     Returns:
       A `GradientTransformationExtraArgs` with `update(grads, state, params=None)`. With a NaN or an
@@ -304,6 +307,7 @@ def scale_by_shampoo(
         max_dim=max_dim,
         block_size=block_size,
         precond_dtype=precond_dtype,
+        owners=owners_of("scale_by_shampoo", sharding, transport_dtype=transport_dtype),
     )
     rule.check_options()
     return transformation(rule)
@@ -324,6 +328,8 @@ def shampoo(
     decay: Schedulable = 0.95,
     damping: Number = 1e-5,
     root_every: Schedulable = 20,
+    sharding: Sharding = None,
+    transport_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Shampoo for matrices, Adam for the rest, decoupled weight decay and a learning rate.
 
@@ -356,6 +362,12 @@ def shampoo(
         `scale_by_shampoo`, with which training starts faster.
       root_every: most steps between two computations of the roots, a number or a schedule; early on
         1 + count / 4.
+      sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. Each device
+        owns equally many tensors of every shape, keeps what belongs to them, and alone computes
+        their directions.
+      transport_dtype: in which gradients go to their owners and directions come back, such as
+        "bfloat16"; None: in which they are.
 
     Returns:
       A `GradientTransformationExtraArgs`. With a NaN or an infinity in any gradient no leaf moves.
@@ -395,6 +407,7 @@ def shampoo(
         max_dim=static(8192),
         block_size=None,
         precond_dtype="float32",
+        owners=owners_of("shampoo", sharding, transport_dtype=transport_dtype),
     )
     rule.check_options()
     return matrices_and_adam(

@@ -13,7 +13,7 @@ from optax_curv.linalg._compiler import full_matmul
 from optax_curv.linalg.roots import eigenvectors, orthogonal_iteration
 from optax_curv.preconditioners._axes import moments
 from optax_curv.preconditioners._stacks.axes import LeafRule
-from optax_curv.preconditioners._stacks.blocks import blocks_of
+from optax_curv.preconditioners._stacks.owners import owners_of
 from optax_curv.preconditioners._transformation import averages
 from optax_curv.preconditioners._transformation.aliases import matrices_and_adam
 from optax_curv.preconditioners._transformation.numbers import (
@@ -28,7 +28,7 @@ from optax_curv.preconditioners._transformation.transformation import (
     counters,
     transformation,
 )
-from optax_curv.typing import BASES, AdamFor, Basis, Number, Schedulable, Stacked, Tree
+from optax_curv.typing import BASES, AdamFor, Basis, Number, Schedulable, Sharding, Stacked, Tree
 
 
 class ScaleBySoapState(NamedTuple):
@@ -71,7 +71,6 @@ class _Soap(LeafRule):
     basis_every: Number
     basis: Basis
     max_dim: int
-    block_size: int | None
     precond_dtype: Any
 
     def check_options(self):
@@ -86,16 +85,14 @@ class _Soap(LeafRule):
         structural(self.method, **sizes)
         require_numbers(self.method, **sizes, at_least=1, or_none=True)
 
-    def blocks(self, structs):
-        """(the stacks in blocks, their axes); stacks without numbers have neither."""
+    def axes(self, structs):
+        """The axes of all stacks but those without numbers."""
         filled = {name: x for name, x in structs.items() if 0 not in x.shape}
-        blocks = blocks_of(filled, self.block_size)
-        structs = {name: blocks.struct(name) for name in blocks.places}
-        return blocks, moments.axes_of(structs, self.max_dim, self.precond_dtype)
+        return moments.axes_of(filled, self.max_dim, self.precond_dtype)
 
     def init_stacks(self, structs):
         """Zeros, and bases that are the identity: the first gradient sets everything."""
-        _, axes = self.blocks(structs)
+        axes = self.axes(structs)
         shapes = {name: x.struct for name, x in axes.items()}
         real = {name: jnp.finfo(x.dtype).dtype for name, x in shapes.items()}
         return ScaleBySoapState(
@@ -113,9 +110,8 @@ class _Soap(LeafRule):
     def update_stacks(self, grads, state, sound, **extra_args):
         """One step of Adam in the bases, which are renewed where their period says so."""
         del extra_args
-        structs = {n: jax.ShapeDtypeStruct(g.shape, g.dtype) for n, g in grads.items()}
-        blocks, axes = self.blocks(structs)
-        tensors = blocks.take(grads)
+        axes = self.axes(grads)
+        tensors = {n: grads[n] for n in axes}
         wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), state)
         weight = averages.weight_at(self.decay, state.count, sound)
         factors = {
@@ -154,7 +150,7 @@ class _Soap(LeafRule):
         new = {"momentum": momentum, "moments": v, "factors": factors, "bases": bases}
         like = {name: getattr(state, name) for name in new}
         new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, like)
-        return Step({**blocks.give(directions), **rest}, state._replace(**new))
+        return Step({**directions, **rest}, state._replace(**new))
 
     def _averaged(self, weight, axes, x, factors):
         """A stack's factors with this step's second moments averaged in, as they will be kept."""
@@ -216,6 +212,8 @@ def scale_by_soap(
     stacked: Stacked = None,
     layers: Layers | None = None,
     precond_dtype: Any = "float32",
+    sharding: Sharding = None,
+    transport_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam in the eigenbasis of the gradients' second moment along every axis.
 
@@ -246,6 +244,12 @@ def scale_by_soap(
         None: a factor for every axis of a leaf.
       precond_dtype: of dense factors and bases of leaves up to float32; "bfloat16" halves the
         memory, not the precision of the arithmetic.
+      sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. Each device
+        owns equally many tensors of every shape, keeps what belongs to them, and alone computes
+        their directions.
+      transport_dtype: in which gradients go to their owners and directions come back, such as
+        "bfloat16"; None: in which they are.
 
     Returns:
       A `GradientTransformationExtraArgs` with `update(grads, state, params=None)`. With a NaN or an
@@ -285,6 +289,7 @@ def scale_by_soap(
         max_dim=max_dim,
         block_size=block_size,
         precond_dtype=precond_dtype,
+        owners=owners_of("scale_by_soap", sharding, transport_dtype=transport_dtype),
     )
     rule.check_options()
     return transformation(rule)
@@ -305,6 +310,8 @@ def soap(
     stacked: Stacked = None,
     basis_every: Number = 10,
     basis: Basis = "qr",
+    sharding: Sharding = None,
+    transport_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SOAP for matrices, Adam for the rest, decoupled weight decay and a learning rate.
 
@@ -333,6 +340,12 @@ def soap(
         parameters that returns one. Layers say it of their kernels themselves.
       basis_every: steps between refreshes of the basis.
       basis: how: "qr", one step of orthogonal iteration, or "eigh", the eigenvectors themselves.
+      sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. Each device
+        owns equally many tensors of every shape, keeps what belongs to them, and alone computes
+        their directions.
+      transport_dtype: in which gradients go to their owners and directions come back, such as
+        "bfloat16"; None: in which they are.
 
     Returns:
       A `GradientTransformationExtraArgs`. With a NaN or an infinity in any gradient no leaf moves.
@@ -366,6 +379,7 @@ def soap(
         max_dim=static(8192),
         block_size=None,
         precond_dtype="float32",
+        owners=owners_of("soap", sharding, transport_dtype=transport_dtype),
     )
     rule.check_options()
     return matrices_and_adam(

@@ -64,7 +64,7 @@ class Case(NamedTuple):
       fault: how it runs while faults strike, or why it does not.
       suite: how it enters Optax's suites, or why it does not.
       devices: options with which eight devices are compared with one, or why they are not.
-      divides: whether `factor_sharding` divides its work.
+      divides: whether `sharding` divides its work.
       factors: how many factors its state shows to diagnostics on the tree of the registry.
       network: why some of its matrix products are not full ones.
     """
@@ -231,6 +231,7 @@ METHODS = {
         suite=ALIAS_RUNS,
         # Less damping divides rounding by the smallest eigenvalues of factors of rank one.
         devices={"damping": 1e-2},
+        divides=True,
         factors=9,
     ),
     "scale_by_soap": Case(
@@ -243,6 +244,7 @@ METHODS = {
         # The first gradient of a matrix has no component along some axes of its square factor's
         # basis, which are arbitrary: there SOAP divides rounding by its root, but for a large eps.
         devices={"eps": 1.0},
+        divides=True,
         factors=9,
     ),
     "scale_by_adam_in_basis": Case(

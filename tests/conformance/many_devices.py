@@ -2,6 +2,8 @@
 
 `test_many_devices.py` runs it in a process that has eight devices."""
 
+import math
+import re
 import sys
 
 import jax
@@ -154,28 +156,30 @@ def equal_layers():
 
 
 def measure_division():
-    """FLOPs of one device, with factor_sharding over without, and what changes with it."""
+    """FLOPs of one device, with sharding= over without, and what changes with it."""
     grads, layers, factors = equal_layers()
     moments = {
         x: optax_curv.EigenbasisMoments(*f, jnp.square(grads[x])) for x, f in factors.items()
     }
     makers = {
         "scale_by_kfac": (
-            lambda x: optax_curv.scale_by_kfac(layers, 1e-2, factor_sharding=x),
+            lambda x: optax_curv.scale_by_kfac(layers, 1e-2, sharding=x),
             {"curvature": factors},
         ),
         "scale_by_ekfac": (
-            lambda x: optax_curv.scale_by_ekfac(layers, 1e-2, factor_sharding=x),
+            lambda x: optax_curv.scale_by_ekfac(layers, 1e-2, sharding=x),
             {"curvature": moments},
         ),
         "scale_by_adam_in_basis": (
-            lambda x: optax_curv.scale_by_adam_in_basis(layers, factor_sharding=x),
+            lambda x: optax_curv.scale_by_adam_in_basis(layers, sharding=x),
             {"curvature": factors},
         ),
         "scale_by_kron_psgd": (
             lambda x: optax_curv.scale_by_kron_psgd(b1=0.9, factor_sharding=x),
             {},
         ),
+        "scale_by_shampoo": (lambda x: optax_curv.scale_by_shampoo(sharding=x), {}),
+        "scale_by_soap": (lambda x: optax_curv.scale_by_soap(sharding=x), {}),
     }
     for name, (make, arrays) in makers.items():
         flops, results = [], []
@@ -201,12 +205,53 @@ def measure_division():
         report("sharding", name, sum(moved))
 
 
+OWNED = {
+    "shampoo": {"learning_rate": 0.1, "root_every": 2},
+    "soap": {"learning_rate": 0.1, "eps": 1.0},
+    "scale_by_kron_psgd": {"b1": 0.9, "update_probability": 0.5, "block_size": 5},
+}
+
+
+def compare_owners():
+    """Three steps of rows that are owned, against one device in float64; and the compiled step."""
+    jax.config.update("jax_enable_x64", True)
+    rng = np.random.default_rng(0)
+    shapes = {**{f"w{i}": (12, 8) for i in range(5)}, "v": (9, 24), "b": (8,)}
+    specs = dict.fromkeys(shapes, P("data", "model"))
+    specs |= {"v": P(None, ("data", "model")), "b": P(("data", "model"))}
+    placed = {name: NamedSharding(MESH, spec) for name, spec in specs.items()}
+    params, *grads = ({x: rng.normal(size=s) for x, s in shapes.items()} for _ in range(4))
+    for name, options in OWNED.items():
+        results = []
+        for place, sharding in ((None, None), (placed, MESH)):
+            tx = getattr(optax_curv, name)(**options, sharding=sharding)
+            there = [jax.device_put(x, place) for x in (params, *grads)]
+            state, found = tx.init(there[0]), []
+            step = jax.jit(tx.update).lower(there[1], state, there[0]).compile()
+            for gradient in there[1:]:  # which a state that lies elsewhere would end
+                updates, state = step(gradient, state, there[0])
+                found.append(updates)
+            results.append(found)
+        report("owned", name, difference(results[1], results[0]))
+        arrays = jax.tree.leaves(state)
+        own = [s.data.nbytes for x in arrays for s in x.addressable_shards if s.device.id == 0]
+        report("share", name, sum(own) / sum(x.nbytes for x in arrays))
+        kept = [updates[x].sharding.is_equivalent_to(placed[x], updates[x].ndim) for x in placed]
+        report("kept", name, all(kept))
+        sizes = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", step.as_text())
+        report("gathers", name, sum(math.prod(map(int, size.split(","))) > 8 for size in sizes))
+        known = optax_curv.state_shardings(tx, there[0])
+        same = jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y, x.ndim), state, known)
+        report("known", name, all(jax.tree.leaves(same)))
+    jax.config.update("jax_enable_x64", False)
+
+
 COMPARED = [x for x, case in cases.CASES.items() if not isinstance(case.devices, str)]
 
 if __name__ == "__main__":
     assert jax.device_count() == 8, "set XLA_FLAGS=--xla_force_host_platform_device_count=8"
     jax.config.update("jax_disable_most_optimizations", True)
-    others = {"division": measure_division, "capture": compare_capture}
+    others = {"division": measure_division, "capture": compare_capture, "owners": compare_owners}
     for name in sys.argv[1:] or [*COMPARED, *others]:
         if name in others:
             others[name]()

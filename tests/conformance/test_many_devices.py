@@ -7,8 +7,10 @@ import sys
 
 import pytest
 from conformance import cases
+from conformance.many_devices import OWNED
 
 SAME = 1e-6  # relative to the largest entry of a leaf, in float32
+EXACT = 1e-12  # in float64
 DIVIDED = 1 / 4  # of one device's FLOPs, at eight devices
 COMPARED = [x for x, case in cases.CASES.items() if not isinstance(case.devices, str)]
 DIVIDING = [x for x, case in cases.CASES.items() if case.divides]
@@ -44,11 +46,29 @@ def test_a_batch_on_eight_devices_is_captured_as_on_one(figures, way):
 
 
 @pytest.mark.parametrize("name", DIVIDING)
-def test_factor_sharding_divides_the_work(figures, name):
+def test_sharding_divides_the_work(figures, name):
     assert figures["flops", name] <= DIVIDED
 
 
 @pytest.mark.parametrize("name", DIVIDING)
-def test_factor_sharding_changes_nothing_but_where_the_work_is_done(figures, name):
+def test_sharding_changes_nothing_but_where_the_work_is_done(figures, name):
     assert figures["divided", name] < SAME
     assert figures["sharding", name] == 0
+
+
+@pytest.mark.parametrize("name", OWNED)
+def test_owners_compute_what_one_device_does(figures, name):
+    """With leaves sharded in three ways, blocks, and numbers that eight does not divide."""
+    assert figures["owned", name] < EXACT
+
+
+@pytest.mark.parametrize("name", [x for x in OWNED if "block_size" not in OWNED[x]])
+def test_rows_travel_and_are_never_gathered(figures, name):
+    assert figures["gathers", name] == 0
+    assert figures["kept", name] == 1  # each update comes back to where its gradient is
+
+
+@pytest.mark.parametrize("name", OWNED)
+def test_a_state_lies_with_its_owners_from_the_start(figures, name):
+    assert figures["share", name] < 1 / 8 + 0.01
+    assert figures["known", name] == 1

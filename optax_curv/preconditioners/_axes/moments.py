@@ -34,7 +34,7 @@ class Axes(NamedTuple):
 
 
 def axes_of(
-    structs: Mapping[str, jax.ShapeDtypeStruct], max_dim: Any, factor_dtype: Any
+    structs: Mapping[str, jax.ShapeDtypeStruct | jax.Array], max_dim: Any, factor_dtype: Any
 ) -> dict[str, Axes]:
     """An axis is dense unless its length is 1 or above `max_dim`.
 
@@ -47,7 +47,11 @@ def axes_of(
         return jnp.dtype(factor_dtype if short else jnp.promote_types(dtype, factor_dtype))
 
     return {
-        name: Axes(x, tuple(bool(d == 1 or d > max_dim) for d in x.shape[1:]), kept(x.dtype))
+        name: Axes(
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
+            tuple(bool(d == 1 or d > max_dim) for d in x.shape[1:]),
+            kept(x.dtype),
+        )
         for name, x in structs.items()
     }
 

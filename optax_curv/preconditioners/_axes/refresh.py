@@ -53,6 +53,7 @@ def refreshed(
     weight: jax.Array,
     due: jax.Array,
     limit: Any,
+    anywhere: Callable[[jax.Array], jax.Array],
     take_roots: Callable,
 ) -> tuple[dict[str, Kept], dict[str, tuple[jax.Array, ...]], dict[str, jax.Array]]:
     """(what is kept, bases, energies), with roots taken anew where due or where a factor has moved.
@@ -70,6 +71,7 @@ def refreshed(
       weight: of this step's moments in the averages, [].
       due: bool [].
       limit: see above.
+      anywhere: whether a bool [] is true on any device that owns some of the rows.
       take_roots: (factors, bases) -> a list of (root R, tr(F R), basis) for each.
     """
     kept = {name: list(x.kept) for name, x in measured.items()}
@@ -86,7 +88,7 @@ def refreshed(
             _has_moved(x, measured[name].squares, weight, limit)
             for x, (name, _) in zip(old, batch, strict=True)
         ]
-        again = due | jnp.any(jnp.concatenate(moved))
+        again = due | anywhere(jnp.any(jnp.concatenate(moved)))
         pairs = [kept[name][axis] for name, axis in batch]
         olds = [new_bases[name][axis] if bases else None for name, axis in batch]
         new = jax.lax.cond(

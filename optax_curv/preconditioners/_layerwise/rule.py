@@ -14,7 +14,7 @@ from optax_curv.preconditioners._layerwise.factors import Averaging, LayerFactor
 from optax_curv.preconditioners._layerwise.members import present_layers
 from optax_curv.preconditioners._layerwise.statistics import require_curvature
 from optax_curv.preconditioners._layerwise.view import LayerStacks, averaged_of
-from optax_curv.preconditioners._stacks.owners import as_kept, require_sharding
+from optax_curv.preconditioners._stacks.owners import as_kept
 from optax_curv.preconditioners._stacks.rule import Fallback, StackRule
 from optax_curv.preconditioners._transformation.aliases import decayed
 from optax_curv.preconditioners._transformation.averages import is_due
@@ -42,7 +42,6 @@ class LayerRule(StackRule):
     statistic_bound: Number | None
     kl_clip: Number | None = None
     step_rate: Schedulable = 1.0
-    factor_sharding: Any = None
 
     def check_layers(self):
         """Refuses options that cannot be, by name."""
@@ -51,7 +50,6 @@ class LayerRule(StackRule):
         bound = self.statistic_bound
         require_numbers(self.method, statistic_bound=bound, at_least=1, or_none=True)
         require_numbers(self.method, kl_clip=self.kl_clip, above=0, or_none=True)
-        require_sharding(self.method, self.factor_sharding)
         if not isinstance(self.layers, Layers):
             raise ValueError(
                 f"{self.method}: expected layers from optax_curv.find_layers, got a "
@@ -90,10 +88,12 @@ class LayerRule(StackRule):
 
     def init(self, view: Any, params: Any) -> Any:
         """The state of the layers and of the fallback."""
-        state = self.init_layers(view)
-        kept = as_kept(state._replace(fallback=None), self.factor_sharding)
         fallback = () if self.fallback is None else self.fallback.init(view, params)
-        return kept._replace(fallback=fallback)
+        return self.init_layers(view)._replace(fallback=fallback)
+
+    def with_owners(self, state: Any) -> Any:
+        """The state, divided along the first axis of each array that the devices divide."""
+        return as_kept(state, self.owners)
 
     def update(
         self,
@@ -113,7 +113,7 @@ class LayerRule(StackRule):
         step = self.update_layers(view, ours, state, sound, curvature)
         directions = self._clipped(step.directions, ours, state.count)
         directions = {name: u * inverse.get(name, 1) for name, u in directions.items()}
-        kept = as_kept(step.state._replace(fallback=None), self.factor_sharding)
+        kept = self.with_owners(step.state._replace(fallback=None))
         fallback = state.fallback
         if self.fallback is not None:
             others, fallback = self.fallback.update(view, others, fallback, params, **extra_args)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from optax_curv.preconditioners._psgd.flat import WHOLE_TREE
 from optax_curv.preconditioners._psgd.geometries import array_of
 from optax_curv.preconditioners._psgd.rule import ScaleByKronPsgdState
-from optax_curv.preconditioners._stacks.names import BLOCKS, leaf_name, members_of
+from optax_curv.preconditioners._stacks.names import leaf_name, members_of, split_name
 from optax_curv.preconditioners._transformation.trees import path_of
 
 
@@ -51,12 +51,12 @@ def _places(state: ScaleByKronPsgdState, params: Any) -> dict[str, list[_Rows]]:
     }
     blocks: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, factors in state.spectra().items():
-        blocks.setdefault(name.split(BLOCKS)[0], {})[name] = tuple(x.size for x in factors)
+        blocks.setdefault(split_name(name)[0], {})[name] = tuple(x.size for x in factors)
     found: dict[str, list[_Rows]] = {}
     for whole, sizes in blocks.items():
         members = members_of(whole)
         rows = sum(count for _, count in members)
-        counts = {name: len(state.lipschitz[name]) // rows for name in sizes}
+        counts = {name: split_name(name)[1] or 1 for name in sizes}
         start = 0
         for path, count in members:
             found[path] = [
@@ -160,7 +160,7 @@ def replaced(
         parts = [rows[name][start] for start in sorted(rows[name])]
         arrays = [jnp.concatenate(axis) for axis in zip(*parts, strict=True)]
         kept = [
-            jax.tree.map(lambda old, x=x: x.astype(old.dtype), factor)
+            jax.tree.map(lambda old, x=x: old.at[: len(x)].set(x.astype(old.dtype)), factor)
             for factor, x in zip(*kinds.values(), arrays, strict=True)
         ]
         return dict.fromkeys(kinds, tuple(kept))

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 
-from optax_curv.preconditioners._stacks.owners import require_sharding
 from optax_curv.preconditioners._transformation.numbers import (
     is_python_number,
     require_choice,
@@ -78,7 +77,6 @@ class PsgdOptions(FitOptions):
     max_skew: float
     precond_dtype: Any
     block_size: int | None
-    factor_sharding: Any
     eps: Number
 
     @property
@@ -96,7 +94,6 @@ class PsgdOptions(FitOptions):
         require_numbers(method, max_dense_dim=self.max_dense_dim, above=0)
         require_numbers(method, block_size=self.block_size, above=0, or_none=True)
         require_numbers(method, max_skew=self.max_skew, eps=self.eps, at_least=0)
-        require_sharding(method, self.factor_sharding)
         if self.criterion == "newton" and self.geometry == "right_triangular":
             raise ValueError(
                 f"{method}: criterion='newton' fits P to Hessian-vector products, which "

@@ -14,9 +14,7 @@ from optax_curv.preconditioners._psgd import geometries, step
 from optax_curv.preconditioners._psgd.geometries import Factors, array_of
 from optax_curv.preconditioners._psgd.options import PsgdOptions, checked_probes
 from optax_curv.preconditioners._stacks.axes import LeafRule
-from optax_curv.preconditioners._stacks.blocks import Blocks, blocks_of, factor_structs
-from optax_curv.preconditioners._stacks.owners import as_kept
-from optax_curv.preconditioners._stacks.rule import is_ours
+from optax_curv.preconditioners._stacks.blocks import factor_structs
 from optax_curv.preconditioners._transformation import averages
 from optax_curv.preconditioners._transformation.numbers import raw_key, split_key
 from optax_curv.preconditioners._transformation.transformation import Step, counters
@@ -59,27 +57,23 @@ class ScaleByKronPsgdState(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """The stacks in blocks.
+    """The stacks that have factors.
 
     Attributes:
-      blocks: how they are cut.
-      dtypes: of the arithmetic, by stack of blocks.
-      structs: shapes and dtypes of the axes' factors, by stack of blocks.
+      dtypes: of the arithmetic, by stack.
+      structs: shapes and dtypes of the axes' factors, by stack.
     """
 
-    blocks: Blocks
     dtypes: dict[str, Any]
     structs: dict[str, Factors]
 
     def take(self, stacks: Any) -> dict[str, jax.Array]:
-        """The blocks of stacks, in the dtype of the arithmetic."""
-        shown = {name: stacks[name] for name in self.blocks.structs}
-        return {n: x.astype(self.dtypes[n]) for n, x in self.blocks.take(shown).items()}
+        """The stacks with factors, in the dtype of the arithmetic."""
+        return {name: stacks[name].astype(dtype) for name, dtype in self.dtypes.items()}
 
     def give(self, products: dict[str, jax.Array], like: dict[str, jax.Array]) -> Any:
-        """The stacks of these blocks, in the dtypes of `like`, whose other stacks stay."""
-        given = self.blocks.give(products)
-        return {n: given[n].astype(x.dtype) if n in given else x for n, x in like.items()}
+        """The products in the dtypes of `like`, whose other stacks stay."""
+        return {n: products[n].astype(x.dtype) if n in products else x for n, x in like.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -87,6 +81,7 @@ class KronRule(LeafRule, PsgdOptions):
     """Kronecker PSGD; `scale_by_kron_psgd` documents the mathematics and the options."""
 
     guarded = ("factors", "lipschitz", "preconditioners")  # `step_of_stack` moves no unsound ones
+    like_gradients = ("probe", "hvp")
 
     @property
     def factor_kind(self) -> str:
@@ -99,7 +94,7 @@ class KronRule(LeafRule, PsgdOptions):
         return checked_probes(self.method, self.criterion, updates, extra_args)
 
     def layout(self, structs: Any) -> _Layout:
-        """How stacks are cut, and which factors they have.
+        """Which factors stacks have, by their shapes and dtypes.
 
         Stacks without numbers have none, and those that are no matrices have none under the
         original's rule.
@@ -107,11 +102,9 @@ class KronRule(LeafRule, PsgdOptions):
         filled = {name: x for name, x in structs.items() if 0 not in x.shape}
         if self.geometry == "right_triangular":
             filled = {name: x for name, x in filled.items() if len(x.shape) == 3}
-        blocks = blocks_of(filled, self.block_size)
         dtypes: dict[str, Any] = {}
         factors: dict[str, Any] = {}
-        for name in blocks.places:
-            struct = blocks.struct(name)
+        for name, struct in filled.items():
             short = jnp.dtype(self.precond_dtype)
             dtypes[name] = jnp.promote_types(struct.dtype, short)
             kept = short if struct.dtype == jnp.float32 else dtypes[name]
@@ -121,7 +114,7 @@ class KronRule(LeafRule, PsgdOptions):
                 Diagonal(x) if is_diagonal else Dense(x)
                 for x, is_diagonal in zip(structs_of_axes, diagonal, strict=True)
             )
-        return _Layout(blocks, dtypes, factors)
+        return _Layout(dtypes, factors)
 
     def _diagonal_axes(self, shape: tuple[int, ...]) -> tuple[bool, ...]:
         """Which axes of a tensor have diagonal factors."""
@@ -142,12 +135,17 @@ class KronRule(LeafRule, PsgdOptions):
             return geometries.scaled_identities(self.geometry, layout.structs[name], number)
 
         kept, zeros = self.keeps_preconditioners, jnp.zeros_like
-        names = layout.blocks.places
-        state = ScaleByKronPsgdState(
+        names = layout.structs
+        return ScaleByKronPsgdState(
             **counters(),
             key=raw_key(self.method, self.key),
             factors={name: {self.factor_kind: factors_of(name)} for name in names},
-            lipschitz={name: self._zero_bounds(layout, name) for name in names},
+            lipschitz={
+                name: jnp.zeros((*structs[name].shape[:1], len(factors)), jnp.finfo(dtype).dtype)
+                for (name, factors), dtype in zip(
+                    names.items(), layout.dtypes.values(), strict=True
+                )
+            },
             momentum={
                 name: jnp.zeros(x.shape, x.dtype)
                 for name, x in structs.items()
@@ -155,33 +153,17 @@ class KronRule(LeafRule, PsgdOptions):
             },
             preconditioners={n: jax.tree.map(zeros, factors_of(n)) for n in names if kept},
         )
-        return self._placed(state)
 
-    def _zero_bounds(self, layout: _Layout, name: str) -> jax.Array:
-        struct = layout.blocks.struct(name)
-        shape = struct.shape[0], len(struct.shape) - 1
-        return jnp.zeros(shape, jnp.finfo(layout.dtypes[name]).dtype)
+    def drawn(self, structs, state):
+        """The bits of all rows."""
+        _, _, key = split_key(state.key, 3)
+        layout = self.layout(structs)
+        return {"bits": step.random_bits(self, {n: structs[n] for n in layout.structs}, key)}
 
-    def _placed(self, state: ScaleByKronPsgdState) -> ScaleByKronPsgdState:
-        """The state with its factors and what belongs to them divided over devices."""
-        fields = {
-            name: as_kept(getattr(state, name), self.factor_sharding)
-            for name in (*self.guarded, "momentum")
-        }
-        return state._replace(**fields)
-
-    def update(self, view, grads, state, params, sound, *, probe=None, hvp=None, **extra_args):
-        """One step, with probes seen as the gradients are."""
-        if probe is not None:
-            probes = {"probe": view.take(probe, is_ours), "hvp": view.take(hvp, is_ours)}
-            extra_args = {**extra_args, **probes}
-        return super().update(view, grads, state, params, sound, **extra_args)
-
-    def update_stacks(self, grads, state, sound, *, probe=None, hvp=None, **extra_args):
+    def update_stacks(self, grads, state, sound, *, probe=None, hvp=None, bits=None, **extra_args):
         """One step: the factors move where they do, and P is applied."""
         del extra_args
-        structs = {n: jax.ShapeDtypeStruct(g.shape, g.dtype) for n, g in grads.items()}
-        layout = self.layout(structs)
+        layout = self.layout(grads)
         momentum, direction = {}, grads
         if self.keeps_momentum:
             weight = averages.weight_at(self.b1, state.count, sound)
@@ -199,7 +181,7 @@ class KronRule(LeafRule, PsgdOptions):
         given = (None if signal is direction else signal, direction, probe if newton else None)
 
         def moving(kept, given):
-            return self._step(layout, now, noise_key, kept, given)
+            return self._step(layout, now, bits or noise_key, kept, given)
 
         def resting(kept, given):
             return self._rest(layout, now, kept, given[1])
@@ -217,16 +199,20 @@ class KronRule(LeafRule, PsgdOptions):
             lipschitz=lipschitz,
             preconditioners=preconditioners,
         )
-        return Step(layout.give(products, direction), self._placed(state), sound)
+        return Step(layout.give(products, direction), state, sound)
 
-    def _step(self, layout, now, key, kept, given):
-        """(products, what is kept, whether all is sound); P is applied after Q has moved."""
+    def _step(self, layout, now, bits, kept, given):
+        """(products, what is kept, whether all is sound); P is applied after Q has moved.
+
+        `bits` may be the key to draw them from.
+        """
         factors, lipschitz, preconditioners = jax.tree.map(widen, kept)
         signal, direction, probe = given
         signals = None if signal is None else layout.take(signal)
         probes = None if probe is None else layout.take(probe)
         tensors = layout.take(direction)
-        bits = step.random_bits(self, tensors, key)
+        if not isinstance(bits, dict):
+            bits = step.random_bits(self, tensors, bits)
         products, groups, sound = {}, {}, now.sound
         for name, tensor in tensors.items():
             group = step.Group(factors[name], lipschitz[name], preconditioners.get(name), tensor)

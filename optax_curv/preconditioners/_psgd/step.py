@@ -1,12 +1,12 @@
 """One step of a stack: its factors move, and the new P is applied to its tensors.
 
 A step of one tensor touches some dozen arrays of its size. On a CPU a stack therefore goes through
-in chunks that fit the cache; on an accelerator it is one batch. With `factor_sharding` each device
-does so with its part of the stack.
+in chunks that fit the cache; on an accelerator it is one batch.
 """
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,6 @@ from optax_curv.linalg._compiler import per_platform
 from optax_curv.preconditioners._psgd import geometries
 from optax_curv.preconditioners._psgd.geometries import Factors, array_of
 from optax_curv.preconditioners._psgd.options import PsgdOptions
-from optax_curv.preconditioners._stacks.owners import as_kept, divided
 from optax_curv.preconditioners._transformation.numbers import value_at
 from optax_curv.preconditioners._transformation.soundness import is_finite, kept_unless
 
@@ -92,7 +91,7 @@ def numbers(options: PsgdOptions, count: jax.Array, sound: jax.Array, key: jax.A
 
 
 def random_bits(
-    options: PsgdOptions, tensors: dict[str, jax.Array], key: jax.Array
+    options: PsgdOptions, tensors: Mapping[str, Any], key: jax.Array
 ) -> dict[str, jax.Array | None]:
     """Bits for `_signs` of each stack, uint32 [n, words], all of one draw.
 
@@ -101,11 +100,11 @@ def random_bits(
     if options.geometry == "right_triangular":
         return dict.fromkeys(tensors)
     shapes = {
-        name: (len(x), -(-_parts(options, x) * math.prod(x.shape[1:]) // WORD))
+        name: (x.shape[0], -(-_parts(options, x) * math.prod(x.shape[1:]) // WORD))
         for name, x in tensors.items()
     }
     count = sum(map(math.prod, shapes.values()))
-    draw = as_kept(jax.random.bits(key, (count,), jnp.uint32), options.factor_sharding)
+    draw = jax.random.bits(key, (count,), jnp.uint32)
     bits, start = {}, 0
     for name, shape in shapes.items():
         bits[name] = draw[start : start + math.prod(shape)].reshape(shape)
@@ -113,12 +112,13 @@ def random_bits(
     return bits
 
 
-def _parts(options: PsgdOptions, x: jax.Array) -> int:
+def _parts(options: PsgdOptions, x: Any) -> int:
     """How many real numbers are drawn for an entry.
 
     They are the noise, the probe of "eq", and the imaginary parts of both.
     """
-    return (1 + (options.geometry == "eq")) * (1 + jnp.iscomplexobj(x))
+    is_complex = jnp.issubdtype(x.dtype, jnp.complexfloating)
+    return (1 + (options.geometry == "eq")) * (1 + is_complex)
 
 
 def _signs(options: PsgdOptions, bits: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -297,6 +297,5 @@ def step_of_stack(
       group: what changes.
       given: what is read.
     """
-    step = functools.partial(_in_chunks, functools.partial(_step, options, now, dtypes))
-    group, sound = divided(step, options.factor_sharding)(group, given)
+    group, sound = _in_chunks(functools.partial(_step, options, now, dtypes), group, given)
     return group, jnp.all(sound)

@@ -89,7 +89,7 @@ def blocks_of(structs: Mapping[str, jax.ShapeDtypeStruct], block_size: Any) -> B
             by_shape.setdefault(tuple(s.stop - s.start for s in block), []).append(block)
         for shape, blocks in by_shape.items():
             whole = len(by_shape) == 1 and len(blocks) == 1
-            own = name if whole else block_name(name, shape)
+            own = name if whole else block_name(name, len(blocks), shape)
             places[own] = (name, blocks)
     return Blocks(dict(structs), places)
 

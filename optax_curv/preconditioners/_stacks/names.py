@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 import jax
 
 SEPARATOR = " | "
-BLOCKS = " in blocks of "
+IN_BLOCKS = re.compile(r" in (\d+) blocks? of ")
 
 
 # What marks a stack's name, where it stands in a path: a key may be any string.
-_MARKS = r"[|×]|in(?= blocks of )"
+_MARKS = r"[|×]|in(?= \d+ blocks? of )"
 
 
 def _escaped(path: str) -> str:
@@ -46,15 +46,21 @@ def stack_name(members: Iterable[str]) -> str:
     return SEPARATOR.join(members)
 
 
-def block_name(stack: str, shape: tuple[int, ...]) -> str:
-    """The name of a stack's blocks of one shape."""
-    return f"{stack}{BLOCKS}{' by '.join(map(str, shape))}"
+def block_name(stack: str, count: int, shape: tuple[int, ...]) -> str:
+    """The name of a stack's blocks of one shape, of which each of its tensors has `count`."""
+    return f"{stack} in {count} block{'s' * (count > 1)} of {' by '.join(map(str, shape))}"
+
+
+def split_name(name: str) -> tuple[str, int | None]:
+    """(name of the stack, how many blocks of each of its tensors this name stands for or None)."""
+    stack, *rest = IN_BLOCKS.split(name)
+    return stack, int(rest[0]) if rest else None
 
 
 def layers_of(name: str) -> list[tuple[str, tuple[int, ...]]]:
     """(name, shape of the slices) of every member of a stack, or of the stack it is blocks of."""
     members = []
-    for member in name.split(BLOCKS)[0].split(SEPARATOR):
+    for member in split_name(name)[0].split(SEPARATOR):
         found = re.fullmatch(r"(.*?)((?: ×\d+)*)", member, re.DOTALL)
         own, sizes = found.groups() if found else (member, "")
         members.append((_unescaped(own), tuple(int(size) for size in re.findall(r"\d+", sizes))))
@@ -67,12 +73,13 @@ def members_of(name: str) -> list[tuple[str, int]]:
 
 
 def parts_of(name: str, array: jax.Array) -> Iterator[tuple[str, int | None, jax.Array]]:
-    """(path, number of the block or None, [rows, ...]) of everything in an array of a stack."""
-    members = members_of(name)
-    total = sum(rows for _, rows in members)
-    blocks = len(array) // max(1, total)
+    """(path, number of the block or None, [rows, ...]) of everything in an array of a stack.
+
+    What is filled up for the sake of equal parts on all devices lies behind and is left out.
+    """
+    count = split_name(name)[1]
     start = 0
-    for block in range(blocks):
-        for path, rows in members:
-            yield path, block if BLOCKS in name else None, array[start : start + rows]
+    for block in range(count or 1):
+        for path, rows in members_of(name):
+            yield path, None if count is None else block, array[start : start + rows]
             start += rows

@@ -1,45 +1,237 @@
-"""Work divided over the devices of a mesh by `factor_sharding`, and leaves with sharding types."""
+"""Owners: the devices of a mesh that keep the rows of stacks and run a method on them.
+
+The rows of a stack [N, *shape], filled up with zeros to a multiple of the number of devices, are
+divided over all axes of a mesh. Gradients go to the owners of their rows and directions come back
+one mesh axis at a time, each by an all-to-all. How the leaves themselves are sharded is not known
+while tracing: dimensions whose sharding a step leaves open keep what they have, and XLA is told to
+give directions the sharding of their gradients.
+"""
 
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.experimental.shard_alike import shard_alike
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from optax_curv.linalg._compiler import compiled_once
+
+OPEN = PartitionSpec.UNCONSTRAINED
+EXPLICIT = AxisType.Explicit
 
 
-def require_sharding(method: str, sharding):
-    """Refuses what does not name the mesh axes over which factors are divided."""
-    if sharding is None:
-        return
-    if not isinstance(sharding, NamedSharding) or not len(sharding.spec) or not sharding.spec[0]:
+class Owners(NamedTuple):
+    """Who owns the rows of stacks.
+
+    Attributes:
+      method: the name in messages.
+      mesh: of the devices.
+      axes: of the mesh, in the order in which rows are divided over them. It begins with the
+        mesh's last one: of a leaf's dimension that is sharded over two axes, a step can move the
+        minor one alone.
+      transport_dtype: in which gradients and directions travel; None: their own.
+    """
+
+    method: str
+    mesh: Mesh | AbstractMesh
+    axes: tuple[str, ...]
+    transport_dtype: Any = None
+
+    @property
+    def size(self) -> int:
+        """How many devices share the rows."""
+        return math.prod(self.mesh.shape[axis] for axis in self.axes)
+
+    def anywhere(self, flag: jax.Array) -> jax.Array:
+        """Whether a bool [] is true on any of the devices; within `divided`."""
+        return jax.lax.pmax(flag.astype(jnp.int32), self.axes) > 0
+
+    def filled_struct(self, struct: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """The shape of a stack with equally many rows for every device."""
+        rows = struct.shape[0] + -struct.shape[0] % self.size
+        return jax.ShapeDtypeStruct((rows, *struct.shape[1:]), struct.dtype)
+
+    def sent(self, stacks: Any) -> Any:
+        """The rows of stacks [N, …] with their owners, and rows of zeros so that all have some."""
+
+        def of_array(x: jax.Array) -> jax.Array:
+            travels = self._filled(self._as_it_travels(x))
+            for count in range(1, len(self.axes)):
+                travels = self._divided_over(travels, self.axes[:count], OPEN)
+            return self._divided_over(travels, self.axes, None).astype(x.dtype)
+
+        return jax.tree.map(of_array, stacks)
+
+    def handed(self, stacks: Any) -> Any:
+        """Rows of stacks [N, …] that every device has, and zeros, each with its owner alone."""
+
+        def of_array(x: jax.Array) -> jax.Array:
+            return self._divided_over(
+                self._filled(self._divided_over(x, (), None)), self.axes, None
+            )
+
+        return jax.tree.map(of_array, stacks)
+
+    def returned(self, stacks: Any, like: Any) -> Any:
+        """The rows of stacks as `like`, [N, …], is sharded."""
+
+        def of_array(x: jax.Array, like: jax.Array) -> jax.Array:
+            travels = self._as_it_travels(x)
+            for count in reversed(range(len(self.axes))):
+                travels = self._divided_over(travels, self.axes[:count], OPEN)
+            found: Any = shard_alike(like, travels[: len(like)].astype(like.dtype))
+            return found[1]
+
+        return jax.tree.map(of_array, stacks, like)
+
+    def divided(self, function: Callable, trees: tuple, results: Any) -> Any:
+        """The function of trees, each device computing its own rows of what is in dicts by stack.
+
+        All other arrays are the same on every device, of the trees and of the results, of which
+        `results` is a prefix, a dict standing for any dict.
+        """
+        specs = {"in_specs": self._specs(trees), "out_specs": self._specs(results)}
+        return jax.shard_map(function, mesh=self.here(), check_vma=False, **specs)(*trees)
+
+    def placed(self, state: Any) -> Any:
+        """A state with its dicts by stack divided, and all else whole on every device."""
+
+        def of_part(spec: PartitionSpec, part: Any) -> Any:
+            sharding = NamedSharding(self.here(), spec)
+            return jax.tree.map(lambda x: _constrained(x, sharding), part)
+
+        return jax.tree.map(of_part, self._specs(state), state, is_leaf=_is_spec)
+
+    def placed_like(self, state: Any, *trees: Any) -> Any:
+        """A state of Optax's, whose leaves are sharded as the leaves of trees that they belong to.
+
+        They belong to a leaf of their shape whose path ends theirs. All others are whole.
+        """
+        leaves = [pair for tree in trees for pair in jax.tree.leaves_with_path(tree)]
+        whole = NamedSharding(self.here(), PartitionSpec())
+
+        def of_leaf(path: Any, x: jax.Array) -> jax.Array:
+            for own, leaf in leaves:
+                if path[len(path) - len(own) :] == own and leaf.shape == x.shape:
+                    found: Any = shard_alike(leaf, x)
+                    return found[1]
+            return _constrained(x, whole)
+
+        return jax.tree.map_with_path(of_leaf, state)
+
+    def _specs(self, tree: Any) -> Any:
+        def of_part(x: Any) -> PartitionSpec:
+            return PartitionSpec(self.axes) if _is_by_stack(x) else PartitionSpec()
+
+        return jax.tree.map(of_part, tree, is_leaf=_is_by_stack)
+
+    def here(self) -> Any:
+        """The mesh as it is seen where this is called; refuses another one, and manual axes."""
+        context = jax.sharding.get_abstract_mesh()
+        if context.empty:
+            return self.mesh
+        given, found = dict(self.mesh.shape), dict(context.shape)
+        if any(found.get(axis) != given[axis] for axis in self.axes):
+            raise ValueError(
+                f"{self.method}: sharding= names the mesh {given}, and the mesh here is {found}; "
+                "expected the same axes. Make the transformation with the mesh of the program."
+            )
+        kinds = dict(zip(context.axis_names, context.axis_types, strict=True))
+        manual = [axis for axis in self.axes if kinds[axis] == AxisType.Manual]
+        if manual:
+            raise ValueError(
+                f"{self.method}: sharding= divides the work over the mesh axes {self.axes}, of "
+                f"which {manual} are manual here, inside a jax.shard_map over them. There each "
+                "device has data of its own: leave sharding= out, or call update outside."
+            )
+        return context
+
+    def _filled(self, x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, -len(x) % self.size)] + [(0, 0)] * (x.ndim - 1))
+
+    def _as_it_travels(self, x: jax.Array) -> jax.Array:
+        real = jnp.issubdtype(x.dtype, jnp.floating)
+        return x.astype(self.transport_dtype) if real and self.transport_dtype else x
+
+    def _divided_over(self, x: jax.Array, axes: tuple[str, ...], others: Any) -> jax.Array:
+        spec = PartitionSpec(axes or None, *[others] * (x.ndim - 1))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.here(), spec))
+
+
+def _is_by_stack(x: Any) -> bool:
+    return isinstance(x, dict)
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
+
+
+def _constrained(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """The array with this sharding, whether the mesh's axes are automatic or explicit."""
+    explicit = EXPLICIT in sharding.mesh.axis_types
+    place = jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
+    return place(x, sharding)
+
+
+def compiled(function: Callable, owners: Owners | None) -> Callable:
+    """A function of a tree that makes its arrays where they are to lie, also when called eagerly.
+
+    Leaves that are no arrays, such as a `jax.ShapeDtypeStruct`, are handed on as they are.
+    """
+    if owners is None:
+        return function
+
+    def of_tree(tree: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(tree)
+        arrays = {i: x for i, x in enumerate(leaves) if not isinstance(x, jax.ShapeDtypeStruct)}
+
+        def of_arrays(arrays: dict[int, Any]) -> Any:
+            return function(treedef.unflatten([arrays.get(i, x) for i, x in enumerate(leaves)]))
+
+        return compiled_once(of_arrays)(arrays)
+
+    return of_tree
+
+
+def owners_of(
+    method: str, sharding: Any, factor_sharding: Any = None, transport_dtype: Any = None
+) -> Owners | None:
+    """Who owns what, from the arguments; refuses what does not name the axes of a mesh."""
+    if sharding is not None and factor_sharding is not None:
         raise ValueError(
-            f"{method}: expected factor_sharding to be None or a jax.sharding.NamedSharding whose "
-            "first entry names mesh axes, such as NamedSharding(mesh, PartitionSpec(('data', "
-            f"'model'))), got {sharding!r}."
+            f"{method}: got both sharding={sharding!r} and factor_sharding={factor_sharding!r}, "
+            "its old name; expected sharding= alone."
         )
+    given = factor_sharding if sharding is None else sharding
+    if given is None:
+        return None
+    if isinstance(given, Mesh | AbstractMesh):
+        mesh, names = given, given.axis_names
+    elif isinstance(given, NamedSharding) and len(given.spec) and given.spec[0]:
+        first = given.spec[0]
+        mesh, names = given.mesh, (first,) if isinstance(first, str) else first
+    else:
+        raise ValueError(
+            f"{method}: expected sharding to be None, a jax.sharding.Mesh, over all of whose axes "
+            "the work is divided, or a NamedSharding whose first entry names mesh axes, such as "
+            f"NamedSharding(mesh, PartitionSpec(('data', 'model'))), got {given!r}."
+        )
+    axes = tuple(axis for axis in reversed(mesh.axis_names) if axis in names)
+    return Owners(method, mesh, axes, transport_dtype)
 
 
-def _parts(sharding: NamedSharding) -> int:
-    axes = sharding.spec[0]
-    return math.prod(
-        sharding.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes)
-    )
-
-
-def divided(function: Callable, sharding: NamedSharding | None) -> Callable:
+def divided(function: Callable, owners: Owners | None) -> Callable:
     """Divides a function of arrays with a common leading axis: each device computes its own part.
 
     XLA divides neither factorisations nor loops over a batch by itself. A batch that the devices do
     not divide evenly is filled up with copies of its last entry.
     """
-    if sharding is None:
+    if owners is None:
         return function
-    spec, parts = PartitionSpec(sharding.spec[0]), _parts(sharding)
-    of_part = jax.shard_map(
-        function, mesh=sharding.mesh, in_specs=spec, out_specs=spec, check_vma=False
-    )
+    spec, parts = PartitionSpec(owners.axes), owners.size
 
     def of_all(*arrays):
         count = len(jax.tree.leaves(arrays)[0])
@@ -49,23 +241,26 @@ def divided(function: Callable, sharding: NamedSharding | None) -> Callable:
         def filled(x):
             return jnp.concatenate([x, jnp.repeat(x[-1:], -count % parts, axis=0)])
 
+        of_part = jax.shard_map(
+            function, mesh=owners.here(), in_specs=spec, out_specs=spec, check_vma=False
+        )
         return jax.tree.map(lambda x: x[:count], of_part(*jax.tree.map(filled, arrays)))
 
     return of_all
 
 
-def as_kept(tree, sharding: NamedSharding | None):
+def as_kept(tree, owners: Owners | None):
     """The arrays as a state keeps them: divided along the first axis that divides, or whole."""
-    if sharding is None:
+    if owners is None:
         return tree
-    parts = _parts(sharding)
 
     def constrained(x):
         axis = next(
-            (axis for axis, length in enumerate(x.shape) if length and length % parts == 0), None
+            (axis for axis, length in enumerate(x.shape) if length and length % owners.size == 0),
+            None,
         )
-        spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, sharding.spec[0])
-        return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
+        spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, owners.axes)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(owners.here(), spec))
 
     return jax.tree.map(constrained, tree)
 
@@ -75,14 +270,15 @@ def with_sharding_types(update: Callable) -> Callable:
 
     On meshes of `AxisType.Explicit` such types would have to be given at every reshape and product.
     Here the compiler chooses them within the update; what comes out has the types of the gradients
-    and of the old state.
+    and of the old state. The mesh is that of `jax.set_mesh`, or else that of the leaves' types.
     """
 
     @functools.wraps(update)
     def typed(updates, state, params=None, **extra_args):
-        if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
-            return update(updates, state, params, **extra_args)
         leaves, treedef = jax.tree.flatten((updates, state, params, extra_args))
+        mesh = _explicit_mesh(leaves)
+        if mesh is None:
+            return update(updates, state, params, **extra_args)
         arrays = {i: jnp.asarray(x) for i, x in enumerate(leaves) if hasattr(x, "dtype")}
 
         def of_arrays(arrays):
@@ -90,7 +286,24 @@ def with_sharding_types(update: Callable) -> Callable:
             updates, state, params, extra_args = jax.tree.unflatten(treedef, given)
             return update(updates, state, params, **extra_args)
 
-        shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
-        return jax.sharding.auto_axes(of_arrays, out_sharding=shardings)(arrays)
+        def type_of(x):
+            kept = jax.typeof(x).sharding
+            return NamedSharding(mesh, PartitionSpec()) if kept.mesh.empty else kept
+
+        shardings = jax.tree.map(type_of, (updates, state))
+        explicit = [
+            a for a, k in zip(mesh.axis_names, mesh.axis_types, strict=True) if k == EXPLICIT
+        ]
+        of_all = jax.sharding.auto_axes(of_arrays, axes=tuple(explicit), out_sharding=shardings)
+        if jax.sharding.get_abstract_mesh().empty:
+            of_all = compiled_once(of_all)  # called eagerly it would look for a mesh around it
+        return of_all(arrays)
 
     return typed
+
+
+def _explicit_mesh(leaves: Any) -> Any:
+    """The mesh with explicit axes, around the call or in the types of arrays; None without any."""
+    arrays = [x for x in leaves if isinstance(x, jax.Array)]
+    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays)]
+    return next((mesh for mesh in meshes if EXPLICIT in mesh.axis_types), None)

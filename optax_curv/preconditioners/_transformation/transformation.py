@@ -111,6 +111,15 @@ class Rule:
         """The state, a named tuple with `count` and `total_notfinite`."""
         raise NotImplementedError
 
+    def placed(self, view: Any, params: Any, state: Any, others: Any) -> tuple[Any, Any]:
+        """The rule's state, and those of the pieces around it, where their arrays are to lie."""
+        del view, params
+        return state, others
+
+    def made(self, init: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """How a whole state is made from parameters."""
+        return init
+
     def update(
         self, view: Any, grads: Any, state: Any, params: Any, sound: jax.Array, **extra_args: Any
     ) -> Step:
@@ -177,12 +186,13 @@ def transformation(
 
     def all_states(params):
         view = rule.view(params)
-        head = rule.init(view, params)
-        return (head, *around.init(view, params)) if any(around) else head
+        states = rule.init(view, params), around.init(view, params) if any(around) else []
+        head, others = rule.placed(view, params, *states)
+        return (head, *others) if any(around) else head
 
     def init(params):
         require_parameters(rule.method, params, complex_leaves=rule.complex_leaves)
-        state = all_states(params)
+        state = rule.made(all_states)(params)
         return state if jax.tree.leaves(params) else _with_leaves(state)
 
     def update(updates, state, params=None, **extra_args):
