@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import os
+import pathlib
 
 # Most of the suite's time goes to compiling programs that run once, so what makes programs fast is
 # left out. Tests in processes of their own (many devices, two hosts), the notebooks and the demo
@@ -24,6 +25,32 @@ collect_ignore = [
     "typing/usage.py",  # read by a type checker
     "typing/wrong.py",
 ]
+
+
+# Modules whose tests all read what one program printed, or share a long computation.
+ONE_PROGRAM = {"test_many_devices", "test_no_deadlock", "test_demo", "test_benchmarks"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keeps in one worker what shares a program or a compiled step.
+
+    It is `--dist loadgroup`, which names groups in a way that pytest 9.2 no longer sees.
+    """
+    from conformance import cases
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByWhatIsShared(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = pathlib.Path(nodeid.partition("::")[0])
+            if path.stem in ONE_PROGRAM:
+                return path.stem
+            if path.parent.name != "conformance":
+                return nodeid
+            parameters = nodeid.partition("[")[2].rstrip("]").split("-")
+            return f"{path.stem} {next((x for x in parameters if x in cases.ALL), nodeid)}"
+
+    return ByWhatIsShared(config, log)
 
 
 @pytest.fixture
