@@ -103,6 +103,10 @@ from optax_curv.preconditioners.branch_fisher import (
     branch_fisher as branch_fisher,
     scale_by_branch_fisher as scale_by_branch_fisher,
 )
+from optax_curv.preconditioners.levenberg_marquardt import (
+    LevenbergMarquardtState as LevenbergMarquardtState,
+    levenberg_marquardt as levenberg_marquardt,
+)
 from optax_curv.preconditioners.branch_kfac import (
     ScaleByBranchKFACState as ScaleByBranchKFACState,
     branch_kfac as branch_kfac,

@@ -10,18 +10,15 @@ import optax
 
 from optax_curv import linalg
 from optax_curv.linalg._compiler import full_matmul
-from optax_curv.preconditioners._branches.metric import (
-    Metric,
-    StoredRows,
-    has_split,
-    is_split,
-    metric_of,
+from optax_curv.preconditioners._branches.metric import Metric, StoredRows
+from optax_curv.preconditioners._branches.parameter_space import (
+    are_rows,
+    count_of_rows,
+    geometry,
+    judged,
+    refuse_split_gradients,
 )
-from optax_curv.preconditioners._branches.rows import (
-    are_sound_weights,
-    is_array,
-    require_weights,
-)
+from optax_curv.preconditioners._branches.rows import are_sound_weights
 from optax_curv.preconditioners._branches.solve import solve_metric
 from optax_curv.preconditioners._branches.state_space import StateBranches, descent
 from optax_curv.preconditioners._transformation.numbers import (
@@ -30,8 +27,7 @@ from optax_curv.preconditioners._transformation.numbers import (
     value_at,
 )
 from optax_curv.preconditioners._transformation.transformation import counters, transformation
-from optax_curv.preconditioners._transformation.trees import require_same_leaves, wide_zeros
-from optax_curv.rows import LazyRows
+from optax_curv.preconditioners._transformation.trees import wide_zeros
 from optax_curv.typing import (
     COMPLEX_METRICS,
     SOLVERS,
@@ -110,20 +106,14 @@ class _BranchFisher(StateBranches):
 
     def require_gradients(self, updates, params):
         """Refuses gradients that do not fit the parameters, in other words where they are split."""
-        if has_split(updates):
-            raise ValueError(
-                f"{self.method}: the gradients hold optax_curv.SplitRows, which jacobian_rows "
-                "makes of a function that is not holomorphic in a complex leaf. Make the gradient "
-                "of such a leaf from its two halves, Re Σ f* ∂ψ/∂Re z + i Re Σ f* ∂ψ/∂Im z, or "
-                "take the conjugate of jax.grad's."
-            )
+        refuse_split_gradients(self.method, updates)
         super().require_gradients(updates, params)
 
     def check(self, updates, params, extra_args):
         """Refuses samples that are missing or do not fit; all of them must be sound."""
         del params
         branches, projection = self.given(extra_args), extra_args.get("projection")
-        if not _are_rows(branches, updates, projection):
+        if not are_rows(branches, updates, projection):
             if self.momentum is not None and branches is not None and jnp.ndim(branches) == 2:
                 raise ValueError(
                     f"{self.method}: momentum={self.momentum!r} needs branches in parameter space, "
@@ -135,12 +125,9 @@ class _BranchFisher(StateBranches):
                 f"{self.method}: branches in parameter space take no projection; give one or the "
                 "other."
             )
-        count = _count_of_rows(self.method, branches, updates)
+        count = count_of_rows(self.method, branches, updates)
         _require_metric(self.method, self.complex_metric, updates)
-        weights = extra_args.get("weights")
-        if weights is not None:
-            require_weights(self.method, weights, count)
-        return (weights if isinstance(branches, LazyRows) else branches), weights
+        return judged(self.method, branches, extra_args.get("weights"), count)
 
     def update(
         self,
@@ -156,7 +143,7 @@ class _BranchFisher(StateBranches):
         **extra_args,
     ):
         """One step, in the space that the branches are in."""
-        if _are_rows(branches, grads, projection):
+        if are_rows(branches, grads, projection):
             return self._parameter_step(grads, state, branches, weights)
         given = {"branches": branches, "projection": projection, "weights": weights}
         return super().update(view, grads, state, params, sound, **given, **extra_args)
@@ -191,7 +178,7 @@ class _BranchFisher(StateBranches):
 
     def _parameter_step(self, grads, state, branches, weights):
         """Steps along M⁻¹ (g - μ BᵀB d₋) + μ d₋ for rows of the parameters themselves."""
-        gradient, metric = self._geometry(grads, branches, weights)
+        gradient, metric = geometry(grads, branches, weights, self.centered, self.ddof)
         wide = jnp.result_type(metric.scale)
         damping = value_at(self.damping, state.count, wide)
         limits = {"max_iters": self.max_iters, "tol": self.tol}
@@ -211,24 +198,6 @@ class _BranchFisher(StateBranches):
             kept = jax.tree.map(lambda d, p: d.astype(p.dtype), direction, state.previous)
             state = state._replace(previous=kept)
         return self.step(state, direction, are_sound_weights(weights), converged)
-
-    def _geometry(self, grads, branches, weights):
-        """The gradient and the metric, in one precision."""
-        lazy = isinstance(branches, LazyRows)
-        given = branches.params if lazy else branches
-        wide = jnp.finfo(jnp.result_type(jnp.float32, *jax.tree.leaves((grads, given)))).dtype
-
-        def cast(x):
-            return x.astype(jnp.promote_types(wide, jnp.result_type(x)))
-
-        gradient = jax.tree.map(cast, grads)
-        rows = branches
-        if not lazy:
-            leaves, treedef = jax.tree.flatten(gradient)
-            entries = treedef.flatten_up_to(jax.tree.map(lambda x: cast(jnp.asarray(x)), branches))
-            rows = StoredRows(entries, leaves, treedef)
-        ddof = 0 if self.ddof is None else self.ddof
-        return gradient, metric_of(rows, self.centered, ddof, weights, wide)
 
 
 def scale_by_branch_fisher(
@@ -450,56 +419,6 @@ def branch_fisher(
         key=key,
     )
     return descent(rule, learning_rate, weight_decay, param_bound)
-
-
-def _are_rows(branches: Any, updates: Any, projection: Any) -> bool:
-    """Tells whether branches are samples of the parameters themselves, and not of a state."""
-    # An array is that where the parameters are a single array as well and it has their shape behind
-    # K; for vectors [n] and branches [K, n], which may be either, a projection tells.
-    if branches is None or not is_array(branches):
-        return branches is not None
-    if not is_array(updates) or not jnp.ndim(branches):
-        return False
-    fits = jnp.shape(branches)[1:] == jnp.shape(updates)
-    return fits and (projection is None or jnp.ndim(branches) != 2)
-
-
-def _count_of_rows(method: str, branches: Any, updates: Any) -> int:
-    """Returns K of samples of the parameters; refuses those that do not fit or are none."""
-    if isinstance(branches, LazyRows):
-        return _count_of_lazy_rows(method, branches, updates)
-    halves = jax.tree.leaves(branches, is_leaf=is_split)
-    for x in halves:
-        if is_split(x):
-            require_same_leaves(method, "real halves of rows", [x.real], "imaginary ones", [x.imag])
-    one_half = jax.tree.map(lambda x: x.real if is_split(x) else x, branches, is_leaf=is_split)
-    given, wanted = jax.tree.structure(one_half), jax.tree.structure(updates)
-    if given != wanted:
-        raise ValueError(
-            f"{method}: branches in parameter space are the tree {given}; expected that of the "
-            f"gradients, {wanted}, each leaf with one leading axis K in front."
-        )
-    got, shapes = jax.tree.map(jnp.shape, one_half), jax.tree.map(jnp.shape, updates)
-    counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(one_half)}
-    expected = jax.tree.map(lambda leaf: (*next(iter(counts), ()), *jnp.shape(leaf)), updates)
-    if got != expected or len(counts) != 1 or () in counts:
-        raise ValueError(
-            f"{method}: branches in parameter space have the shapes {got}; expected those of the "
-            f"parameters with one leading axis K in front: {shapes}."
-        )
-    if counts == {(0,)}:
-        raise ValueError(
-            f"{method}: branches in parameter space have no rows (K = 0); expected one at least."
-        )
-    return counts.pop()[0]
-
-
-def _count_of_lazy_rows(method: str, rows: LazyRows, updates: Any) -> int:
-    """Returns K of rows that are never stored; refuses those of other parameters."""
-    require_same_leaves(
-        method, "the gradients", updates, "the parameters of lazy rows", rows.params
-    )
-    return rows.count
 
 
 def _require_metric(method: str, complex_metric: ComplexMetric | None, updates: Any):

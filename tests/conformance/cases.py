@@ -163,6 +163,19 @@ def _branches(method, extras_of, damping, **options):
     return Fault(make, extras_of, damping)
 
 
+def _levenberg_marquardt(problem, **numbers):
+    """With a loss that every step lowers."""
+    del problem
+    tx = optax_curv.levenberg_marquardt(momentum=0.5, **numbers)
+
+    def update(updates, state, params=None, **extra_args):
+        rows = {name: rows for name, rows in extra_args["branches"].items() if name in updates}
+        loss = lambda p: optax.tree.norm(p, squared=True)  # noqa: E731
+        return tx.update(updates, state, params, branches=rows, value=1e9, value_fn=loss)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
 def _kron_fault(**options):
     return Fault(lambda damping: optax_curv.kron_psgd(0.25, 0.7, **options))
 
@@ -376,6 +389,20 @@ ALIASES = {
         fault="its rule is struck as scale_by_branch_fisher, within a bound",
         suite=Suite(adapters.branch(optax_curv.branch_fisher), RATE, True),
         devices=RULE_COMPARED,
+    ),
+    "levenberg_marquardt": Case(
+        of=_levenberg_marquardt,
+        maker="levenberg_marquardt",
+        number="damping",
+        extras=problems.parameter_rows,
+        needs_objective=True,
+        any_tree=False,
+        complex=True,
+        inject="it needs a loss in every step",
+        fault="a step that raises the loss is refused, which has a test of its own",
+        suite="the suites have no rows",
+        devices={},
+        network=NETWORK,
     ),
     "branch_kfac": Case(
         **_of(optax_curv.branch_kfac, "damping", blocks=2, param_bound=20.0, **DECAYED),

@@ -46,6 +46,7 @@ optax_curv.find_layers(loss_fn, params, x, y, batch_size=8)
 optax_curv.hessian_probe(loss_fn, params, x, y, key=key)
 optax_curv.per_example_grads(loss_fn)(params, x, y)
 optax_curv.jacobian_rows(apply_fn)(params, x)
+optax_curv.levenberg_marquardt(1e-3, max_tries=4, max_norm=1.0, momentum=0.9)
 optax_curv.lazy_rows(apply_fn, params, x, chunk_size=8)
 optax_curv.residual_rows(apply_fn)(params, x)
 

@@ -50,18 +50,32 @@ def solve_metric(
         x, _ = linalg.conjugate_gradient(operator, b, max_iters=max_iters, atol=tol)
         return Solution(x, jnp.bool_(True))
     solver = cheaper(count, size) if solver == "auto" else solver
-    if solver == "woodbury":
-        kernel = metric.kernel()
-        # Without damping nothing could be divided by; the refinement removes what this adds within
-        # the row space.
-        least = jnp.sqrt(jnp.finfo(kernel.dtype).eps) * jnp.max(jnp.abs(kernel))
-        inverse = inverse_by_rows(metric, kernel, jnp.where(damping > 0, damping, least))
-    else:
-        inverse = inverse_by_parameters(metric, metric.matrix(), damping)
-    return Solution(refined(inverse, operator, b), jnp.bool_(True))
+    return Solution(dense_solver(metric, solver)[0](b, damping), jnp.bool_(True))
 
 
-def refined(inverse: Callable[[Any], Any], operator: Callable[[Any], Any], b: Any) -> Any:
+def dense_solver(metric: Metric, solver: Solver) -> tuple[Callable[[Any, Any], Any], jax.Array]:
+    """The map (b, λ) -> (AᴴA + λI)⁻¹ b, of which the matrix is made once, and the trace of AᴴA."""
+    rows = solver == "woodbury"
+    matrix = metric.kernel() if rows else metric.matrix()
+    # Without damping nothing could be divided by in row space; the refinement removes what this
+    # adds.
+    least = jnp.sqrt(jnp.finfo(matrix.dtype).eps) * jnp.max(jnp.abs(matrix))
+
+    def solve(b, damping):
+        if rows:
+            inverse = _inverse_by_rows(metric, matrix, jnp.where(damping > 0, damping, least))
+        else:
+            inverse = _inverse_by_parameters(metric, matrix, damping)
+
+        def operator(x):
+            return optax.tree.add_scale(metric.product(x), damping, x)
+
+        return _refined(inverse, operator, b)
+
+    return solve, jnp.trace(matrix).real
+
+
+def _refined(inverse: Callable[[Any], Any], operator: Callable[[Any], Any], b: Any) -> Any:
     """The solution of `operator` x = b by an approximate inverse.
 
     Residuals from A itself make it as accurate as A and not as AᴴA, for λ down to eps ‖AᴴA‖.
@@ -91,7 +105,7 @@ def cheaper(count: int, size: int) -> Solver:
     return "woodbury" if count <= size else "cholesky"
 
 
-def inverse_by_rows(metric: Metric, kernel: jax.Array, damping: Any) -> Callable[[Any], Any]:
+def _inverse_by_rows(metric: Metric, kernel: jax.Array, damping: Any) -> Callable[[Any], Any]:
     """The map b -> (b - Aᴴ (AAᴴ + λI)⁻¹ A b) / λ (Woodbury)."""
     factor, used = linalg.cholesky(kernel, damping)
     solve = functools.partial(linalg.cholesky_solve, factor)
@@ -103,7 +117,7 @@ def inverse_by_rows(metric: Metric, kernel: jax.Array, damping: Any) -> Callable
     return inverse
 
 
-def inverse_by_parameters(metric: Metric, matrix: jax.Array, damping: Any) -> Callable[[Any], Any]:
+def _inverse_by_parameters(metric: Metric, matrix: jax.Array, damping: Any) -> Callable[[Any], Any]:
     """The map b -> (AᴴA + λI)⁻¹ b, through the n × n matrix."""
     factor, _ = linalg.cholesky(matrix, damping)
 
