@@ -133,7 +133,7 @@ class _AdamInBasis(LayerRule):
             n: averages.averaged(state.momentum[n], first, grads[n]) for n in state.momentum
         }
         moments = {n: averages.averaged(x, second, squares[n]) for n, x in moments.items()}
-        scale = {n: jnp.sqrt(x) + jnp.asarray(self.eps, x.dtype) for n, x in moments.items()}
+        scale = {n: averages.root_of_moments(x, self.eps) for n, x in moments.items()}
         directions = each(divided_in_bases, self.owners, bases, scale, momentum)
         new = state._replace(stacks=factors, bases=bases, momentum=momentum, moments=moments)
         return Step(directions, new, sound)
@@ -170,7 +170,8 @@ def scale_by_adam_in_basis(
       layers: the layers of the loss, from `find_layers` or made by hand.
       b1: decay of the momentum, in [0, 1]; a number or a schedule.
       b2: decay of the moments, in [0, 1]; a number or a schedule.
-      eps: at least 0.
+      eps: at least 0. Beside it stands ρ² max v / √v, with ρ of 256 roundings: what the change of
+        basis leaves where a layer has no gradient is rounding, and moves nothing.
       decay: of the averages of A and G, in [0, 1]; a number or a schedule.
       update_every: steps between averaging statistics in.
       statistic_bound: b ≥ 1, or None. After a layer's first ten statistics a factor whose largest

@@ -71,8 +71,8 @@ def scale_by_dense_psgd(
         steps cost one product; a vmap over whole steps turns this choice into computing both.
       init_scale: Q starts as this multiple of the identity; None: (mean|g|⁴ + damping⁴)^(-1/8) of
         the first gradient that is not zero. Until then Q is zero, and so is the update.
-      damping: standard deviation of the noise on the gradient, at least 0, a number or a schedule;
-        it bounds P by 1/damping.
+      damping: σ ≥ 0, the standard deviation of a noise that the gradient is taken to have, a number
+        or a schedule; it bounds P by 1/damping.
       lipschitz_decay: β, the decay of the running bounds on the steps, in [0, 1].
       precond_dtype: in which Q is kept where no leaf is float64. "bfloat16" halves the memory; the
         arithmetic stays float32.

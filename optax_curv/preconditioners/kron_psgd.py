@@ -81,9 +81,15 @@ def scale_by_kron_psgd(
     =========== ============================= =====================================================
 
     The rotation keeps Q near symmetric. For "newton" h takes the place of g and Uᵢ(v) that of
-    (N/dᵢ) I. ℓ = ‖T1 + T2‖₂ and L ← max(βL + (1-β)ℓ, ℓ). Before the step g receives the noise
-    (damping + eps(dtype)|g|) ⊙ N(0, I), which bounds P by 1/damping; the new P is applied to g
-    itself, or to its momentum.
+    (N/dᵢ) I. ℓ = ‖T1 + T2‖₂ and L ← max(βL + (1-β)ℓ, ℓ). The new P is applied to g itself, or to
+    its momentum. P runs away nowhere, and catches up at once:
+
+    - T1 has a part that noise of standard deviation σ on g would have, σ² = damping² + (ρ rms g)²
+      with ρ of 1024 roundings, which bounds P by 1/σ. The noise itself would turn Q.
+    - T2, and N with it, counts rows of the leaf in which g is above ρ rms g. Where a row has none,
+      P may grow to twice what it is where there is one, and the row gets no step.
+    - While ℓ exceeds 4 L, or ‖P g‖² four times its expectation, the step is repeated with 1/2ℓ for
+      μ/L, on the axis along which P is largest for this gradient beside what it usually is.
 
     "right_triangular" is the rule of the original implementation, for parity: the probe is g
     itself, S = sym((A - B)(A + B)ᵀ), Q ← Q - μ Q triu(S)/(‖S‖_F + eps), and matrices become Q_LᵀQ_L
@@ -109,8 +115,8 @@ def scale_by_kron_psgd(
       init_scale: Q starts as this multiple of the identity; None: (mean|g|⁴ + damping⁴)^(-1/8) of
         the first gradient of a leaf that is not zero. Until then the leaf's factors are zero, and
         so is its update.
-      damping: standard deviation of the noise on the gradient, at least 0, a number or a schedule;
-        it bounds P by 1/damping.
+      damping: σ ≥ 0, the standard deviation of a noise that the gradient is taken to have, a number
+        or a schedule; it bounds P by 1/damping.
       lipschitz_decay: β, the decay of the running bounds on the steps, in [0, 1].
       max_dense_dim: longer axes have diagonal factors.
       max_skew: so have axes whose square exceeds `max_skew` times the size of the leaf, and axes of
@@ -159,7 +165,8 @@ def scale_by_kron_psgd(
     References:
       Li, *Stochastic Hessian fittings with Lie groups*, 2024, arXiv:2402.11858. Pooladzandi and Li,
       *Curvature-informed SGD via general purpose Lie-group preconditioners*, 2024,
-      arXiv:2402.04553. Deviation: the scale waits for a gradient that is not zero.
+      arXiv:2402.04553. Deviations: the scale waits for a gradient that is not zero, noise is its
+      expectation, and rows without a gradient and sudden ones are treated as above.
     """
     rule = _KronPsgd(
         method="scale_by_kron_psgd",

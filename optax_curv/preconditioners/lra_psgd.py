@@ -11,7 +11,7 @@ from optax_curv.linalg import _lapack as lapack
 from optax_curv.linalg._compiler import full_matmul
 from optax_curv.linalg.factors import Diagonal
 from optax_curv.preconditioners._psgd.flat import WHOLE_TREE, flat_members
-from optax_curv.preconditioners._psgd.geometries import carries_scale, scale_of
+from optax_curv.preconditioners._psgd.geometries import Sizes, scale_of
 from optax_curv.preconditioners._psgd.options import FitOptions, checked_probes
 from optax_curv.preconditioners._psgd.pieces import descending
 from optax_curv.preconditioners._psgd.step import BALANCE_PROBABILITY
@@ -227,6 +227,7 @@ class _LowRankPsgd(StackRule, FitOptions):
         fit = _Fit(state.diagonal, state.u, state.v, state.lipschitz)
         fit = self._moved(fit, signal, own_probe, state.count, keys)
         updates = _precondition(fit.diagonal, fit.u, fit.v, direction)
+        updates = jnp.where(Sizes.of(direction).present, updates, 0)  # U and V start at random
         state = state._replace(key=key, momentum=momentum, **fit._asdict())
         return Step({name: updates[None]}, state, is_finite(fit.diagonal, fit.lipschitz))
 
@@ -236,15 +237,18 @@ class _LowRankPsgd(StackRule, FitOptions):
         dtype = signal.dtype
         noise, normal_probe = jax.random.normal(noise_key, (2, signal.size), dtype)
         level = value_at(self.damping, count, dtype)
-        unset = jnp.all(fit.diagonal == 0) & carries_scale(signal)
+        sizes = Sizes.of(signal)
+        unset = jnp.all(fit.diagonal == 0) & sizes.exists
         scale = scale_of(signal, probe, level)
         fit = fit._replace(diagonal=jnp.where(unset, scale, fit.diagonal))
 
         def moved(fit):
-            h = signal + (level + jnp.finfo(dtype).eps * jnp.abs(signal)) * noise
+            # Where there is no signal, neither noise nor the probe may move Q.
+            h = signal + (level + jnp.finfo(dtype).eps * jnp.abs(signal)) * noise * sizes.present
             rate = value_at(self.precond_lr, count, dtype)
             decay = jnp.asarray(self.lipschitz_decay, dtype)
-            new = _move(fit, h, normal_probe if probe is None else probe, rate, decay)
+            w = jnp.where(sizes.present, normal_probe if probe is None else probe, 0)
+            new = _move(fit, h, w, rate, decay)
             balances = jax.random.bernoulli(balance_key, BALANCE_PROBABILITY)
             u, v = jax.lax.cond(balances, _balanced, lambda u, v: (u, v), new.u, new.v)
             new = new._replace(u=u, v=v)
@@ -252,7 +256,7 @@ class _LowRankPsgd(StackRule, FitOptions):
             return kept_unless(is_finite(new), new, fit)
 
         chance = value_at(self.update_probability, count)
-        moves = (jax.random.uniform(move_key) < chance) & jnp.any(fit.diagonal != 0)
+        moves = (jax.random.uniform(move_key) < chance) & jnp.any(fit.diagonal != 0) & sizes.exists
         return jax.lax.cond(moves, moved, lambda fit: fit, fit)
 
 
@@ -310,8 +314,8 @@ def scale_by_lra_psgd(
 
     References:
       Pooladzandi and Li 2024, arXiv:2402.04553, sec. 4. Deviations: running bounds, a scale that
-      waits for a gradient that is not zero, and columns of I + U Vᵀ whose lengths stay within a
-      factor of ten of one.
+      waits for a gradient that is not zero, parameters without a gradient, which neither move nor
+      are fitted, and columns of I + U Vᵀ whose lengths stay within a factor of ten of one.
     """
     rule = _LowRankPsgd(
         method="scale_by_lra_psgd",

@@ -193,7 +193,7 @@ class _Shampoo(LeafRule):
         roots = [
             moments.root_or_identity(root, d) for root, d in zip(roots, axes.diagonal, strict=True)
         ]
-        return tuple(moments.whitened_moment(x, roots, i, d) for i, d in enumerate(axes.diagonal))
+        return moments.whitened_moments(x, roots, axes.diagonal)
 
     def _diagonal_root(self, factor):
         """The root of a diagonal factor, which is cheap and new at every step."""
@@ -246,7 +246,8 @@ def scale_by_shampoo(
         only). It easily doubles in between; to follow that costs more than it brings.
       kl: whether each factor is estimated from the gradient multiplied by the other factors' roots,
         Fᵢ = E[G₍ᵢ₎ (⊗ⱼ≠ᵢ Fⱼ)⁻¹ G₍ᵢ₎ᴴ] dᵢ/N, which brings N(0, ⊗F) nearest to the gradients in the
-        Kullback-Leibler divergence. It needs exponent 1/2.
+        Kullback-Leibler divergence. It needs exponent 1/2. A gradient that is more
+        than ten times too large or small after all roots is shared among the factors.
       max_dim: longer axes have diagonal factors, as have axes of length 1.
       block_size: longer axes are cut into the fewest blocks of nearly equal length, each with
         factors of its own.

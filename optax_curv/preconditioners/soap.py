@@ -168,7 +168,7 @@ class _Soap(LeafRule):
         x = kron_matvec([q if diagonal else q.mT.conj() for q, diagonal in rows], x)
         momentum = averages.averaged(momentum, weights[0], x)
         v = averages.averaged(v, weights[1], jnp.square(jnp.abs(x)))
-        scale = jnp.sqrt(v) + jnp.asarray(self.eps, v.dtype)
+        scale = averages.root_of_moments(v, self.eps)
         return jnp.where(scale > 0, momentum / jnp.where(scale > 0, scale, 1), 0), momentum, v
 
     def _of_dense(self, find, axes, factors, bases):
@@ -228,7 +228,8 @@ def scale_by_soap(
     Args:
       b1: decay of the momentum, in [0, 1]; a number or a schedule.
       b2: decay of V, in [0, 1]; a number or a schedule.
-      eps: at least 0.
+      eps: at least 0. Beside it stands ρ² max V / √V, with ρ of 256 roundings: what the change of
+        basis leaves where a leaf has no gradient is rounding, and moves nothing.
       decay: of the factors; None: b2, as published.
       basis_every: steps between refreshes of the basis.
       basis: how: "qr", one step of orthogonal iteration as above, or "eigh", the eigenvectors

@@ -53,12 +53,18 @@ def measured(
     x: jax.Array, kept: Kept, moments: tuple[jax.Array, ...], weight: jax.Array
 ) -> Measured:
     """The moments of the gradients x averaged into the factors; see `Measured`."""
+    # What is not finite enters no average: the moments of the "kl" rule are products of many. No
+    # entry of a moment is larger than one on its diagonal.
+    diagonals = [m if m.ndim == 2 else jnp.diagonal(m, axis1=-2, axis2=-1).real for m in moments]
+    fine = jnp.isfinite(sum(jnp.sum(d, axis=-1) for d in diagonals))
+    weights = jnp.where(fine, weight, 0)
 
     def of_axis(old, moment):
         factor = wide(old)
         if isinstance(factor, Diagonal):
-            return Diagonal(averaged(factor.vector, weight, moment).astype(old.dtype))
-        return old.replace(factor=averaged(factor.lower, weight, moment))
+            vector = averaged(factor.vector, weights[:, None], moment)
+            return Diagonal(vector.astype(old.dtype))
+        return old.replace(factor=averaged(factor.lower, weights[:, None, None], moment))
 
     energies = tuple(
         jnp.sum((moment * wide(old).root.conj()).real, axis=(-2, -1))

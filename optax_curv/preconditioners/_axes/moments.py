@@ -13,6 +13,7 @@ from optax_curv.linalg._checks import widen
 from optax_curv.linalg._compiler import FULL, compiled_once, full_matmul
 from optax_curv.preconditioners._stacks.blocks import factor_structs
 
+SHARED_BEYOND = 10.0  # and below a tenth: sizes of whitened gradients that are no noise
 
 class Axes(NamedTuple):
     """A stack of tensors [N, *shape], seen as something with a factor on every axis.
@@ -84,13 +85,31 @@ def axis_moment(x: jax.Array, axis: int, diagonal: bool) -> jax.Array:
     return jnp.einsum(x, axes, x.conj(), others, [0, own, x.ndim], precision=FULL)
 
 
-def whitened_moment(x: jax.Array, roots: Any, axis: int, diagonal: bool) -> jax.Array:
-    """The mean mode moments of x multiplied by the roots of all its other axes."""
-    count, own = x.shape[0], x.shape[axis + 1]
-    others = list(roots)
-    others[axis] = jnp.ones((count, own), jnp.finfo(x.dtype).dtype)
-    rest = math.prod(x.shape[1:]) // own
-    return axis_moment(kron_matvec(others, x), axis, diagonal) / rest
+def whitened_moments(
+    x: jax.Array, roots: Sequence[jax.Array], diagonal: Sequence[bool]
+) -> tuple[jax.Array, ...]:
+    """The mean mode moments of x, for each axis multiplied by the roots of all other axes.
+
+    Multiplied by all k roots, x has a root mean square ω near one. Where it is not, for the first
+    gradients and those of another size, each of the moments would answer for the whole of it, and
+    their product overshoot to the power k; x to the power 1/k of that lets them share it.
+    """
+    whitened = kron_matvec(roots, x)
+    own = tuple(range(1, x.ndim))
+    size = max(1, math.prod(x.shape[1:]))
+    peak = jnp.max(jnp.abs(whitened), axis=own, keepdims=True, initial=0)
+    relative = whitened / jnp.where(peak > 0, peak, 1)
+    omega = peak * jnp.sqrt(jnp.sum(jnp.square(jnp.abs(relative)), axis=own, keepdims=True) / size)
+    beyond = omega / jnp.clip(omega, 1 / SHARED_BEYOND, SHARED_BEYOND)
+    x = x * jnp.where(omega > 0, beyond, 1) ** (1 / len(own) - 1)
+
+    def of_axis(axis):
+        others = list(roots)
+        others[axis] = jnp.ones(x.shape[:1] + x.shape[axis + 1 : axis + 2], omega.dtype)
+        rest = size // x.shape[axis + 1]
+        return axis_moment(kron_matvec(others, x), axis, diagonal[axis]) / rest
+
+    return tuple(map(of_axis, range(len(own))))
 
 
 def apply_roots(roots: Sequence[jax.Array], x: jax.Array) -> jax.Array:

@@ -7,6 +7,9 @@ Uᵢ(X) = X₍ᵢ₎X₍ᵢ₎ᴴ, each step is
     Dᵢ = T1ᵢ - T2ᵢ,    ℓᵢ ≈ ‖T1ᵢ + T2ᵢ‖₂,    Lᵢ ← max(βLᵢ + (1-β)ℓᵢ, ℓᵢ),
     Qᵢ ← move(Qᵢ, Dᵢ, μ/Lᵢ).
 
+Where there is nothing to follow, P must not run away: see `_growing` and `_floor`. What
+P has not followed in time is followed within the step: see `JUMP`.
+
 References:
   Li, "Stochastic Hessian Fittings with Lie Groups", arXiv:2402.11858. Pooladzandi and Li,
   "Curvature-Informed SGD via General Purpose Lie-Group Preconditioners", arXiv:2402.04553.
@@ -14,20 +17,27 @@ References:
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_curv.linalg import kron_matvec, spectral_norm_bound, triangular_solve
 from optax_curv.linalg._compiler import FULL, full_matmul, gram
 from optax_curv.linalg.factors import Dense, Diagonal, Factor
+from optax_curv.preconditioners._transformation.averages import ROUNDINGS
+from optax_curv.preconditioners._transformation.leaves import norm_of
 from optax_curv.typing import Geometry
 
 Factors = tuple[Factor, ...]
 
 PIVOT_FLOOR = 1e-12  # the original's: a smaller pivot of a triangular solve makes that entry zero
 ROTATION_LIMIT = 0.1  # largest ‖aR‖₂ of a Procrustes step: its Taylor error is below 1/3000
+SILENT = 2.0  # how many times P may be larger where a row has no gradient than where others do
+# A step is repeated, at half its length, while ℓ exceeds the running L, or the mean square of the
+# whitened signal one, this many times: twice the size is what `max_rms` lets through, too.
+JUMP = 4.0
 
 
 def array_of(factor: Any) -> jax.Array:
@@ -157,6 +167,129 @@ def _inverse_adjoint_matvec(factors: Factors, x: jax.Array) -> jax.Array:
     return x
 
 
+class Sizes(NamedTuple):
+    """How large a signal g is, and where.
+
+    Attributes:
+      exists: whether there is any, see `carries_scale`.
+      rms: its root mean square.
+      squares: |g|² relative to the mean square, like g.
+    """
+
+    exists: jax.Array
+    rms: jax.Array
+    squares: jax.Array
+
+    @property
+    def present(self) -> jax.Array:
+        """Where the signal is more than rounding of the whole, bool like g."""
+        return self.squares > _rounding(self.rms) ** 2
+
+    @classmethod
+    def of(cls, g: jax.Array) -> "Sizes":
+        """The sizes of a signal; no square underflows or overflows."""
+        peak = jnp.max(jnp.abs(g), initial=0)
+        squares = jnp.square(jnp.abs(g) / jnp.where(peak > 0, peak, 1))
+        mean = jnp.mean(squares)
+        return cls(carries_scale(g), peak * jnp.sqrt(mean), squares / jnp.where(mean > 0, mean, 1))
+
+
+def _rounding(x: jax.Array) -> Any:
+    return ROUNDINGS * jnp.finfo(x.dtype).eps
+
+
+def _present(sizes: Sizes) -> list[jax.Array]:
+    """Which rows of each axis have a signal, bool [d] each."""
+
+    def of_axis(axis):
+        others = tuple(i for i in range(sizes.squares.ndim) if i != axis)
+        return jnp.mean(sizes.squares, axis=others) > _rounding(sizes.rms) ** 2
+
+    return [of_axis(axis) for axis in range(sizes.squares.ndim)]
+
+
+def _growing(present: jax.Array, applied: Factor) -> jax.Array:
+    """Along which rows of an axis P may grow, bool [d].
+
+    These are the rows with a signal, and others until P is `SILENT` times what it is for those: a
+    row that has been silent for long must not be thrown when it wakes.
+    """
+    p = applied.vector if isinstance(applied, Diagonal) else jnp.diagonal(applied.matrix)
+    usual = jnp.sum(jnp.where(present, p.real, 0)) / jnp.maximum(1, jnp.sum(present))
+    return present | (p.real < SILENT * usual)
+
+
+def _along(mask: jax.Array, axis: int, ndim: int) -> jax.Array:
+    """A mask of one axis, to be multiplied with a tensor of so many axes."""
+    return mask.reshape([-1 if i == axis else 1 for i in range(ndim)])
+
+
+def _within(mask: jax.Array, a: Factor) -> Factor:
+    """A factor with zeros in the rows and columns that are masked."""
+    if isinstance(a, Diagonal):
+        return Diagonal(jnp.where(mask, a.vector, 0))
+    return Dense(jnp.where(mask & mask[:, None], a.matrix, 0))
+
+
+def _floor(
+    geometry: Geometry, factors: Factors, applied: Factors, axis: int, noise: jax.Array
+) -> Factor:
+    """A second moment that holds P to at most 1/noise, in the place of noise on the signal.
+
+    Noise n itself would have E[Uᵢ(P n)] = σ² Πⱼ‖Pⱼ‖²_F Pᵢ², j ≠ i. Its root, which has the same
+    fixed point where there is no signal, needs no product.
+    """
+    others = [i for i in range(len(factors)) if i != axis]
+    if geometry == "eq":
+        share = noise * functools.reduce(jnp.multiply, [_norm(factors[i]) for i in others], 1.0)
+        return _square(_scaled(share, factors[axis]))
+    share = noise * functools.reduce(jnp.multiply, [_norm(applied[i]) for i in others], 1.0)
+    count = functools.reduce(jnp.multiply, [array_of(applied[i]).shape[-1] for i in others], 1)
+    return _scaled(share * count**0.5, applied[axis])
+
+
+def _norm(a: Factor) -> jax.Array:
+    return norm_of(array_of(a))
+
+
+def _square(q: Factor) -> Factor:
+    return q.compose(q) if isinstance(q, Diagonal) else Dense(gram(q.matrix))
+
+
+def _trace(a: Factor) -> jax.Array:
+    return jnp.sum(a.vector if isinstance(a, Diagonal) else jnp.diagonal(a.matrix)).real
+
+
+def _reach(t1: Factor, applied: Factor) -> jax.Array:
+    """How many times the usual P of an axis is that along what it whitens now.
+
+    The usual P is its Rayleigh quotient for what is left of a fixed vector by (‖P‖ - P)², in which
+    the directions of large P, those that were silent, vanish.
+    """
+    p, t = array_of(applied), array_of(t1)
+    now = jnp.sum((t.conj() * p).real) / _trace(t1)
+    times: Any = (lambda x: full_matmul(p, x)) if p.ndim == 2 else (lambda x: p * x)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(p.shape[-1]), p.dtype)
+    for _ in range(2):
+        x = x - times(x) / _norm_bound(applied)
+    return now * jnp.vdot(x, x).real / jnp.vdot(x, times(x)).real
+
+
+class Moved(NamedTuple):
+    """Factors after a step.
+
+    Attributes:
+      factors: of each axis.
+      lipschitz: running bounds, [axes].
+      jumped: whether the signal is so far beyond what P has followed that the step is to be
+        repeated, bool [].
+    """
+
+    factors: Factors
+    lipschitz: jax.Array
+    jumped: jax.Array
+
+
 def move_factors(
     geometry: Geometry,
     factors: Factors,
@@ -165,9 +298,11 @@ def move_factors(
     g: jax.Array,
     v: jax.Array | None,
     *,
+    moves: jax.Array,
     rate: jax.Array,
+    damping: jax.Array,
     lipschitz_decay: jax.Array,
-) -> tuple[Factors, jax.Array]:
+) -> Moved:
     """One step of every factor of one tensor.
 
     Args:
@@ -175,37 +310,51 @@ def move_factors(
       factors: one for each axis of g.
       applied: the axis preconditioners that they give.
       lipschitz: running bounds L, real [axes].
-      g: the gradient, or the Hessian-vector product; never all zero.
+      g: the gradient, or the Hessian-vector product; where it is zero nothing moves.
       v: the probe, or None for whitening without one, whose second moment has the expectation (N/d)
         I.
+      moves: whether this tensor takes a step at all, bool [].
       rate: μ.
+      damping: P stays below 1/damping.
       lipschitz_decay: β.
-
-    Returns:
-      (factors, lipschitz) after the step.
     """
     if geometry == "eq":
         a, b = kron_matvec(factors, g), _inverse_adjoint_matvec(factors, _given(v))
     else:
         a, b = kron_matvec(applied, g), v
-    moved, bounds = [], []
+    sizes = Sizes.of(g)
+    noise = jnp.sqrt(jnp.square(damping) + jnp.square(_rounding(g) * sizes.rms))
+    present = _present(sizes)
+    differences, found, reaches, beyond = [], [], [], []
     for axis, q in enumerate(factors):
-        t1 = second_moment(a, axis, q)
+        t1 = _plus(second_moment(a, axis, q), 1, _floor(geometry, factors, applied, axis, noise))
+        others = [x for i, x in enumerate(present) if i != axis]
         if b is None:
-            share, dtype = g.size / g.shape[axis], array_of(q).dtype
-            t2 = _scaled(share, type(q).identity((), g.shape[axis], dtype))
+            share = functools.reduce(jnp.multiply, map(jnp.sum, others), 1)
+            t2 = _scaled(share, type(q).identity((), g.shape[axis], array_of(q).dtype))
+            t2 = _within(_growing(present[axis], applied[axis]), t2)
         else:
-            t2 = second_moment(b, axis, q)
+            seen = [_along(x, i, g.ndim) for i, x in enumerate(present)]
+            t2 = second_moment(functools.reduce(jnp.multiply, seen, b), axis, q)
         if geometry == "qep":  # Uᵢ(QᵢX) = Qᵢ Uᵢ(X) Qᵢᴴ
             t1, t2 = (q.compose(t).compose(q.adjoint()) for t in (t1, t2))
-        bound = _norm_bound(_plus(t1, 1, t2))
-        bound = jnp.maximum(
-            lipschitz_decay * lipschitz[axis] + (1 - lipschitz_decay) * bound, bound
-        )
-        step = rate / jnp.maximum(bound, jnp.finfo(bound.dtype).tiny)
-        moved.append(MOVES[geometry](q, _plus(t1, -1, t2), step))
-        bounds.append(bound)
-    return tuple(moved), jnp.stack(bounds)
+        beyond.append(_trace(t1) > JUMP * _trace(t2))
+        reaches.append(_reach(t1, applied[axis]))
+        differences.append(_plus(t1, -1, t2))
+        found.append(_norm_bound(_plus(t1, 1, t2)))
+    bounds = jnp.stack(found)
+    moves = moves & sizes.exists
+    grown = (bounds > JUMP * lipschitz) & (lipschitz > 0)
+    running = jnp.maximum(lipschitz_decay * lipschitz + (1 - lipschitz_decay) * bounds, bounds)
+    tiny = jnp.finfo(bounds.dtype).tiny
+    usual = jnp.where(moves, rate, 0) / jnp.maximum(running, tiny)
+    jumped = moves & (jnp.any(grown) | jnp.any(jnp.stack(beyond)))
+    blamed = jnp.arange(len(factors)) == jnp.nanargmax(jnp.stack(reaches))
+    halving = jnp.where(blamed, 0.5 / jnp.maximum(bounds, tiny), 0)
+    steps = jnp.where(jumped, halving, usual)
+    rows = zip(factors, differences, steps, strict=True)
+    moved = tuple(MOVES[geometry](q, d, step) for q, d, step in rows)
+    return Moved(moved, jnp.where(moves & ~jumped, running, lipschitz), jumped)
 
 
 def _given(v: jax.Array | None) -> jax.Array:

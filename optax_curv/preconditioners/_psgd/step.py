@@ -23,6 +23,7 @@ from optax_curv.preconditioners._transformation.soundness import is_finite, kept
 BALANCE_PROBABILITY = 0.01  # as in psgd_torch: the factors' scales drift slowly apart
 CHUNK = 2**17  # entries: 0.5 MiB of float32; a step holds several such arrays in a core's cache
 WORD = 32  # bits
+REPEATS = 64  # of a step at most; each takes a quarter of the P that is too large
 
 
 class Numbers(NamedTuple):
@@ -33,7 +34,7 @@ class Numbers(NamedTuple):
       balances: whether factors are balanced, bool [].
       sound: whether what is given is sound, bool []; nothing moves where it is not.
       rate: μ.
-      damping: of the noise on the signal.
+      damping: P stays below 1/damping.
     """
 
     moves: jax.Array
@@ -66,7 +67,7 @@ class Given(NamedTuple):
     Attributes:
       signal: what is whitened; None: the tensor itself.
       probe: of the Hessian-vector product that is the signal; None for whitening.
-      bits: random bits, see `random_bits`; None where the geometry draws none.
+      bits: random bits of a probe, see `random_bits`; None where the geometry draws none.
     """
 
     signal: jax.Array | None
@@ -93,14 +94,14 @@ def numbers(options: PsgdOptions, count: jax.Array, sound: jax.Array, key: jax.A
 def random_bits(
     options: PsgdOptions, tensors: Mapping[str, Any], key: jax.Array
 ) -> dict[str, jax.Array | None]:
-    """Bits for `_signs` of each stack, uint32 [n, words], all of one draw.
+    """Bits for the probes of "eq" of each stack, uint32 [n, words], all of one draw.
 
     Each draw costs compile time.
     """
-    if options.geometry == "right_triangular":
+    if options.geometry != "eq" or options.criterion == "newton":
         return dict.fromkeys(tensors)
     shapes = {
-        name: (x.shape[0], -(-_parts(options, x) * math.prod(x.shape[1:]) // WORD))
+        name: (x.shape[0], -(-_parts(x) * math.prod(x.shape[1:]) // WORD))
         for name, x in tensors.items()
     }
     count = sum(map(math.prod, shapes.values()))
@@ -112,30 +113,24 @@ def random_bits(
     return bits
 
 
-def _parts(options: PsgdOptions, x: Any) -> int:
-    """How many real numbers are drawn for an entry.
-
-    They are the noise, the probe of "eq", and the imaginary parts of both.
-    """
-    is_complex = jnp.issubdtype(x.dtype, jnp.complexfloating)
-    return (1 + (options.geometry == "eq")) * (1 + is_complex)
+def _parts(x: Any) -> int:
+    """How many real numbers are drawn for an entry."""
+    return 1 + jnp.issubdtype(x.dtype, jnp.complexfloating)
 
 
-def _signs(options: PsgdOptions, bits: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Noise, and a probe, of unit variance like x [n, ...]: signs, ± 1/√2 ± i/√2 where complex.
+def _signs(bits: jax.Array, x: jax.Array) -> jax.Array:
+    """A probe of unit variance like x [n, ...]: signs, ± 1/√2 ± i/√2 where complex.
 
     Everything here sees second moments only, and of independent signs they are those of a normal:
-    E[n nᴴ] = I. A sign costs one bit, a normal a hash and an inverse error function.
+    E[v vᴴ] = I. A sign costs one bit, a normal a hash and an inverse error function.
     """
-    size, real = _parts(options, x) * math.prod(x.shape[1:]), jnp.finfo(x.dtype).dtype
+    parts, real = _parts(x), jnp.finfo(x.dtype).dtype
     spread = (bits[:, :, None] >> jnp.arange(WORD, dtype=jnp.uint32)) & jnp.uint32(1)
-    signs = 1 - 2 * spread.reshape(len(x), -1)[:, :size].astype(real)
-    signs = signs.reshape(len(x), -1, 1 + jnp.iscomplexobj(x), *x.shape[1:])
-    if jnp.iscomplexobj(x):
-        signs = (signs[:, :, 0] + 1j * signs[:, :, 1]) / math.sqrt(2)
-    else:
-        signs = signs[:, :, 0]
-    return signs[:, 0], signs[:, -1]
+    signs = 1 - 2 * spread.reshape(len(x), -1)[:, : parts * math.prod(x.shape[1:])].astype(real)
+    signs = signs.reshape(len(x), parts, *x.shape[1:])
+    if parts == 1:
+        return signs[:, 0]
+    return (signs[:, 0] + 1j * signs[:, 1]) / math.sqrt(2)
 
 
 def first_entries(factors: Factors) -> jax.Array:
@@ -180,34 +175,49 @@ def _with_scale(
 
 
 def _moved(
-    options: PsgdOptions,
-    now: Numbers,
-    group: Group,
-    signal: jax.Array,
-    given: Given,
-) -> tuple[Factors, jax.Array]:
-    """(factors, lipschitz) after one step; the preconditioners of the group are its factors'."""
-    factors, lipschitz = group.factors, group.lipschitz
-    rate = now.rate.astype(lipschitz.dtype)
+    options: PsgdOptions, now: Numbers, group: Group, given: Given, applied_of: Any
+) -> Group:
+    """The group after a step of its factors, whose preconditioners `applied_of` computes.
+
+    A tensor whose signal has grown beyond what its P has followed repeats the step.
+    """
+    signal = group.tensor if given.signal is None else given.signal
+    dtype = group.lipschitz.dtype
+    rate = now.rate.astype(dtype)
     if options.geometry == "right_triangular":
-        eps = jnp.asarray(options.eps, lipschitz.dtype)
+        eps = jnp.asarray(options.eps, dtype)
         move = functools.partial(geometries.move_right_triangular, rate=rate, eps=eps)
-        return jax.vmap(move)(factors, signal), lipschitz
-    assert given.bits is not None
-    noise, random_probe = _signs(options, given.bits, signal)
-    eps = jnp.finfo(lipschitz.dtype).eps
-    signal = signal + (now.damping.astype(lipschitz.dtype) + eps * jnp.abs(signal)) * noise
-    probe = random_probe if given.probe is None and options.geometry == "eq" else given.probe
-    decay = jnp.asarray(options.lipschitz_decay, lipschitz.dtype)
+        return applied_of(group._replace(factors=jax.vmap(move)(group.factors, signal)))
+    probe = given.probe if given.bits is None else _signs(given.bits, signal)
     move = functools.partial(
-        geometries.move_factors, options.geometry, rate=rate, lipschitz_decay=decay
+        geometries.move_factors,
+        options.geometry,
+        rate=rate,
+        damping=now.damping.astype(dtype),
+        lipschitz_decay=jnp.asarray(options.lipschitz_decay, dtype),
     )
-    moved = jax.vmap(move)(factors, applied_by(group), lipschitz, signal, probe)
     # The steps of "qep" see the factors' scales.
     balance = jax.vmap(functools.partial(geometries.balance, options.geometry))
-    if options.geometry == "qep":
-        return balance(*moved)
-    return jax.lax.cond(now.balances, balance, lambda *kept: kept, *moved)
+    always = options.geometry == "qep"
+
+    def moved(carry):
+        count, again, old = carry
+        new = jax.vmap(lambda *args: move(*args[:-1], moves=args[-1]))(
+            old.factors, applied_by(old), old.lipschitz, signal, probe, again
+        )
+        kept = new.factors, new.lipschitz
+        kept = balance(*kept) if always else jax.lax.cond(now.balances, balance, _as_is, *kept)
+        return (
+            count + 1,
+            again & new.jumped,
+            applied_of(old._replace(factors=kept[0], lipschitz=kept[1])),
+        )
+
+    def unfinished(carry):
+        return (carry[0] < REPEATS) & jnp.any(carry[1])
+
+    start = jnp.int32(0), ~(group.lipschitz[:, 0] < 0), group  # all of them
+    return jax.lax.while_loop(unfinished, moved, start)[-1]
 
 
 def _step(
@@ -229,13 +239,15 @@ def _step(
         fresh = jnp.all((first_entries(kept) != 0) | (first_entries(factors) == 0))
         applied = jax.lax.cond(fresh, lambda _: kept, computed, factors)
 
-    def moved(old):
-        factors, lipschitz = _moved(options, now, old, signal, given)
-        factors = rounded(factors, dtypes)
-        return old._replace(factors=factors, lipschitz=lipschitz, preconditioners=computed(factors))
+    def with_applied(group):
+        factors = rounded(group.factors, dtypes)
+        return group._replace(factors=factors, preconditioners=computed(factors))
+
+    def moved(group):
+        return _moved(options, now, group, given, with_applied)
 
     new = group._replace(factors=factors, preconditioners=applied)
-    new = moved(new) if options.always_updates else jax.lax.cond(now.moves, moved, _as_is, new)
+    new = moved(new) if options.always_updates else jax.lax.cond(now.moves, moved, lambda x: x, new)
     product = kron_matvec(applied_by(new), group.tensor)
     # A bound is not finite wherever a second moment is not, so the factors need not be read.
     sound = now.sound & is_finite(new.lipschitz, product)
@@ -252,8 +264,8 @@ def applied_by(group: Group) -> Factors:
     return group.preconditioners
 
 
-def _as_is(group: Group) -> Group:
-    return group
+def _as_is(*kept: Any) -> Any:
+    return kept
 
 
 def _in_chunks(step: Any, group: Group, given: Given) -> tuple[Group, jax.Array]:

@@ -7,6 +7,10 @@ import jax.numpy as jnp
 
 from optax_curv.preconditioners._transformation.numbers import COUNTER_LIMIT, value_at
 
+# What is this many roundings smaller than the whole is no signal of its own: of a gradient, and of
+# the root of a moment, where the bound is no step but a slope.
+ROUNDINGS, MOMENT_ROUNDINGS = 2**10, 2**8
+
 
 def running_weight(decay: jax.Array, count: jax.Array) -> jax.Array:
     """The weight w of the newest of count + 1 values in m ← m + w (new - m).
@@ -31,6 +35,19 @@ def averaged(old: jax.Array, weight: jax.Array, new: jax.Array) -> jax.Array:
     """The average old + weight (new - old); `old` where the weight is zero, whatever `new` is."""
     weight = jnp.asarray(weight, jnp.finfo(old.dtype).dtype)
     return jnp.where(weight > 0, old + weight * (new - old), old)
+
+
+def root_of_moments(moments: jax.Array, eps: Any) -> jax.Array:
+    """What Adam's rule divides a stack [N, *shape] of moments v by: √v + eps + ρ² max v / √v.
+
+    The maximum is each tensor's own. With ρ of 2⁸ roundings, what a change of basis leaves where
+    there is no gradient moves nothing; a moment a hundred times ρ is changed by 1e-4 of it.
+    """
+    root = jnp.sqrt(moments)
+    peak = jnp.max(root, axis=tuple(range(1, root.ndim)), keepdims=True, initial=0)
+    floor = jnp.square(MOMENT_ROUNDINGS * jnp.finfo(root.dtype).eps * peak)
+    floor = jnp.where(root > 0, floor / jnp.where(root > 0, root, 1), 0)
+    return root + jnp.asarray(eps, root.dtype) + floor
 
 
 def is_due(count: jax.Array, every: Any) -> jax.Array:
