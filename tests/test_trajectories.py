@@ -34,6 +34,14 @@ CHANGED: dict[str, str] = {
     "shampoo_alias_bfloat16_leaves": "Adam's moments are float32",
     "kfac_alias": "a step that is not finite no longer moves the parameters by the momentum",
     "kfac_alias_decays": "kl_clip knows the learning rate",
+    **dict.fromkeys(
+        (
+            name
+            for name in trajectories.RUNS
+            if name.startswith(("kron", "dense")) and "right_triangular" not in name
+        ),
+        "no noise is drawn, and P moves where there is a gradient, at once where it has grown",
+    ),
 }
 
 # Of the largest entry of a leaf; more only where the measured sensitivity to rounding asks for it.

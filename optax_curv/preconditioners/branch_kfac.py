@@ -191,6 +191,7 @@ def branch_kfac(
     ddof: int | None = None,
     key: Key = 0,
     weight_decay: Number = 0.0,
+    gradient_bound: Number | None = 3.0,
     param_bound: Number | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Natural gradient descent in the block-diagonal metric of branches of a state.
@@ -210,6 +211,9 @@ def branch_kfac(
       ddof: centred branches are divided by max(1, K - ddof); None is 1, the original's.
       key: a seed from 0 to 2⁶⁴ - 1, or a PRNG key.
       weight_decay: decoupled weight decay, added after preconditioning.
+      gradient_bound: b ≥ 1, or None. After ten steps the norm of each leaf's gradient is held to b
+        times its own running mean, so that an outlier moves and teaches no more than a few ordinary
+        gradients; `bound_by_running_norm` has the rule. The state counts in `held` how often.
       param_bound: half-width of a box in which the *parameters* stay; None: no box.
 
     Returns:
@@ -243,4 +247,4 @@ def branch_kfac(
         key=key,
         blocks=blocks,
     )
-    return descent(rule, learning_rate, weight_decay, param_bound)
+    return descent(rule, learning_rate, weight_decay, gradient_bound, param_bound)

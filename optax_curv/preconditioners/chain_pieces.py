@@ -166,7 +166,7 @@ class _BoundByRunningNorm(PassingRule):
 
 
 def bound_by_running_norm(
-    factor: Number = 3.0, decay: Number = 0.95, start: Number = 10
+    factor: Number = 3.0, decay: Number = bounds.DECAY, start: Number = bounds.START
 ) -> optax.GradientTransformationExtraArgs:
     """Holds each leaf's norm to a multiple of its own running mean; place it first in a chain.
 

@@ -122,6 +122,7 @@ def dense_psgd(
     *,
     weight_decay: Number = 0.0,
     weight_decay_mask: Tree | None = None,
+    gradient_bound: Number | None = 3.0,
     precond_lr: Schedulable = 0.1,
     geometry: Geometry = "q0.5eq1.5",
     criterion: Criterion = "whitening",
@@ -141,6 +142,9 @@ def dense_psgd(
       weight_decay: decoupled from the preconditioner, as in AdamW. Other than the Python number 0,
         update needs params.
       weight_decay_mask: which leaves decay, as in `optax.add_decayed_weights`.
+      gradient_bound: b ≥ 1, or None. After ten steps the norm of the gradient is held to b
+        times its own running mean, so that an outlier moves and teaches no more than a few ordinary
+        gradients; `bound_by_running_norm` has the rule. The state counts in `held` how often.
       precond_lr: μ > 0, a number or a schedule of the step count. A schedule that falls lets P
         converge.
       geometry: how Q moves: "q0.5eq1.5", "eq", "qep", "qeq", "quad" or "quad4p", see
@@ -191,4 +195,4 @@ def dense_psgd(
         key=key,
     )
     rule.check_options(rule.method)
-    return descending(rule, learning_rate, weight_decay, *decayed(weight_decay))
+    return descending(rule, learning_rate, weight_decay, gradient_bound, *decayed(weight_decay))

@@ -329,6 +329,7 @@ def ekfac(
     factor_sharding: Sharding = None,
     momentum: Number = 0.9,
     weight_decay: Number = 0.0,
+    gradient_bound: Number | None = 3.0,
 ) -> optax.GradientTransformationExtraArgs:
     """EKFAC with decoupled weight decay, momentum and a learning rate.
 
@@ -365,6 +366,9 @@ def ekfac(
       momentum: decay of the heavy ball, a number.
       weight_decay: decoupled, added to the direction, times the parameters, before the momentum.
         Other than the Python number 0, `update` needs `params`.
+      gradient_bound: b ≥ 1, or None. After ten steps the norm of each layer's gradient is held to b
+        times its own running mean, so that an outlier moves and teaches no more than a few ordinary
+        gradients; `bound_by_running_norm` has the rule. The state counts in `held` how often.
 
     Returns:
       A `GradientTransformationExtraArgs` whose `update` needs `curvature=`, as `scale_by_ekfac`.
@@ -396,4 +400,4 @@ def ekfac(
         owners=owners_of("ekfac", sharding, factor_sharding),
     )
     rule.check_options()
-    return heavy_ball(rule, learning_rate, momentum, weight_decay)
+    return heavy_ball(rule, learning_rate, momentum, weight_decay, gradient_bound)

@@ -20,6 +20,7 @@ from optax_curv.preconditioners._layerwise.factors import (
 from optax_curv.preconditioners._layerwise.preconditioner import layer_preconditioner, layer_view
 from optax_curv.preconditioners._layerwise.statistics import require_curvature
 from optax_curv.preconditioners._transformation.aliases import decayed
+from optax_curv.preconditioners._transformation.bounds import bounded
 from optax_curv.preconditioners._transformation.numbers import (
     require_flags,
     require_learning_rate,
@@ -336,6 +337,7 @@ def gauss_newton(
     layers: Layers | None = None,
     decay: Schedulable = 0.95,
     weight_decay: Number = 0.0,
+    gradient_bound: Number | None = 3.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Gauss-Newton with a learning rate; or Hessian-free optimisation, with none to choose.
 
@@ -363,6 +365,10 @@ def gauss_newton(
         `curvature=`. None: no K-FAC factors.
       decay: weight of the old factors in their running averages, in [0, 1]; a number or a schedule.
       weight_decay: decoupled weight decay, added after preconditioning; 0 with adaptive damping.
+      gradient_bound: b ≥ 1, or None. After ten steps the norm of each leaf's gradient is held to b
+        times its own running mean, so that an outlier moves and teaches no more than a few ordinary
+        gradients; `bound_by_running_norm` has the rule. The state counts in `held` how often.
+        Without effect with adaptive damping, which refuses steps that are too long.
 
     Returns:
       A `GradientTransformationExtraArgs` whose `update` takes the extra arguments of
@@ -412,7 +418,8 @@ def gauss_newton(
         require_learning_rate("gauss_newton", learning_rate)
         require_numbers("gauss_newton", weight_decay=weight_decay)
         pieces = [*decayed(weight_decay), optax.scale_by_learning_rate(rate)]
-        return transformation(rule(1e-3 if damping is None else damping), *pieces)
+        first = bounded("gauss_newton", gradient_bound)
+        return transformation(rule(1e-3 if damping is None else damping), *pieces, first=first)
     refuse_weight_decay("gauss_newton", weight_decay)
     first: Any = 1.0 if damping is None else damping
     rule(first)  # options are refused now, and not first in init

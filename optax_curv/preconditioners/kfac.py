@@ -331,6 +331,7 @@ def kfac(
     factor_sharding: Sharding = None,
     momentum: Number = 0.9,
     weight_decay: Number = 0.0,
+    gradient_bound: Number | None = 3.0,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC with weight decay, momentum and a learning rate; or with none of them to choose.
 
@@ -386,6 +387,10 @@ def kfac(
       momentum: decay of the heavy ball, a number; without effect in the adaptive mode.
       weight_decay: decoupled, added to the direction, times the parameters, before the momentum.
         Other than the Python number 0, `update` needs `params`.
+      gradient_bound: b ≥ 1, or None. After ten steps the norm of each layer's gradient is held to b
+        times its own running mean, so that an outlier moves and teaches no more than a few ordinary
+        gradients; `bound_by_running_norm` has the rule. The state counts in `held` how often.
+        Without effect in the adaptive mode, which refuses steps that are too long.
 
     Returns:
       A `GradientTransformationExtraArgs` whose `update` needs `curvature=`, as `scale_by_kfac`.
@@ -431,7 +436,7 @@ def kfac(
     )
     rule.check_options()
     if not adaptive:
-        return heavy_ball(rule, learning_rate, momentum, weight_decay)
+        return heavy_ball(rule, learning_rate, momentum, weight_decay, gradient_bound)
     refuse_weight_decay("kfac", weight_decay)
 
     def damped(lam: Any) -> optax.GradientTransformation:

@@ -200,6 +200,7 @@ def kron_psgd(
     layers: Layers | None = None,
     weight_decay: Number = 0.0,
     weight_decay_mask: Tree | None = None,
+    gradient_bound: Number | None = 3.0,
     max_rms: Number | None = 2.0,
     precond_lr: Schedulable = 0.1,
     geometry: Geometry = "q0.5eq1.5",
@@ -226,6 +227,9 @@ def kron_psgd(
       weight_decay: decoupled from the preconditioner, as in AdamW. Other than the Python number 0,
         update needs params.
       weight_decay_mask: which leaves decay, as in `optax.add_decayed_weights`.
+      gradient_bound: b ≥ 1, or None. After ten steps the norm of each leaf's gradient is held to b
+        times its own running mean, so that an outlier moves and teaches no more than a few ordinary
+        gradients; `bound_by_running_norm` has the rule. The state counts in `held` how often.
       max_rms: largest root mean square of each leaf's update before decay and learning rate, and a
         fifth of the largest entry (2 and 10 by default, as in psgd_torch); None for no bound. Each
         layer of a stacked leaf is bounded by itself.
@@ -295,7 +299,7 @@ def kron_psgd(
     )
     rule.check_options(rule.method)
     pieces = [*bounded(rule.method, max_rms), *decayed(weight_decay)]
-    return descending(rule, learning_rate, weight_decay, *pieces)
+    return descending(rule, learning_rate, weight_decay, gradient_bound, *pieces)
 
 
 def axis_factors(state: Any, params: Tree) -> Tree:

@@ -322,6 +322,7 @@ def shampoo(
     nesterov: bool = True,
     weight_decay: Number = 0.0,
     weight_decay_mask: Tree | None = None,
+    gradient_bound: Number | None = 3.0,
     rms: Number | None = 0.2,
     adam_for: AdamFor = None,
     adam: optax.GradientTransformation | None = None,
@@ -347,6 +348,9 @@ def shampoo(
       nesterov: whether the newest gradient counts as one step more of the momentum.
       weight_decay: decoupled, as in AdamW. Other than the Python number 0, update needs params.
       weight_decay_mask: which leaves decay, as in `optax.add_decayed_weights`.
+      gradient_bound: b ≥ 1, or None. After ten steps the norm of each leaf's gradient is held to b
+        times its own running mean, so that an outlier moves and teaches no more than a few ordinary
+        gradients; `bound_by_running_norm` has the rule. The state counts in `held` how often.
       rms: root mean square of each matrix's update before decay and learning rate, a number; None
         leaves it as it is.
       adam_for: which matrices Adam takes, embeddings and the output layer above all: a function of
@@ -419,4 +423,5 @@ def shampoo(
         adam=adam,
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,
+        gradient_bound=gradient_bound,
     )

@@ -305,6 +305,7 @@ def soap(
     eps: Number = 1e-8,
     weight_decay: Number = 0.0,
     weight_decay_mask: Tree | None = None,
+    gradient_bound: Number | None = 3.0,
     rms: Number | None = None,
     adam_for: AdamFor = None,
     adam: optax.GradientTransformation | None = None,
@@ -328,6 +329,9 @@ def soap(
       eps: what is added to the root of the second moments, at least 0.
       weight_decay: decoupled, as in AdamW. Other than the Python number 0, update needs params.
       weight_decay_mask: which leaves decay, as in `optax.add_decayed_weights`.
+      gradient_bound: b ≥ 1, or None. After ten steps the norm of each leaf's gradient is held to b
+        times its own running mean, so that an outlier moves and teaches no more than a few ordinary
+        gradients; `bound_by_running_norm` has the rule. The state counts in `held` how often.
       rms: root mean square of each matrix's update before decay and learning rate, a number; None
         leaves SOAP's own.
       adam_for: which matrices Adam takes, embeddings and the output layer above all: a function of
@@ -391,4 +395,5 @@ def soap(
         adam=adam,
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,
+        gradient_bound=gradient_bound,
     )

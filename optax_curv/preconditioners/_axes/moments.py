@@ -15,6 +15,7 @@ from optax_curv.preconditioners._stacks.blocks import factor_structs
 
 SHARED_BEYOND = 10.0  # and below a tenth: sizes of whitened gradients that are no noise
 
+
 class Axes(NamedTuple):
     """A stack of tensors [N, *shape], seen as something with a factor on every axis.
 

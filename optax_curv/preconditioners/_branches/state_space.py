@@ -18,6 +18,7 @@ from optax_curv.preconditioners._branches.rows import (
     require_weights,
 )
 from optax_curv.preconditioners._transformation.aliases import decayed
+from optax_curv.preconditioners._transformation.bounds import bounded
 from optax_curv.preconditioners._transformation.leaves import boxed_tree
 from optax_curv.preconditioners._transformation.numbers import (
     raw_key,
@@ -192,9 +193,13 @@ def _keep_complement(basis, gradient, root, damping):
 
 
 def descent(
-    rule: StateBranches, learning_rate: Any, weight_decay: Number, param_bound: Any
+    rule: StateBranches,
+    learning_rate: Any,
+    weight_decay: Number,
+    gradient_bound: Any,
+    param_bound: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """The alias of a branch method: decoupled weight decay, a learning rate, and a box."""
+    """The alias of a branch method: bounded gradients, weight decay, a learning rate, a box."""
     require_learning_rate(rule.method, learning_rate)
     require_numbers(rule.method, weight_decay=weight_decay)
     require_numbers(rule.method, param_bound=param_bound, at_least=0, or_none=True)
@@ -205,4 +210,5 @@ def descent(
         require_params(rule.method, params)
         return boxed_tree(param_bound, updates, params)
 
-    return transformation(rule, *pieces, last=None if param_bound is None else in_box)
+    first, last = bounded(rule.method, gradient_bound), None if param_bound is None else in_box
+    return transformation(rule, *pieces, first=first, last=last)

@@ -18,6 +18,7 @@ from optax_curv.preconditioners._stacks.owners import as_kept
 from optax_curv.preconditioners._stacks.rule import Fallback, StackRule
 from optax_curv.preconditioners._transformation.aliases import decayed
 from optax_curv.preconditioners._transformation.averages import is_due
+from optax_curv.preconditioners._transformation.bounds import bounded
 from optax_curv.preconditioners._transformation.numbers import (
     is_python_number,
     require_learning_rate,
@@ -174,13 +175,14 @@ class LayerRule(StackRule):
 
 
 def heavy_ball(
-    rule: LayerRule, learning_rate: Any, momentum: Any, weight_decay: Any
+    rule: LayerRule, learning_rate: Any, momentum: Any, weight_decay: Any, gradient_bound: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """The alias of a rule: weight decay, momentum and a learning rate within its guard."""
+    """The alias of a rule: bounded gradients, weight decay, momentum and a learning rate."""
     require_learning_rate(rule.method, learning_rate)
     require_numbers(rule.method, momentum=momentum, weight_decay=weight_decay)
     after = optax.trace(momentum), optax.scale_by_learning_rate(learning_rate)
-    return transformation(rule, *decayed(weight_decay), *after)
+    first = bounded(rule.method, gradient_bound)
+    return transformation(rule, *decayed(weight_decay), *after, first=first)
 
 
 def fallback_of(tx: optax.GradientTransformation | None) -> Fallback | None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_curv.preconditioners._transformation import bounds
 from optax_curv.preconditioners._transformation.aliases import by_rows
 from optax_curv.preconditioners._transformation.numbers import (
     require_learning_rate,
@@ -35,9 +36,13 @@ def _within(u: jax.Array, max_rms: Any) -> jax.Array:
 
 
 def descending(
-    rule: Rule, learning_rate: Any, weight_decay: Any, *pieces: Piece
+    rule: Rule, learning_rate: Any, weight_decay: Any, gradient_bound: Any, *pieces: Piece
 ) -> optax.GradientTransformationExtraArgs:
-    """The alias of a rule: its directions through these pieces, decay among them, and a rate."""
+    """The alias of a rule: bounded gradients, its directions through these pieces, and a rate.
+
+    Weight decay is among the pieces.
+    """
     require_learning_rate(rule.method, learning_rate)
     require_numbers(rule.method, weight_decay=weight_decay)
-    return transformation(rule, *pieces, optax.scale_by_learning_rate(learning_rate))
+    first = bounds.bounded(rule.method, gradient_bound)
+    return transformation(rule, *pieces, optax.scale_by_learning_rate(learning_rate), first=first)

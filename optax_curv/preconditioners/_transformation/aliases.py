@@ -11,6 +11,7 @@ import optax
 from optax_curv.preconditioners._stacks.axes import LeafRule
 from optax_curv.preconditioners._stacks.rule import Fallback, is_ours
 from optax_curv.preconditioners._stacks.stacks import Stacks
+from optax_curv.preconditioners._transformation.bounds import bounded
 from optax_curv.preconditioners._transformation.leaves import with_rms
 from optax_curv.preconditioners._transformation.numbers import (
     is_python_number,
@@ -75,6 +76,7 @@ def matrices_and_adam(
     adam: optax.GradientTransformation | None,
     weight_decay: Any,
     weight_decay_mask: Any,
+    gradient_bound: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """The alias of a method for matrices: their size, Adam for the rest, decay, learning rate."""
     require_learning_rate(rule.method, learning_rate)
@@ -86,4 +88,4 @@ def matrices_and_adam(
     )
     sizes = [] if rms is None else [by_rows(lambda u: with_rms(u, rms))]
     pieces = [*sizes, *decayed(weight_decay), optax.scale_by_learning_rate(learning_rate)]
-    return transformation(rule, *pieces)
+    return transformation(rule, *pieces, first=bounded(rule.method, gradient_bound))

@@ -38,7 +38,7 @@ def averaged(old: jax.Array, weight: jax.Array, new: jax.Array) -> jax.Array:
 
 
 def root_of_moments(moments: jax.Array, eps: Any) -> jax.Array:
-    """What Adam's rule divides a stack [N, *shape] of moments v by: √v + eps + ρ² max v / √v.
+    """The divisor of Adam's rule for a stack of moments v [N, *shape]: √v + eps + ρ² max v / √v.
 
     The maximum is each tensor's own. With ρ of 2⁸ roundings, what a change of basis leaves where
     there is no gradient moves nothing; a moment a hundred times ρ is changed by 1e-4 of it.

@@ -14,6 +14,8 @@ from optax_curv.preconditioners._transformation.numbers import require_numbers, 
 from optax_curv.preconditioners._transformation.transformation import Piece
 from optax_curv.typing import Number, Tree
 
+DECAY, START = 0.95, 10  # the defaults of `bound_by_running_norm`, and those of the aliases
+
 
 class BoundByRunningNormState(NamedTuple):
     """State of `bound_by_running_norm`.
@@ -100,15 +102,17 @@ class NormBound:
         return u * share.astype(jnp.finfo(u.dtype).dtype), mean, seen, row, held
 
 
-def bounded(factor: Number = 3.0, decay: Number = 0.95, start: Number = 10) -> Piece:
-    """`bound_by_running_norm` as a first stage of an alias, for `transformation(first=…)`.
+def bounded(method: str, gradient_bound: Any) -> list[Piece]:
+    """`bound_by_running_norm` as the first stage of an alias, for `transformation(first=…)`.
 
-    On stacks it bounds each row by itself. The numbers are checked by the caller with
-    `NormBound.require`.
+    On stacks it bounds each row by itself; None is no bound.
     """
+    require_numbers(method, gradient_bound=gradient_bound, at_least=1, or_none=True)
+    if gradient_bound is None:
+        return []
 
     def piece_of(view: Any) -> optax.GradientTransformation:
-        bound = NormBound(factor, decay, start, rows=isinstance(view, Mapping))
+        bound = NormBound(gradient_bound, DECAY, START, rows=isinstance(view, Mapping))
 
         def update(updates, state, params=None):
             del params
@@ -116,4 +120,4 @@ def bounded(factor: Number = 3.0, decay: Number = 0.95, start: Number = 10) -> P
 
         return optax.GradientTransformation(bound.init, update)
 
-    return piece_of
+    return [piece_of]
