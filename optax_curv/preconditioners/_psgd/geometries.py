@@ -272,7 +272,7 @@ def _reach(t1: Factor, applied: Factor) -> jax.Array:
     x = jnp.asarray(np.random.default_rng(0).standard_normal(p.shape[-1]), p.dtype)
     for _ in range(2):
         x = x - times(x) / _norm_bound(applied)
-    return now * jnp.vdot(x, x).real / jnp.vdot(x, times(x)).real
+    return now * jnp.sum(jnp.square(jnp.abs(x))) / jnp.sum((x.conj() * times(x)).real)
 
 
 class Moved(NamedTuple):
