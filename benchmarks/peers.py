@@ -14,20 +14,14 @@ import jax.numpy as jnp
 import optax
 
 import optax_curv
-from benchmarks.cache import CACHE, pip
+from benchmarks.cache import CACHE, complete, pinned, pip
 from benchmarks.methods import RMS, Absent, Method, _split, from_optax, schedule
 
-# Requirements, and what is replaced in which file: what the package was written for has changed
-# since.
+# Packages of pins.txt, and what is replaced in which file: what the package was written for has
+# changed since.
 PEERS = {
     "kfac_jax": (
-        (
-            "kfac-jax==0.0.8",
-            "immutabledict==4.3.1",
-            "dm-tree==0.1.10",
-            "wrapt==2.5.2",
-            "attrs==26.1.0",
-        ),
+        ("kfac-jax", "immutabledict", "dm-tree", "wrapt", "attrs"),
         {
             "kfac_jax/_src/tag_graph_matcher.py": (
                 "  subfuns, bind_params = eqn.primitive.get_bind_params(eqn.params)\n",
@@ -37,7 +31,7 @@ PEERS = {
         },
     ),
     "distributed_kron": (
-        ("distributed-kron==2.0.0",),
+        ("distributed-kron",),
         {
             "distributed_kron/kron.py": (
                 "from typing import Any",
@@ -49,8 +43,8 @@ PEERS = {
             ),
         },
     ),
-    "psgdax": (("psgdax==0.1.1",), {}),
-    "somax": (("python-somax==1.0.1",), {}),
+    "psgdax": (("psgdax",), {}),
+    "somax": (("python-somax",), {}),
 }
 
 # kfac-jax imports distrax for three distributions; distrax needs TensorFlow Probability, which
@@ -105,22 +99,27 @@ class OneHotCategorical(Categorical):
 
 def install():
     """Installs and repairs every peer; one that cannot be installed is a line of output."""
-    for module, (requirements, repairs) in PEERS.items():
-        folder = CACHE / "peers" / module
+    for module, (packages, repairs) in PEERS.items():
+        make = functools.partial(_made, packages, repairs, module == "kfac_jax")
         try:
-            if not folder.is_dir():
-                for requirement in requirements:
-                    pip("install", "--target", str(folder), requirement)
-                for name, (old, new) in repairs.items():
-                    text = (folder / name).read_text()
-                    (folder / name).write_text(text.replace(old, new, 1))
-                if module == "kfac_jax":
-                    (folder / "distrax.py").write_text(DISTRAX)
+            complete(CACHE / "peers" / module, make)
             importlib.import_module(_on_path(module))
         except Exception as error:  # whatever a package does when it is imported
             print(f"{module}: {type(error).__name__}: {error}")
         else:
-            print(f"{module}: ready ({requirements[0]})")
+            print(f"{module}: ready ({pinned(packages[0]).split()[0]})")
+
+
+def _made(packages, repairs, needs_distrax, folder):
+    """Fills a folder with packages and repairs them; a repair without anything to repair fails."""
+    pip("install", *packages, into=folder)
+    for name, (old, new) in repairs.items():
+        text = (folder / name).read_text()
+        if old not in text:
+            raise RuntimeError(f"{name} has nothing to repair: {old.strip()!r} is not in it")
+        (folder / name).write_text(text.replace(old, new, 1))
+    if needs_distrax:
+        (folder / "distrax.py").write_text(DISTRAX)
 
 
 def _on_path(module: str) -> str:

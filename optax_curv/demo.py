@@ -10,7 +10,9 @@ the lowest training loss after 300 steps from seed 100, on one grid for all of 1
 """
 
 import argparse
+import io
 import itertools
+import os
 import pathlib
 import sys
 import time
@@ -191,7 +193,23 @@ def _plot(runs: list[Run], out: pathlib.Path):
     axes.set(xlabel="step", ylabel=label, yscale="log", title="Digits: cross-entropy in training")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(out, format="png", dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    _replace(out, picture.getvalue())
+
+
+def _replace(out: pathlib.Path, content: bytes):
+    """Writes a file whole or, where that fails, leaves the older one as it is."""
+    if out.exists() and not out.is_file():  # a pipe or a device
+        out.write_bytes(content)
+        return
+    target = out.resolve()
+    new = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        new.write_bytes(content)
+        new.replace(target)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -258,10 +276,19 @@ def main(arguments: list[str] | None = None) -> None:
         problem = _problem(options.seed)
     except ImportError as error:
         parser.error(f"{error}; install what the demo needs: pip install 'optax-curv[demo]'")
-    names = list(dict.fromkeys(options.method or METHODS))
-    runs = [_train(name, problem, options.steps, options.seed) for name in names]
+    names, runs = list(dict.fromkeys(options.method or METHODS)), []
+    try:
+        for name in names:
+            runs.append(_train(name, problem, options.steps, options.seed))
+    except KeyboardInterrupt:
+        if runs:
+            print(_table(runs, options.steps))
+        parser.exit(130, f"interrupted: {len(runs)} of {len(names)} methods have finished\n")
     print(_table(runs, options.steps))
-    _plot(runs, options.out)
+    try:
+        _plot(runs, options.out)
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: error: cannot write {options.out}: {error.strerror}\n")
     print(f"loss curves: {options.out}", file=sys.stderr)
 
 

