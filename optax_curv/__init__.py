@@ -99,8 +99,10 @@ from optax_curv.preconditioners.layer_factors import (
 
 # Methods that take branches, rows or a quadratic model.
 from optax_curv.preconditioners.branch_fisher import (
+    RowDiagnostics as RowDiagnostics,
     ScaleByBranchFisherState as ScaleByBranchFisherState,
     branch_fisher as branch_fisher,
+    row_diagnostics as row_diagnostics,
     scale_by_branch_fisher as scale_by_branch_fisher,
 )
 from optax_curv.preconditioners.levenberg_marquardt import (

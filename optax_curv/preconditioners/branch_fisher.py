@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv import linalg
+from optax_curv.linalg import _lapack as lapack
 from optax_curv.linalg._compiler import full_matmul
 from optax_curv.preconditioners._branches.metric import Metric, StoredRows
 from optax_curv.preconditioners._branches.parameter_space import (
@@ -19,7 +20,7 @@ from optax_curv.preconditioners._branches.parameter_space import (
     refuse_split_gradients,
 )
 from optax_curv.preconditioners._branches.rows import are_sound_weights
-from optax_curv.preconditioners._branches.solve import solve_metric
+from optax_curv.preconditioners._branches.solve import cheaper, solve_metric
 from optax_curv.preconditioners._branches.state_space import StateBranches, descent
 from optax_curv.preconditioners._transformation.numbers import (
     require_choice,
@@ -227,7 +228,7 @@ def scale_by_branch_fisher(
     gradient, or with `centered=False` the Gauss-Newton direction. Take `solver="auto"`. `momentum`
     μ is SPRING's: d = M⁻¹ (g - μ BᵀB d₋) + μ d₋ with the last direction d₋. With K < n rows of n
     parameters the metric is singular, and along all it does not see the direction is g / λ: choose
-    λ for that.
+    λ for that, by `row_diagnostics`.
 
     Complex rows, such as derivatives of a wavefunction's logarithm, have the quantum geometric
     tensor. For real parameters it is the real part of BᴴB, and for complex ones all of it where the
@@ -423,6 +424,73 @@ def branch_fisher(
         key=key,
     )
     return descent(rule, learning_rate, weight_decay, gradient_bound, param_bound)
+
+
+class RowDiagnostics(NamedTuple):
+    """What a metric of rows can tell of a direction; made by `row_diagnostics`.
+
+    Attributes:
+      rank: eigenvalues of BᵀB above its rounding, eps times its size times the largest, int32 [].
+      largest: eigenvalue of BᵀB.
+      smallest: eigenvalue of the smaller of BBᵀ and BᵀB.
+      residual: ‖(BᵀB + λI) d - g‖ / ‖g‖ of the direction that `solver="auto"` finds.
+    """
+
+    rank: jax.Array
+    largest: jax.Array
+    smallest: jax.Array
+    residual: jax.Array
+
+
+def row_diagnostics(
+    grads: Tree,
+    damping: Number,
+    *,
+    branches: Tree,
+    weights: Any = None,
+    centered: bool = True,
+    ddof: int | None = None,
+) -> RowDiagnostics:
+    """Computes the spectrum of the metric of rows, and how exactly a direction solves with it.
+
+    Where the rank is less than the number of parameters, a part of g that the rows do not see is
+    divided by λ alone: compare λ with `smallest` and `largest`. It costs an eigenvalue
+    decomposition of the smaller of K × K and n × n, so that it is for looking now and then.
+
+    Args:
+      grads: g, a tree.
+      damping: λ.
+      branches: rows in parameter space, as in `scale_by_branch_fisher`, as are all that follow.
+      weights: None, or [K].
+      centered: whether the mean of the rows is removed.
+      ddof: centred rows are divided by K - ddof; None: 0.
+
+    Returns:
+      A `RowDiagnostics`.
+
+    Raises:
+      ValueError: where the rows are none of these gradients.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_curv
+      >>> rows = jnp.diag(jnp.array([3.0, 1.0, 0.0]))[:2] * 2**0.5
+      >>> found = optax_curv.row_diagnostics(jnp.ones(3), 0.1, branches=rows, centered=False)
+      >>> int(found.rank), float(found.largest.round(3)), float(found.smallest.round(3))
+      (2, 9.0, 1.0)
+    """
+    method = "row_diagnostics"
+    refuse_split_gradients(method, grads)
+    judged(method, branches, weights, count_of_rows(method, branches, grads))
+    gradient, metric = geometry(grads, branches, weights, centered, ddof)
+    size = optax.tree.size(gradient)
+    fewer_rows = cheaper(metric.rows.count, size) == "woodbury"
+    matrix = metric.kernel() if fewer_rows else metric.matrix()
+    values = lapack.eigh(matrix)[0]
+    floor = len(values) * jnp.finfo(values.dtype).eps * values[-1]
+    x, _ = solve_metric(metric, gradient, damping, solver="auto", max_iters=0, tol=0.0)
+    left = optax.tree.sub(optax.tree.add_scale(metric.product(x), damping, x), gradient)
+    residual = optax.tree.norm(left) / optax.tree.norm(gradient)
+    return RowDiagnostics(jnp.sum(values > floor), values[-1], values[0], residual)
 
 
 def _require_metric(method: str, complex_metric: ComplexMetric | None, updates: Any):

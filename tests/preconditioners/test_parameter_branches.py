@@ -456,3 +456,16 @@ def test_centred_rows_divide_by_k_unless_ddof_says_otherwise(ddof, x64):
     np.testing.assert_allclose(
         flat(direction), np.linalg.solve(metric + 0.1 * np.eye(SIZE), gradient), rtol=CLOSED_FORM
     )
+
+
+@pytest.mark.parametrize(("count", "rank"), [(5, 5), (5, 3), (20, 8), (20, 4)])
+def test_row_diagnostics_are_those_of_the_singular_values(count, rank, x64):
+    rows, gradient = low_rank(count, rank)
+    found = optax_curv.row_diagnostics(
+        tree(gradient), 1e-2, branches=tree(rows), centered=False, weights=jnp.ones(count)
+    )
+    values = np.linalg.svd(rows / np.sqrt(count), compute_uv=False) ** 2
+    assert int(found.rank) == rank
+    np.testing.assert_allclose(found.largest, values[0], rtol=CLOSED_FORM)
+    np.testing.assert_allclose(found.smallest, values[-1], atol=CLOSED_FORM * values[0])
+    assert float(found.residual) < CLOSED_FORM

@@ -1,0 +1,85 @@
+"""The hydrogen molecule by a FermiNet-like network of Flax, K-FAC, and folx's forward Laplacian.
+
+python examples/h2_kfac.py [--tiny]
+"""
+
+import sys
+
+import flax.linen as nn
+import folx
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_curv
+
+ATOMS, EXACT = jnp.array([[0.0, 0.0, -0.7], [0.0, 0.0, 0.7]]), -1.1745  # Bohr radii, Hartree
+
+
+class Wavefunction(nn.Module):
+    """Log |ψ| of two electrons of opposite spin, [N, 6] -> [N, 1]: four products of orbitals."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x):  # noqa: D102
+        x = x.reshape(-1, 2, 3)
+        from_atoms = x[:, :, None] - ATOMS
+        distances = jnp.sqrt(jnp.sum(from_atoms**2, -1))
+        apart = jnp.sqrt(jnp.sum((x[:, :1] - x[:, 1:]) ** 2, -1))[..., None] + jnp.zeros((1, 2, 1))
+        h = jnp.concatenate([from_atoms.reshape(-1, 2, 6), distances, apart], -1)
+        for _ in range(2):
+            h = jnp.tanh(nn.Dense(self.width)(jnp.concatenate([h, h[:, ::-1]], -1)))
+        orbitals = 1 + 0.1 * nn.Dense(4)(h)
+        psi = jnp.abs(jnp.sum(orbitals[:, 0] * orbitals[:, 1], -1, keepdims=True))
+        cusp = jnp.sum(jnp.logaddexp(-distances[..., 0], -distances[..., 1]), -1)[:, None]
+        return jnp.log(psi) + 1.1 * cusp + 0.5 * apart[:, 0] / (1 + apart[:, 0])
+
+
+def main(tiny):
+    """Trains, and prints the energy of the last steps."""
+    walkers, steps, width = (64, 30, 8) if tiny else (1024, 400, 32)
+    model = Wavefunction(width)
+    keys = jax.random.split(jax.random.key(0), steps + 1)
+    params = model.init(keys[-1], jnp.ones((1, 6)))
+    x = ATOMS.reshape(-1) + jax.random.normal(keys[-1], (walkers, 6))
+
+    def local_energy(params, x):
+        found = folx.forward_laplacian(lambda y: model.apply(params, y[None])[0, 0])(x)
+        kinetic = -0.5 * (found.laplacian + jnp.sum(found.jacobian.dense_array**2))
+        attraction = jnp.sum(1 / jnp.linalg.norm(x.reshape(2, 1, 3) - ATOMS, axis=-1))
+        return kinetic - attraction + 1 / jnp.linalg.norm(x[:3] - x[3:]) + 1 / 1.4
+
+    objective = optax_curv.Objective(model.apply, "score")
+    layers = optax_curv.find_layers(objective, params, x, jnp.zeros((walkers, 1)))
+    capture = optax_curv.value_grad_and_curvature(objective, layers=layers, fisher="exact")
+    tx = optax_curv.kfac(0.05, layers, damping=1e-3, momentum=0.0, kl_clip=1e-3)
+
+    def move(params, x, key):
+        new = x + 0.5 * jax.random.normal(key, x.shape)
+        gain = 2 * (model.apply(params, new) - model.apply(params, x))
+        return jnp.where(
+            -jax.random.exponential(jax.random.fold_in(key, 1), gain.shape) < gain, new, x
+        ), None
+
+    @jax.jit
+    def step(params, state, x, key):
+        x, _ = jax.lax.scan(lambda x, key: move(params, x, key), x, jax.random.split(key, 10))
+        energies = jax.vmap(local_energy, (None, 0))(params, x)
+        clipped = jnp.clip(energies, *jnp.quantile(energies, jnp.array([0.02, 0.98])))
+        targets = (clipped - jnp.mean(clipped))[:, None]
+        _, grads, curvature = capture(params, x, targets)
+        updates, state = tx.update(grads, state, params, curvature=curvature)
+        return optax.apply_updates(params, updates), state, x, jnp.mean(energies)
+
+    state, energies = tx.init(params), []
+    for key in keys[:steps]:
+        params, state, x, energy = step(params, state, x, key)
+        energies.append(float(energy))
+    energy = sum(energies[-10:]) / 10
+    print(f"energy of the last steps {energy:.4f}, exact {EXACT}")
+    assert energy < (-1.0 if tiny else -1.16)
+
+
+if __name__ == "__main__":
+    main("--tiny" in sys.argv)
