@@ -30,7 +30,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x, train=True):
         def norm():
-            return nn.BatchNorm(use_running_average=not train)
+            return nn.BatchNorm(use_running_average=not train, momentum=0.9)
 
         x = nn.relu(norm()(nn.Conv(width, (3, 3), use_bias=False)(x)))
         for features in (width, 2 * width):
