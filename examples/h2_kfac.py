@@ -22,7 +22,7 @@ class Wavefunction(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, x):  # noqa: D102
+    def __call__(self, x):
         x = x.reshape(-1, 2, 3)
         from_atoms = x[:, :, None] - ATOMS
         distances = jnp.sqrt(jnp.sum(from_atoms**2, -1))
