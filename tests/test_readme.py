@@ -8,10 +8,30 @@ README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"^```python\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 EXAMPLES = BLOCK.findall(README)
 PAGES = {
-    f"{page.stem}, {number}": block
+    page.stem: blocks
     for page in sorted((ROOT / "docs").glob("*.md"))
-    for number, block in enumerate(BLOCK.findall(page.read_text()))
+    if (blocks := BLOCK.findall(page.read_text()))
 }
+# What the text around the fragments of a page supposes.
+CONTEXT = {
+    "wavefunctions": """
+import jax, jax.numpy as jnp, optax, optax_curv
+def log_psi(params, x):
+    return jnp.tanh(x @ params["w"]) @ params["v"]
+params = {"w": jnp.full((3, 4), 0.1), "v": jnp.ones((4, 1))}
+samples = jax.random.normal(jax.random.key(0), (6, 3))
+stored, energies, rows_dtype = log_psi, samples.sum(1), jnp.float32
+log_psi = lambda params, x: stored(params, x)[:, 0]
+""",
+    "pdes": """
+import jax, jax.numpy as jnp, optax, optax_curv
+interior = lambda params, x: jnp.sin(params["a"] * x) - jnp.sin(2 * x)
+boundary = lambda params, x: params["a"] * x
+params, points, edge = {"a": jnp.float32(1.5)}, jnp.linspace(0.1, 1, 5), jnp.zeros(1)
+loss = lambda params: rows_of(params, points, edge)[0]
+""",
+}
+BETWEEN = {("wavefunctions", 2): "log_psi, targets = stored, jnp.zeros((6, 1))"}
 COMMANDS = [
     block.strip()
     for block in re.findall(r"^```sh\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
@@ -24,8 +44,15 @@ def test_every_example_runs_as_printed(number):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_every_example_of_the_pages_runs_as_printed(name):
-    exec(compile(PAGES[name], f"docs: {name}", "exec"), {"__name__": "docs"})
+def test_the_examples_of_a_page_run_one_after_the_other(name):
+    namespace = {"__name__": "docs"}
+    exec(CONTEXT.get(name, ""), namespace)
+    for number, block in enumerate(PAGES[name]):
+        exec(BETWEEN.get((name, number), ""), namespace)
+        exec(compile(block, f"docs/{name}.md, example {number}", "exec"), namespace)
+    if name == "pdes":
+        tx, params = namespace["tx"], namespace["params"]
+        namespace["step"](params, tx.init(params))
 
 
 def test_measured_figures_are_those_of_the_results():
