@@ -427,7 +427,7 @@ def branch_fisher(
 
 
 class RowDiagnostics(NamedTuple):
-    """What a metric of rows can tell of a direction; made by `row_diagnostics`.
+    """The spectrum of a metric of rows beside a solve with it; made by `row_diagnostics`.
 
     Attributes:
       rank: eigenvalues of BᵀB above its rounding, eps times its size times the largest, int32 [].

@@ -7,11 +7,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
 from optax_curv import linalg
 from optax_curv.curvature import KroneckerFactors
 from optax_curv.layers import Layers
 from optax_curv.linalg.factors import Factor
+from optax_curv.linalg.nystrom import (
+    NystromSketch,
+    nystrom_solve,
+    refreshed_sketch,
+    zero_sketch,
+)
 from optax_curv.preconditioners._layerwise.factors import (
     LayerFactors,
     kronecker_factors,
@@ -20,6 +27,7 @@ from optax_curv.preconditioners._layerwise.factors import (
 from optax_curv.preconditioners._layerwise.preconditioner import layer_preconditioner, layer_view
 from optax_curv.preconditioners._layerwise.statistics import require_curvature
 from optax_curv.preconditioners._transformation.aliases import decayed
+from optax_curv.preconditioners._transformation.averages import is_due
 from optax_curv.preconditioners._transformation.bounds import bounded
 from optax_curv.preconditioners._transformation.numbers import (
     require_flags,
@@ -58,6 +66,8 @@ class ScaleByGaussNewtonState(NamedTuple):
       iterations: iterations of the last step, int32 [].
       returned: number of the iterate that the last step returned, int32 [].
       stacks: by stack of equal layers the averaged K-FAC factors; empty without `layers`.
+      sketch: the Nyström approximation of F, of the parameters flattened in `jax.tree.leaves`
+        order, or None.
       total_notfinite: steps skipped, int32 [].
     """
 
@@ -66,6 +76,7 @@ class ScaleByGaussNewtonState(NamedTuple):
     iterations: jax.Array
     returned: jax.Array
     stacks: dict[str, LayerFactors]
+    sketch: NystromSketch | None
     total_notfinite: jax.Array
 
     @property
@@ -94,6 +105,8 @@ class _GaussNewton(Rule):
     diagonal_power: Number
     layers: Layers | None
     decay: Schedulable
+    nystrom_rank: int | None
+    refresh_every: Number
 
     def check_options(self):
         """Refuses options that cannot be, by name."""
@@ -103,6 +116,17 @@ class _GaussNewton(Rule):
         require_numbers(self.method, decay=self.decay, at_least=0, at_most=1, schedule=True)
         require_numbers(self.method, diagonal_power=self.diagonal_power)
         require_flags(self.method, backtrack=self.backtrack)
+        require_numbers(self.method, refresh_every=self.refresh_every, at_least=1)
+        rank = self.nystrom_rank
+        if rank is not None and (not isinstance(rank, int) or rank < 1):
+            raise ValueError(
+                f"{self.method}: expected nystrom_rank to be None or an integer > 0, got {rank!r}."
+            )
+        if self.layers is not None and rank is not None:
+            raise ValueError(
+                f"{self.method}: got nystrom_rank={rank} beside layers; a solve has one "
+                "preconditioner."
+            )
         if self.layers is not None and not isinstance(self.layers, Layers):
             raise ValueError(
                 f"{self.method}: expected layers from optax_curv.find_layers, got a "
@@ -121,7 +145,15 @@ class _GaussNewton(Rule):
             iterations=jnp.zeros([], jnp.int32),
             returned=jnp.zeros([], jnp.int32),
             stacks=stacks,
+            sketch=self._first_sketch(params),
         )
+
+    def _first_sketch(self, params):
+        leaves = jax.tree.leaves(params)
+        if self.nystrom_rank is None or not leaves:
+            return None
+        dtype = jnp.result_type(jnp.float32, *leaves)
+        return zero_sketch(sum(map(jnp.size, leaves)), self.nystrom_rank, dtype)
 
     def update(
         self, view, grads, state, params, sound, *, diagonal=None, curvature=None, **extra_args
@@ -143,6 +175,21 @@ class _GaussNewton(Rule):
                 lambda fv, x: fv.astype(x.dtype) + damping.astype(x.dtype) * x, product(narrow), v
             )
 
+        sketch = state.sketch
+        if sketch is not None:
+            if diagonal is not None:
+                raise ValueError(
+                    f"{self.method}: got diagonal= beside nystrom_rank; give one or the other."
+                )
+            sketch = self._sketch(product, state, like)
+            _, unravel = ravel_pytree(state.start)
+            wide = damping.astype(sketch.values.dtype)
+
+            def by_sketch(r):
+                return unravel(nystrom_solve(sketch, wide, ravel_pytree(r)[0]))
+
+            preconditioner = by_sketch
+
         direction, info = linalg.conjugate_gradient(
             damped,
             gradient,
@@ -162,8 +209,24 @@ class _GaussNewton(Rule):
             iterations=info.iterations,
             returned=info.returned,
             stacks=stacks,
+            sketch=sketch,
         )
         return Step(direction, state, good)
+
+    def _sketch(self, product, state, like):
+        """The sketch of this step, made anew where that is due."""
+        _, unravel = ravel_pytree(state.start)
+
+        def matvec(v):
+            narrow = jax.tree.map(lambda x, y: x.astype(y.dtype), unravel(v), like)
+            return ravel_pytree(product(narrow))[0].astype(v.dtype)
+
+        return jax.lax.cond(
+            is_due(state.count, self.refresh_every),
+            lambda sketch: refreshed_sketch(matvec, sketch),
+            lambda sketch: sketch,
+            state.sketch,
+        )
 
     def _preconditioner(self, view, grads, state, diagonal, curvature, damping):
         """(the averaged factors, whether what entered is sound, the preconditioner or None)."""
@@ -236,6 +299,8 @@ def scale_by_gauss_newton(
     diagonal_power: Number = 0.75,
     layers: Layers | None = None,
     decay: Schedulable = 0.95,
+    nystrom_rank: int | None = None,
+    refresh_every: Number = 10,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The direction d = (F + λI)⁻¹ g of a curvature that is known only by its products v ↦ F v.
 
@@ -278,6 +343,10 @@ def scale_by_gauss_newton(
       layers: from `find_layers`, for a solve preconditioned by K-FAC; `update` then needs
         `curvature=`. None: no K-FAC factors.
       decay: weight of the old factors in their running averages, in [0, 1]; a number or a schedule.
+      nystrom_rank: r > 0, for a solve preconditioned by a sketch of F of rank r, for residuals and
+        other curvatures whose largest eigenvalues stand out; None: none. Its basis takes r products
+        at once, and r vectors of the parameters' size.
+      refresh_every: steps after which the sketch is made anew, from the last one.
 
     Returns:
       A transformation with state `ScaleByGaussNewtonState`. Arithmetic is float32 at least. With a
@@ -304,7 +373,8 @@ def scale_by_gauss_newton(
       Martens, Deep Learning via Hessian-Free Optimization, ICML 2010: §4.4 for the stopping rule,
       §4.5 for the warm start, §4.6 for backtracking (there back from the last iterate to the first
       that is worse; here all are compared), §4.7 for the diagonal. Martens and Sutskever 2012,
-      doi:10.1007/978-3-642-35289-8_27, for the warm start's decay.
+      doi:10.1007/978-3-642-35289-8_27, for the warm start's decay. Frangella, Tropp and Udell 2021,
+      arXiv:2110.02820, for `nystrom_rank`.
     """
     rule = _GaussNewton(
         method="scale_by_gauss_newton",
@@ -316,6 +386,8 @@ def scale_by_gauss_newton(
         diagonal_power=diagonal_power,
         layers=layers,
         decay=decay,
+        nystrom_rank=nystrom_rank,
+        refresh_every=refresh_every,
     )
     rule.check_options()
     return transformation(rule)
@@ -336,6 +408,8 @@ def gauss_newton(
     diagonal_power: Number = 0.75,
     layers: Layers | None = None,
     decay: Schedulable = 0.95,
+    nystrom_rank: int | None = None,
+    refresh_every: Number = 10,
     weight_decay: Number = 0.0,
     gradient_bound: Number | None = 3.0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -364,6 +438,10 @@ def gauss_newton(
       layers: from `find_layers`, for a solve preconditioned by K-FAC; `update` then needs
         `curvature=`. None: no K-FAC factors.
       decay: weight of the old factors in their running averages, in [0, 1]; a number or a schedule.
+      nystrom_rank: r > 0, for a solve preconditioned by a sketch of F of rank r, for residuals and
+        other curvatures whose largest eigenvalues stand out; None: none. Its basis takes r products
+        at once, and r vectors of the parameters' size.
+      refresh_every: steps after which the sketch is made anew, from the last one.
       weight_decay: decoupled weight decay, added after preconditioning; 0 with adaptive damping.
       gradient_bound: b ≥ 1, or None. After ten steps the norm of each leaf's gradient is held to b
         times its own running mean, so that an outlier moves and teaches no more than a few ordinary
@@ -409,6 +487,8 @@ def gauss_newton(
             diagonal_power=diagonal_power,
             layers=layers,
             decay=decay,
+            nystrom_rank=nystrom_rank,
+            refresh_every=refresh_every,
         )
         made.check_options()
         return made

@@ -350,3 +350,41 @@ def test_a_product_over_the_trained_leaves_is_taken_under_a_mask():
 def test_a_learning_rate_that_is_none_of_the_three_is_refused(learning_rate):
     with pytest.raises(ValueError, match=rf"learning_rate={learning_rate!r}"):
         optax_curv.gauss_newton(learning_rate)
+
+
+def test_a_nystrom_sketch_leaves_few_iterations_and_is_kept_over_steps(x64):
+    """Of a curvature with ten eigenvalues far above the others, which are all alike."""
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(40, 40)))[0]
+    values = np.concatenate([np.logspace(4, 1, 10), np.full(30, 1e-3)])
+    matrix, gradient = jnp.asarray(basis * values @ basis.T), jnp.asarray(rng.normal(size=40))
+    expected = np.linalg.solve(matrix + 1e-2 * np.eye(40), gradient)
+    iterations = {}
+    for rank in (None, 15):
+        tx = optax_curv.scale_by_gauss_newton(
+            1e-2, max_iters=200, warm_start=0.0, tol=1e-9, nystrom_rank=rank, refresh_every=2
+        )
+        grads = {"a": gradient[:7], "b": gradient[7:].reshape(3, 11)}
+        state, states = tx.init(grads), []
+
+        def product(v):
+            flat, unravel = ravel_pytree(v)
+            return unravel(matrix @ flat)
+
+        for _ in range(3):
+            direction, state = tx.update(grads, state, grads, curvature_product=product)
+            states.append(state)
+        found = np.asarray(ravel_pytree(direction)[0])
+        assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+        iterations[rank] = int(state.iterations)
+    assert iterations[15] == 11 < iterations[None] / 2  # the rule of progress looks ten back
+    np.testing.assert_allclose(states[-1].sketch.values[:10], values[:10], rtol=1e-2)
+
+
+def test_one_preconditioner_is_enough():
+    with pytest.raises(ValueError, match=r"nystrom_rank to be None or an integer > 0, got 0"):
+        optax_curv.scale_by_gauss_newton(nystrom_rank=0)
+    tx = optax_curv.scale_by_gauss_newton(nystrom_rank=2)
+    w = jnp.ones(3)
+    with pytest.raises(ValueError, match=r"diagonal= beside nystrom_rank"):
+        tx.update(w, tx.init(w), w, curvature_product=lambda v: v, diagonal=w)
