@@ -186,7 +186,8 @@ def _factors(use: Use, operands: tuple) -> list:
 
 def _row_numbers(use: Use, ids: jax.Array) -> jax.Array:
     """The numbers of the rows that a look-up reads; what it fills has none, and is not counted."""
-    ids, places = ids[..., use.found.column].astype(jnp.int32), use.input_places
+    column, places = use.found.column, use.input_places
+    ids = jnp.asarray(ids if column is None else ids[..., column], jnp.int32)
     last = (use.layer.in_dim if places is None else len(places)) - 1
     inside = jnp.clip(ids, 0, last)
     rows = inside if places is None else jnp.asarray(places)[inside]

@@ -193,3 +193,38 @@ def test_a_table_of_a_deep_transformer_needs_no_arrays():
     layers = find_layers(loss, blocks, jax.ShapeDtypeStruct((2, 4, width), jnp.float32))
     assert len(layers) == depth * len(shapes) and str(layers).count("\n") == depth * len(shapes)
     assert all(layer.rows == 8 for layer in layers)
+
+
+def test_what_only_comes_beside_the_loss_has_no_layer():
+    params = {name: jnp.ones((3, 3)) for name in "abcd"}
+
+    def loss(p, x):
+        shared = jnp.tanh(p["b"])
+        beside = (x @ p["c"], shared, p["a"] @ p["a"])
+        return jnp.mean(jnp.sin(x @ p["a"]) @ shared) + lax.stop_gradient(
+            jnp.mean(x @ p["d"])
+        ), beside
+
+    layers = find_layers(loss, params, jnp.ones((5, 3)))
+    assert {path for layer in layers for path in layer.paths} == {"['a']", "['b']"}
+    assert "does not depend on it" in layers.uncovered["['c']"]
+    assert "stop_gradient" in layers.uncovered["['d']"]
+
+
+def test_a_leaf_without_use_is_no_layer_at_a_batch_of_one():
+    params = {"a": jnp.ones((3, 3)), "b": jnp.ones(3)}
+    layers = find_layers(lambda p, x: jnp.mean(jnp.sin(x @ p["a"])), params, jnp.ones((1, 3)))
+    assert [layer.paths for layer in layers] == [("['a']",)]
+    assert "does not depend on it" in layers.uncovered["['b']"]
+
+
+def test_a_table_of_which_a_map_over_examples_picks_one_row_is_an_embedding():
+    ids = jnp.array([1, 2, -1, 1])
+
+    def loss(p, ids):
+        return jnp.mean(jnp.sin(lax.map(lambda k: p[k], ids)))
+
+    (layer,) = find_layers(loss, jnp.ones((4, 3)), ids)
+    assert (layer.kind, layer.in_dim, layer.out_dim) == ("embedding", 4, 3)
+    curvature = value_grad_and_curvature(loss)(jnp.ones((4, 3)), ids)[2][layer.name]
+    assert curvature.input_factor.tolist() == [0, 0.5, 0.25, 0.25]

@@ -153,7 +153,7 @@ class Found:
       choice: which case of a `select_n`, whose condition is the first operand, the shift is.
       far: pieces of the stack that lie among the outputs of the equation.
       divisors: how many of the last operands divide.
-      column: which entry of the index vectors of a look-up is the row number.
+      column: which entry of the index vectors of a look-up is the row number; None: it comes alone.
       clips: whether row numbers outside the table are moved to its border, as the look-up does.
       made: the kernel as it meets the input, a variable, where it is made of the leaf entry by
         entry.
@@ -179,7 +179,7 @@ class Found:
     choice: int | None = None
     far: tuple[Piece, ...] = ()
     divisors: int = 0
-    column: int = 0
+    column: int | None = 0
     clips: bool = False
     made: Any = None
     cuts: tuple[Cut, ...] = ()

@@ -96,12 +96,14 @@ def _with_axis(view: View, axis: int) -> View:
 
 
 def dynamic_slice(place: Place, eqn, marks: list[Mark]) -> Results:
-    """One slice of a leaf at each step of a scan, picked by the number of the step."""
+    """One slice of a leaf at each step of a scan, picked by its number or by an example."""
     sizes, shape = window_of(eqn), shape_of(eqn.invars[0])
     cut = [axis for axis in range(len(shape)) if sizes[axis] != shape[axis]]
     if len(marks[0].leaves) != 1 or len(cut) != 1 or sizes[cut[0]] != 1:
         return None
     (axis,), depth = cut, marks[1 + cut[0]].counter
+    if marks[1 + axis].batch is not None:
+        return products.one_row(place, eqn, marks, axis)
     if depth is None or place.loops[depth] != shape[axis]:
         return None
     view = views.transpose(marks[0].leaves[0], sorted(range(len(shape)), key=lambda k: k != axis))

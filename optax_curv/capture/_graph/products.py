@@ -210,6 +210,20 @@ def gather(place: Place, eqn, marks: list[Mark]) -> list[Mark] | None:
     return [Mark(output=place.add([use]))]
 
 
+def one_row(place: Place, eqn, marks: list[Mark], axis: int) -> list[Mark] | None:
+    """An embedding of which each step of a scan over examples picks one row along an axis."""
+    view, index = marks[0].leaves[0], eqn.invars[1 + axis]
+    table = views.merged(view.axes[axis])
+    if len(table) != 1 or table[0][0] < 0 or not views.has_each_once(view):
+        return None
+    outputs = [("feature", () if k == axis else axes) for k, axes in enumerate(view.axes)]
+    use = use_of(place, "embedding", view, (index,), (), outputs, marks[1 + axis].batch)
+    plain = views.is_plain(view) and view.gain == 1.0
+    made = None if plain else eqn.invars[0]
+    use = dataclasses.replace(use, inputs=table, clips=True, column=None, made=made)
+    return [Mark(output=place.add([use]))]
+
+
 def use_of(
     place: Place, kind: str, view: View, operands, inputs, outputs, batch: Batch | None
 ) -> Found:

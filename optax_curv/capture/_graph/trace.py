@@ -183,6 +183,7 @@ def _grouped(
     node: Node, walk: Walk, results: list[Mark], paths: list, shapes: list, reasons: dict[int, str]
 ) -> tuple[Layers, dict[int, Use]]:
     """Makes the layers of a walk; leaves that it took as uses of their own have `reasons`."""
+    results = results[:1]  # the loss: what comes beside it has no gradient
     walk.seeds.settle(walk.found, results)
     for number in walk.seeds.entries:
         use = walk.found[number]
@@ -190,8 +191,8 @@ def _grouped(
             use.untold = reasons[use.view.source]
     unused = {leaf: reason for mark in results for leaf, reason in mark.derived}
     unused |= dict.fromkeys(walk.stopped - unused.keys(), FROZEN)
-    frozen = without_gradient(node)
-    unused |= {walk.found[number].view.source: FROZEN for number in frozen - walk.seeds.entries}
+    frozen, unseen = without_gradient(node)
+    unused |= {walk.leaf_of(number): FROZEN for number in frozen - unseen}
     unused |= {leaf: reasons[leaf] for leaf in map(walk.leaf_of, frozen & walk.seeds.entries)}
     refused = {
         leaf: f"the kernel that meets the data is made of it: {reason}"
