@@ -212,6 +212,8 @@ class Walk:
         if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
             if all(mark.leaves for mark in given):
                 self.queries |= {view.source for view in given[0].leaves if _is_query(view)}
+            elif any(mark.leaves for mark in given) and all(mark.batch is None for mark in given):
+                self.queries |= _made_queries(eqn, given)
             elif any(mark.batch is not None for mark in given):
                 self.kernels |= _leaves(given)
                 self.made |= {leaf for mark in given for leaf, _ in mark.derived}
@@ -375,6 +377,13 @@ class Walk:
 def _is_query(view: View) -> bool:
     """Whether a leaf that meets a kernel is no kernel itself, as in x @ (a @ b)."""
     return len(view.axes) > 2 or any(stride == 0 for axis in view.axes for stride, _ in axis)
+
+
+def _made_queries(eqn, given: list[Mark]) -> set[int]:
+    """Leaves of which rows with many axes are made that meet a kernel before the examples."""
+    pairs = zip(eqn.invars, given, strict=True)
+    rows = [mark for v, mark in pairs if not mark.leaves and len(shape_of(v)) > 2]
+    return {leaf for mark in rows for leaf, _ in mark.derived}
 
 
 def _leaves(marks: list[Mark]) -> set[int]:
