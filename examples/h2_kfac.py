@@ -25,21 +25,18 @@ class Wavefunction(nn.Module):
     def __call__(self, x):
         x = x.reshape(-1, 2, 3)
         from_atoms = x[:, :, None] - ATOMS
-        distances = jnp.sqrt(jnp.sum(from_atoms**2, -1))
+        distances = jnp.linalg.norm(from_atoms, axis=-1)
         apart = jnp.sqrt(jnp.sum((x[:, :1] - x[:, 1:]) ** 2, -1))[..., None] + jnp.zeros((1, 2, 1))
         h = jnp.concatenate([from_atoms.reshape(-1, 2, 6), distances, apart], -1)
         for _ in range(2):
             h = jnp.tanh(nn.Dense(self.width)(jnp.concatenate([h, h[:, ::-1]], -1)))
-        orbitals = 1 + 0.1 * nn.Dense(4)(h)
-        psi = jnp.abs(jnp.sum(orbitals[:, 0] * orbitals[:, 1], -1, keepdims=True))
+        psi = jnp.abs(jnp.sum(jnp.prod(1 + 0.1 * nn.Dense(4)(h), 1), -1, keepdims=True))
         cusp = jnp.sum(jnp.logaddexp(-distances[..., 0], -distances[..., 1]), -1)[:, None]
         return jnp.log(psi) + 1.1 * cusp + 0.5 * apart[:, 0] / (1 + apart[:, 0])
 
 
 def main(tiny):
-    """Trains, and prints the energy of the last steps."""
-    walkers, steps, width = (64, 30, 8) if tiny else (1024, 400, 32)
-    model = Wavefunction(width)
+    walkers, steps, model = (64, 30, Wavefunction(8)) if tiny else (1024, 400, Wavefunction(32))
     keys = jax.random.split(jax.random.key(0), steps + 1)
     params = model.init(keys[-1], jnp.ones((1, 6)))
     x = ATOMS.reshape(-1) + jax.random.normal(keys[-1], (walkers, 6))
@@ -58,9 +55,8 @@ def main(tiny):
     def move(params, x, key):
         new = x + 0.5 * jax.random.normal(key, x.shape)
         gain = 2 * (model.apply(params, new) - model.apply(params, x))
-        return jnp.where(
-            -jax.random.exponential(jax.random.fold_in(key, 1), gain.shape) < gain, new, x
-        ), None
+        rises = -jax.random.exponential(jax.random.fold_in(key, 1), gain.shape) < gain
+        return jnp.where(rises, new, x), None
 
     @jax.jit
     def step(params, state, x, key):
@@ -76,8 +72,7 @@ def main(tiny):
     for key in keys[:steps]:
         params, state, x, energy = step(params, state, x, key)
         energies.append(float(energy))
-    energy = sum(energies[-10:]) / 10
-    print(f"energy of the last steps {energy:.4f}, exact {EXACT}")
+    print(f"energy {(energy := sum(energies[-10:]) / 10):.4f}, exact {EXACT}")
     assert energy < (-1.0 if tiny else -1.16)
 
 

@@ -246,12 +246,36 @@ def compare_owners():
     jax.config.update("jax_enable_x64", False)
 
 
+def compare_lazy_rows():
+    """Rows that are never stored, of examples that lie on all devices: result and FLOPs."""
+    jax.config.update("jax_enable_x64", True)
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(16, 32))), "v": jnp.asarray(rng.normal(size=32))}
+    tx = optax_curv.scale_by_branch_fisher(0.1, solver="woodbury", momentum=0.5)
+
+    def log_psi(p, x):
+        return jnp.tanh(x @ p["w"]) @ p["v"]
+
+    @jax.jit
+    def step(x):
+        rows = optax_curv.lazy_rows(log_psi, params, x, chunk_size=64)
+        return tx.update(params, tx.init(params), params, branches=rows)[0]
+
+    x = jnp.asarray(rng.normal(size=(192, 16)))
+    placed = jax.device_put(x, NamedSharding(MESH, P(("data", "model"))))
+    report("lazy", "difference", difference(step(placed), step(x)))
+    flops = [step.lower(y).compile().cost_analysis()["flops"] for y in (placed, x)]
+    report("lazy", "flops", flops[0] / flops[1])
+    jax.config.update("jax_enable_x64", False)
+
+
 COMPARED = [x for x, case in cases.CASES.items() if not isinstance(case.devices, str)]
 
 if __name__ == "__main__":
     assert jax.device_count() == 8, "set XLA_FLAGS=--xla_force_host_platform_device_count=8"
     jax.config.update("jax_disable_most_optimizations", True)
     others = {"division": measure_division, "capture": compare_capture, "owners": compare_owners}
+    others |= {"lazy": compare_lazy_rows}
     for name in sys.argv[1:] or [*COMPARED, *others]:
         if name in others:
             others[name]()

@@ -72,3 +72,8 @@ def test_rows_travel_and_are_never_gathered(figures, name):
 def test_a_state_lies_with_its_owners_from_the_start(figures, name):
     assert figures["share", name] < 1 / 8 + 0.01
     assert figures["known", name] == 1
+
+
+def test_lazy_rows_of_examples_on_all_devices_are_those_of_one_and_share_the_work(figures):
+    assert figures["lazy", "difference"] < EXACT
+    assert figures["lazy", "flops"] <= DIVIDED
