@@ -79,7 +79,8 @@ def find_layers(
       layer, with the reasons.
 
     Raises:
-      ValueError: if a parameter is not a floating-point array, or a `while_loop` surrounds a layer.
+      ValueError: if a parameter is not a floating-point array, a `while_loop` surrounds a layer, or
+        the loss is neither a scalar nor a pair (scalar, aux).
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_curv
@@ -91,7 +92,14 @@ def find_layers(
       layer   kind   kernel                in  out  stack  shared  bias                rows
       hidden  dense  ['hidden']['kernel']  3   4    -      1       ['hidden']['bias']  8
     """
-    return trace("find_layers", loss_fn, params, args, kwargs, batch_size).layers
+
+    def checked(params: Tree, *args: Any, **kwargs: Any) -> Any:
+        result = loss_fn(params, *args, **kwargs)
+        has_aux = isinstance(result, tuple) and len(result) == 2
+        _value_and_aux("find_layers", result, has_aux)
+        return result
+
+    return trace("find_layers", checked, params, args, kwargs, batch_size).layers
 
 
 class Probing:
@@ -408,7 +416,7 @@ def value_grad_and_curvature(
 
         def loss(leaves, probes):
             result, after = probing(leaves, probes)
-            value, aux = _value_and_aux(result, has_aux)
+            value, aux = _value_and_aux("value_grad_and_curvature", result, has_aux)
             return value, (aux, after)
 
         take = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
@@ -540,10 +548,10 @@ def _model_curvature(
     return jax.lax.scan(add, still, jnp.arange(count))[0]
 
 
-def _value_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
+def _value_and_aux(caller: str, result: Any, has_aux: bool) -> tuple[Any, Any]:
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
         raise ValueError(
-            "value_grad_and_curvature: with has_aux=True expected a pair (loss, aux), got a "
+            f"{caller}: with has_aux=True expected a pair (loss, aux), got a "
             f"{type(result).__name__}."
         )
     pair: tuple[Any, Any] = result if has_aux else (result, None)
@@ -552,7 +560,7 @@ def _value_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
     if not one or jnp.shape(value):
         got = f"has shape {jnp.shape(value)}" if one else f"is a {type(value).__name__}"
         raise ValueError(
-            f"value_grad_and_curvature: the loss {got}, expected a scalar; take the mean over the "
+            f"{caller}: the loss {got}, expected a scalar; take the mean over the "
             "examples, or set has_aux=True if it returns (loss, aux)."
         )
     return value, aux

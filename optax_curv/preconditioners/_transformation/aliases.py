@@ -19,6 +19,7 @@ from optax_curv.preconditioners._transformation.numbers import (
     require_numbers,
 )
 from optax_curv.preconditioners._transformation.transformation import Piece, transformation
+from optax_curv.preconditioners._transformation.trees import require_params
 
 
 def by_rows(function: Any) -> optax.GradientTransformation:
@@ -51,15 +52,16 @@ def decayed(weight_decay: Any) -> list[Piece]:
 
     def piece_of(view: Any) -> optax.GradientTransformation:
         decay = optax.add_decayed_weights(weight_decay)
-        if not isinstance(view, Mapping):
-            return decay
-        decays = {name: stack.kind.decays for name, stack in view.items()}
-        if all(x is True for x in decays.values()):
-            return decay
+        decays = {}
+        if isinstance(view, Mapping):
+            decays = {name: stack.kind.decays for name, stack in view.items()}
 
         def update(updates: Any, state: Any, params: Any = None) -> Any:
+            require_params("weight_decay", params)
             new: Any
             new, state = decay.update(updates, state, params)
+            if all(x is True for x in decays.values()):
+                return new, state
             return {n: jnp.where(decays[n], new[n], u) for n, u in updates.items()}, state
 
         return optax.GradientTransformation(decay.init, update)

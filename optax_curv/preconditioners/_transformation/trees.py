@@ -47,7 +47,7 @@ def require_parameters(method: str, params: Any, *, complex_leaves: bool = False
     """Refuses parameters that are no arrays of floating-point numbers, by name and with advice."""
     kind = jnp.inexact if complex_leaves else jnp.floating
     for path, leaf in jax.tree.leaves_with_path(params):
-        if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
+        if getattr(leaf, "dtype", None) is None and not isinstance(leaf, int | float | complex):
             raise ValueError(
                 f"{method}: expected a tree of arrays, got {type(leaf).__name__} at "
                 f"{path_of(path)}. {advice_on_modules(params)}"
@@ -65,6 +65,7 @@ def advice_on_modules(params: Any) -> str:
     """Says what to pass in the place of another library's module; empty for other trees."""
     modules = {
         "equinox": ("Module", "eqx.filter(model, eqx.is_inexact_array) or eqx.partition"),
+        "flax.linen": ("Module", 'the parameters, model.init(key, x)["params"]'),
         "flax.nnx": ("Module", "nnx.state(model, nnx.Param), or use nnx.Optimizer"),
     }
     for library, (name, advice) in modules.items():
