@@ -88,8 +88,9 @@ def scale_by_kron_psgd(
       with ρ of 1024 roundings, which bounds P by 1/σ. The noise itself would turn Q.
     - T2, and N with it, counts rows of the leaf in which g is above ρ rms g. Where a row has none,
       P may grow to twice what it is where there is one, and the row gets no step.
-    - While ℓ exceeds 4 L, or ‖P g‖² four times its expectation, the step is repeated with 1/2ℓ for
-      μ/L, on the axis along which P is largest for this gradient beside what it usually is.
+    - While ℓ exceeds 4 L, or ‖P g‖² four times its expectation, the step is repeated on the axis
+      along which P is largest for this gradient beside what it usually is, with (1 - e^(-1/4)) / ℓ
+      for μ/L, e being the excess, but at most 1/2ℓ.
 
     "right_triangular" is the rule of the original implementation, for parity: the probe is g
     itself, S = sym((A - B)(A + B)ᵀ), Q ← Q - μ Q triu(S)/(‖S‖_F + eps), and matrices become Q_LᵀQ_L

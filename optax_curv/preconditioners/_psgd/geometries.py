@@ -35,8 +35,8 @@ Factors = tuple[Factor, ...]
 PIVOT_FLOOR = 1e-12  # the original's: a smaller pivot of a triangular solve makes that entry zero
 ROTATION_LIMIT = 0.1  # largest ‖aR‖₂ of a Procrustes step: its Taylor error is below 1/3000
 SILENT = 2.0  # how many times P may be larger where a row has no gradient than where others do
-# A step is repeated, at half its length, while ℓ exceeds the running L, or the mean square of the
-# whitened signal one, this many times: twice the size is what `max_rms` lets through, too.
+# A step is repeated, for as much as that is too large, while ℓ exceeds the running L, or the mean
+# square of the whitened signal one, this many times: `max_rms` lets twice the size through, too.
 JUMP = 4.0
 
 
@@ -260,6 +260,11 @@ def _trace(a: Factor) -> jax.Array:
     return jnp.sum(a.vector if isinstance(a, Diagonal) else jnp.diagonal(a.matrix)).real
 
 
+def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The ratio a / b, and 0 where b is not above 0."""
+    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
+
+
 def _reach(t1: Factor, applied: Factor) -> jax.Array:
     """How many times the usual P of an axis is that along what it whitens now.
 
@@ -338,20 +343,21 @@ def move_factors(
             t2 = second_moment(functools.reduce(jnp.multiply, seen, b), axis, q)
         if geometry == "qep":  # Uᵢ(QᵢX) = Qᵢ Uᵢ(X) Qᵢᴴ
             t1, t2 = (q.compose(t).compose(q.adjoint()) for t in (t1, t2))
-        beyond.append(_trace(t1) > JUMP * _trace(t2))
+        beyond.append(_ratio(_trace(t1), JUMP * _trace(t2)))
         reaches.append(_reach(t1, applied[axis]))
         differences.append(_plus(t1, -1, t2))
         found.append(_norm_bound(_plus(t1, 1, t2)))
     bounds = jnp.stack(found)
     moves = moves & sizes.exists
-    grown = (bounds > JUMP * lipschitz) & (lipschitz > 0)
+    excess = jnp.max(jnp.stack([*beyond, *_ratio(bounds, JUMP * lipschitz)]))
     running = jnp.maximum(lipschitz_decay * lipschitz + (1 - lipschitz_decay) * bounds, bounds)
     tiny = jnp.finfo(bounds.dtype).tiny
     usual = jnp.where(moves, rate, 0) / jnp.maximum(running, tiny)
-    jumped = moves & (jnp.any(grown) | jnp.any(jnp.stack(beyond)))
+    jumped = moves & (excess > 1)
     blamed = jnp.arange(len(factors)) == jnp.nanargmax(jnp.stack(reaches))
-    halving = jnp.where(blamed, 0.5 / jnp.maximum(bounds, tiny), 0)
-    steps = jnp.where(jumped, halving, usual)
+    # The excess goes with the fourth power of Q, of which a step takes this share at most half.
+    share = jnp.minimum(0.5, 1 - 0.95 * jnp.maximum(excess, 1) ** -0.25)
+    steps = jnp.where(jumped, jnp.where(blamed, share / jnp.maximum(bounds, tiny), 0), usual)
     rows = zip(factors, differences, steps, strict=True)
     moved = tuple(MOVES[geometry](q, d, step) for q, d, step in rows)
     return Moved(moved, jnp.where(moves & ~jumped, running, lipschitz), jumped)

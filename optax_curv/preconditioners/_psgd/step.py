@@ -23,7 +23,7 @@ from optax_curv.preconditioners._transformation.soundness import is_finite, kept
 BALANCE_PROBABILITY = 0.01  # as in psgd_torch: the factors' scales drift slowly apart
 CHUNK = 2**17  # entries: 0.5 MiB of float32; a step holds several such arrays in a core's cache
 WORD = 32  # bits
-REPEATS = 64  # of a step at most; each takes a quarter of the P that is too large
+REPEATS = 64  # of a step at most; each takes three quarters of the P that is too large
 
 
 class Numbers(NamedTuple):
