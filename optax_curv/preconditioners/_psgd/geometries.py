@@ -304,6 +304,7 @@ def move_factors(
     v: jax.Array | None,
     *,
     moves: jax.Array,
+    usual: jax.Array,
     rate: jax.Array,
     damping: jax.Array,
     lipschitz_decay: jax.Array,
@@ -319,6 +320,7 @@ def move_factors(
       v: the probe, or None for whitening without one, whose second moment has the expectation (N/d)
         I.
       moves: whether this tensor takes a step at all, bool [].
+      usual: whether it may be a usual one, and not only one that takes back what P is too large.
       rate: μ.
       damping: P stays below 1/damping.
       lipschitz_decay: β.
@@ -352,15 +354,15 @@ def move_factors(
     excess = jnp.max(jnp.stack([*beyond, *_ratio(bounds, JUMP * lipschitz)]))
     running = jnp.maximum(lipschitz_decay * lipschitz + (1 - lipschitz_decay) * bounds, bounds)
     tiny = jnp.finfo(bounds.dtype).tiny
-    usual = jnp.where(moves, rate, 0) / jnp.maximum(running, tiny)
+    ordinary = jnp.where(moves & usual, rate, 0) / jnp.maximum(running, tiny)
     jumped = moves & (excess > 1)
     blamed = jnp.arange(len(factors)) == jnp.nanargmax(jnp.stack(reaches))
     # The excess goes with the fourth power of Q, of which a step takes this share at most half.
     share = jnp.minimum(0.5, 1 - 0.95 * jnp.maximum(excess, 1) ** -0.25)
-    steps = jnp.where(jumped, jnp.where(blamed, share / jnp.maximum(bounds, tiny), 0), usual)
+    steps = jnp.where(jumped, jnp.where(blamed, share / jnp.maximum(bounds, tiny), 0), ordinary)
     rows = zip(factors, differences, steps, strict=True)
     moved = tuple(MOVES[geometry](q, d, step) for q, d, step in rows)
-    return Moved(moved, jnp.where(moves & ~jumped, running, lipschitz), jumped)
+    return Moved(moved, jnp.where(moves & usual & ~jumped, running, lipschitz), jumped)
 
 
 def _given(v: jax.Array | None) -> jax.Array:

@@ -202,16 +202,15 @@ def _moved(
 
     def moved(carry):
         count, again, old = carry
-        new = jax.vmap(lambda *args: move(*args[:-1], moves=args[-1]))(
+        # What has been too large for P moves no factor otherwise, and no bound.
+        new = jax.vmap(lambda *args: move(*args[:-1], moves=args[-1], usual=count == 0))(
             old.factors, applied_by(old), old.lipschitz, signal, probe, again
         )
         kept = new.factors, new.lipschitz
         kept = balance(*kept) if always else jax.lax.cond(now.balances, balance, _as_is, *kept)
-        return (
-            count + 1,
-            again & new.jumped,
-            applied_of(old._replace(factors=kept[0], lipschitz=kept[1])),
-        )
+        factors, lipschitz = kept
+        group = applied_of(old._replace(factors=factors, lipschitz=lipschitz))
+        return count + 1, again & new.jumped, group
 
     def unfinished(carry):
         return (carry[0] < REPEATS) & jnp.any(carry[1])
