@@ -110,6 +110,10 @@ class _Shampoo(LeafRule):
                 f'exponent={self.exponent}; use root="eigh".'
             )
 
+    def diagonal_axes(self, shape):
+        """Which axes of a tensor have diagonal factors."""
+        return moments.diagonal_axes(shape, self.max_dim)
+
     def axes(self, structs):
         """The axes of all stacks but those without numbers."""
         filled = {name: x for name, x in structs.items() if 0 not in x.shape}

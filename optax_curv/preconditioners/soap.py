@@ -85,6 +85,10 @@ class _Soap(LeafRule):
         structural(self.method, **sizes)
         require_numbers(self.method, **sizes, at_least=1, or_none=True)
 
+    def diagonal_axes(self, shape):
+        """Which axes of a tensor have diagonal factors."""
+        return moments.diagonal_axes(shape, self.max_dim)
+
     def axes(self, structs):
         """The axes of all stacks but those without numbers."""
         filled = {name: x for name, x in structs.items() if 0 not in x.shape}

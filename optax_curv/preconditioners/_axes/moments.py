@@ -35,6 +35,11 @@ class Axes(NamedTuple):
         return factor_structs(self.struct, self.diagonal, self.factor_dtype)
 
 
+def diagonal_axes(shape: tuple[int, ...], max_dim: Any) -> tuple[bool, ...]:
+    """Which axes of a tensor have diagonal factors: those of length 1 or above `max_dim`."""
+    return tuple(bool(d == 1 or d > max_dim) for d in shape)
+
+
 def axes_of(
     structs: Mapping[str, jax.ShapeDtypeStruct | jax.Array], max_dim: Any, factor_dtype: Any
 ) -> dict[str, Axes]:
@@ -51,7 +56,7 @@ def axes_of(
     return {
         name: Axes(
             jax.ShapeDtypeStruct(x.shape, x.dtype),
-            tuple(bool(d == 1 or d > max_dim) for d in x.shape[1:]),
+            diagonal_axes(x.shape[1:], max_dim),
             kept(x.dtype),
         )
         for name, x in structs.items()

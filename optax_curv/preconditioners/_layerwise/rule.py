@@ -92,8 +92,9 @@ class LayerRule(StackRule):
         fallback = () if self.fallback is None else self.fallback.init(view, params)
         return self.init_layers(view)._replace(fallback=fallback)
 
-    def with_owners(self, state: Any) -> Any:
+    def with_owners(self, state: Any, split: Mapping[str, int]) -> Any:
         """The state, divided along the first axis of each array that the devices divide."""
+        del split
         return as_kept(state, self.owners)
 
     def update(
@@ -114,7 +115,7 @@ class LayerRule(StackRule):
         step = self.update_layers(view, ours, state, sound, curvature)
         directions = self._clipped(step.directions, ours, state.count)
         directions = {name: u * inverse.get(name, 1) for name, u in directions.items()}
-        kept = self.with_owners(step.state._replace(fallback=None))
+        kept = as_kept(step.state._replace(fallback=None), self.owners)
         fallback = state.fallback
         if self.fallback is not None:
             others, fallback = self.fallback.update(view, others, fallback, params, **extra_args)

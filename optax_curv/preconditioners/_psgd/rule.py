@@ -108,7 +108,7 @@ class KronRule(LeafRule, PsgdOptions):
             short = jnp.dtype(self.precond_dtype)
             dtypes[name] = jnp.promote_types(struct.dtype, short)
             kept = short if struct.dtype == jnp.float32 else dtypes[name]
-            diagonal = self._diagonal_axes(struct.shape[1:])
+            diagonal = self.diagonal_axes(struct.shape[1:])
             structs_of_axes: Any = factor_structs(struct, diagonal, kept)
             factors[name] = tuple(
                 Diagonal(x) if is_diagonal else Dense(x)
@@ -116,10 +116,10 @@ class KronRule(LeafRule, PsgdOptions):
             )
         return _Layout(dtypes, factors)
 
-    def _diagonal_axes(self, shape: tuple[int, ...]) -> tuple[bool, ...]:
+    def diagonal_axes(self, shape: tuple[int, ...]) -> tuple[bool, ...]:
         """Which axes of a tensor have diagonal factors."""
         if self.geometry == "right_triangular":
-            return (False, False)
+            return (False,) * len(shape)
         limit = self.max_skew * math.prod(shape)
         return tuple(bool(d == 1 or d > self.max_dense_dim or d * d > limit) for d in shape)
 

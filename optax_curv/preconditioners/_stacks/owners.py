@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from optax_curv.linalg._compiler import compiled_once
 
 OPEN = PartitionSpec.UNCONSTRAINED
+LONG = 16  # entries of an axis for each device, from which on a few tensors are split along it
 EXPLICIT = AxisType.Explicit
 
 
@@ -54,14 +55,30 @@ class Owners(NamedTuple):
         rows = struct.shape[0] + -struct.shape[0] % self.size
         return jax.ShapeDtypeStruct((rows, *struct.shape[1:]), struct.dtype)
 
-    def sent(self, stacks: Any) -> Any:
-        """The rows of stacks [N, …] with their owners, and rows of zeros so that all have some."""
+    def splits(self, shape: tuple[int, ...], diagonal: tuple[bool, ...]) -> int | None:
+        """The axis of a stack [N, *shape] along which it is divided in the place of its rows.
+
+        It is the longest one of fewer matrices or tensors than there are devices, where its factor
+        is a diagonal and it is long: an embedding, or an output layer.
+        """
+        axis = max(range(1, len(shape)), key=shape.__getitem__, default=0)
+        few = len(shape) > 2 and shape[0] < self.size
+        long = few and diagonal[axis - 1] and shape[axis] >= LONG * self.size
+        return axis if long else None
+
+    def sent(self, stacks: Any, axis: int = 0) -> Any:
+        """The rows of stacks [N, …] with their owners, and rows of zeros so that all have some.
+
+        Along another axis than that of the rows they are divided as they are.
+        """
 
         def of_array(x: jax.Array) -> jax.Array:
-            travels = self._filled(self._as_it_travels(x))
+            # Left to XLA, the gradients themselves would be put together at their owners.
+            travels = self._divided_over(self._as_it_travels(x), (), OPEN, axis)
+            travels = travels if axis else self._filled(travels)
             for count in range(1, len(self.axes)):
-                travels = self._divided_over(travels, self.axes[:count], OPEN)
-            return self._divided_over(travels, self.axes, None).astype(x.dtype)
+                travels = self._divided_over(travels, self.axes[:count], OPEN, axis)
+            return self._divided_over(travels, self.axes, None, axis).astype(x.dtype)
 
         return jax.tree.map(of_array, stacks)
 
@@ -75,13 +92,11 @@ class Owners(NamedTuple):
 
         return jax.tree.map(of_array, stacks)
 
-    def returned(self, stacks: Any, like: Any) -> Any:
-        """The rows of stacks as `like`, [N, …], is sharded."""
+    def returned(self, stacks: Any, like: Any, axis: int = 0) -> Any:
+        """The stacks as `like`, [N, …], is sharded."""
 
         def of_array(x: jax.Array, like: jax.Array) -> jax.Array:
-            travels = self._as_it_travels(x)
-            for count in reversed(range(len(self.axes))):
-                travels = self._divided_over(travels, self.axes[:count], OPEN)
+            travels = self._back(self._as_it_travels(x), axis)
             found: Any = shard_alike(like, travels[: len(like)].astype(like.dtype))
             return found[1]
 
@@ -105,13 +120,35 @@ class Owners(NamedTuple):
 
         return jax.tree.map(of_part, self._specs(state), state, is_leaf=_is_spec)
 
+    def placed_along(self, state: Any, axes: dict[str, int], within: bool = False) -> Any:
+        """A state of stacks that are split along axes, see `splits`.
+
+        Its dicts keep what has such an axis beside others, as moments have, divided: `within` a
+        step along that axis, else along the first one that the devices divide. All else is whole.
+        """
+
+        def of_array(x: jax.Array, axis: int) -> jax.Array:
+            is_factor = x.ndim < 3 or x.shape[-1] in (x.shape[-2], x.shape[-2] + 1)
+            if is_factor:
+                return _constrained(x, self._whole())
+            return self.sent(x, axis) if within else as_kept(self._back(x, axis), self)
+
+        def of_field(field: Any) -> Any:
+            if not _is_by_stack(field):
+                return field
+            return {
+                n: jax.tree.map(lambda x, a=axes[n]: of_array(x, a), y) for n, y in field.items()
+            }
+
+        return state._replace(**{n: of_field(x) for n, x in state._asdict().items()})
+
     def placed_like(self, state: Any, *trees: Any) -> Any:
         """A state of Optax's, whose leaves are sharded as the leaves of trees that they belong to.
 
         They belong to a leaf of their shape whose path ends theirs. All others are whole.
         """
         leaves = [pair for tree in trees for pair in jax.tree.leaves_with_path(tree)]
-        whole = NamedSharding(self.here(), PartitionSpec())
+        whole = self._whole()
 
         def of_leaf(path: Any, x: jax.Array) -> jax.Array:
             for own, leaf in leaves:
@@ -121,6 +158,9 @@ class Owners(NamedTuple):
             return _constrained(x, whole)
 
         return jax.tree.map_with_path(of_leaf, state)
+
+    def _whole(self) -> NamedSharding:
+        return NamedSharding(self.here(), PartitionSpec())
 
     def _specs(self, tree: Any) -> Any:
         def of_part(x: Any) -> PartitionSpec:
@@ -149,6 +189,13 @@ class Owners(NamedTuple):
             )
         return context
 
+    def _back(self, x: jax.Array, axis: int) -> jax.Array:
+        """What is divided along an axis, one mesh axis after the other taken off it."""
+        x = self._divided_over(x, self.axes, None, axis)
+        for count in reversed(range(len(self.axes))):
+            x = self._divided_over(x, self.axes[:count], OPEN, axis)
+        return x
+
     def _filled(self, x: jax.Array) -> jax.Array:
         return jnp.pad(x, [(0, -len(x) % self.size)] + [(0, 0)] * (x.ndim - 1))
 
@@ -156,8 +203,10 @@ class Owners(NamedTuple):
         real = jnp.issubdtype(x.dtype, jnp.floating)
         return x.astype(self.transport_dtype) if real and self.transport_dtype else x
 
-    def _divided_over(self, x: jax.Array, axes: tuple[str, ...], others: Any) -> jax.Array:
-        spec = PartitionSpec(axes or None, *[others] * (x.ndim - 1))
+    def _divided_over(
+        self, x: jax.Array, axes: tuple[str, ...], others: Any, axis: int = 0
+    ) -> jax.Array:
+        spec = PartitionSpec(*(axes or None if i == axis else others for i in range(x.ndim)))
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.here(), spec))
 
 

@@ -124,6 +124,10 @@ class StackRule(Rule):
         del structs, state
         return {}
 
+    def diagonal_axes(self, shape: tuple[int, ...]) -> tuple[bool, ...]:
+        """Which axes of a tensor have a diagonal factor."""
+        return (False,) * len(shape)
+
     def anywhere(self, flag: jax.Array) -> jax.Array:
         """Whether `flag`, a bool [] of one device's rows, is true on any device."""
         return flag if self.owners is None else self.owners.anywhere(flag)
@@ -137,7 +141,9 @@ class StackRule(Rule):
         blocks = self._blocks({n: stack.struct for n, stack in view.of_kind(is_ours).items()})
         structs = {name: blocks.struct(name) for name in blocks.places}
         if self.owners is not None:
-            structs = {name: self.owners.filled_struct(x) for name, x in structs.items()}
+            split = self._split(structs)
+            filled = self.owners.filled_struct
+            structs = {n: x if n in split else filled(x) for n, x in structs.items()}
         state = self.init_stacks(structs)
         if self.fallback is not None:
             state = state._replace(fallback=self.fallback.init(view, params))
@@ -173,11 +179,25 @@ class StackRule(Rule):
         else:
             trees = params, view.take(params)
         fallback, others = owners.placed_like((fallback, others), *trees)
-        return self.with_owners(state._replace(**hidden))._replace(**fallback), others
+        blocks = self._blocks({n: stack.struct for n, stack in view.of_kind(is_ours).items()})
+        split = self._split({name: blocks.struct(name) for name in blocks.places})
+        return self.with_owners(state._replace(**hidden), split)._replace(**fallback), others
 
-    def with_owners(self, state: Any) -> Any:
+    def with_owners(self, state: Any, split: Mapping[str, int]) -> Any:
         """The method's own state, where its rows are kept."""
-        return state if self.owners is None else self.owners.placed(state)
+        assert self.owners is not None
+        rows, parts = (_of_stacks(state, pick, split) for pick in (_without, _alone))
+        return _merged(self.owners.placed(rows), self.owners.placed_along(parts, split))
+
+    def _split(self, structs: Mapping[str, Any]) -> dict[str, int]:
+        """The stacks that are divided along an axis of their tensors, and which."""
+        if self.owners is None:
+            return {}
+        axes = {
+            name: self.owners.splits(x.shape, self.diagonal_axes(x.shape[1:]))
+            for name, x in structs.items()
+        }
+        return {name: axis for name, axis in axes.items() if axis is not None}
 
     def made(self, init: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """Places the arrays of a state as they are made."""
@@ -189,19 +209,80 @@ class StackRule(Rule):
     def _stepped(
         self, tensors: dict[str, jax.Array], state: Any, sound: jax.Array, given: dict[str, Any]
     ) -> Step:
-        """`update_stacks`, of the rows that each device owns."""
+        """`update_stacks`, of the rows that each device owns, and of what is split otherwise."""
         owners = self.owners
         if owners is None:
             return self.update_stacks(tensors, state, sound, **given)
         structs = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in tensors.items()}
+        split, drawn = self._split(structs), self.drawn(structs, state)
         hidden = {"fallback": ()} if self.fallback is not None else {}
+        shown = state._replace(**hidden)
 
         def of_own_rows(tensors, state, sound, given):
             step = self.update_stacks(tensors, state, sound, **given)
             return step._replace(sound=~owners.anywhere(~jnp.asarray(step.sound)))
 
-        given = owners.sent(given) | owners.handed(self.drawn(structs, state))
-        sent = owners.sent(tensors), state._replace(**hidden), sound, given
+        own = _without(tensors, split)
+        trees = {name: owners.sent(_without(x, split)) for name, x in given.items()}
+        trees |= {name: owners.handed(_without(x, split)) for name, x in drawn.items()}
+        sent = owners.sent(own), _of_stacks(shown, _without, split), sound, trees
         step = owners.divided(of_own_rows, sent, Step({}, sent[1], sound))
-        step = step._replace(directions=owners.returned(step.directions, tensors))
+        step = step._replace(directions=owners.returned(step.directions, own))
+        if split:
+            step = _joined(step, self._along(split, tensors, shown, sound, given, drawn))
         return step._replace(state=step.state._replace(**{n: getattr(state, n) for n in hidden}))
+
+    def _along(
+        self,
+        split: dict[str, int],
+        tensors: dict[str, jax.Array],
+        state: Any,
+        sound: jax.Array,
+        given: dict[str, Any],
+        drawn: dict[str, Any],
+    ) -> Step:
+        """The step of stacks that are split along an axis of their tensors, as XLA divides it."""
+        owners: Any = self.owners
+
+        def sent(stacks: Any) -> Any:
+            return {name: owners.sent(stacks[name], axis) for name, axis in split.items()}
+
+        trees = {name: sent(x) for name, x in given.items()}
+        trees |= {name: _alone(x, split) for name, x in drawn.items()}
+        alone = dataclasses.replace(self, owners=None)
+        parts = owners.placed_along(_of_stacks(state, _alone, split), split, within=True)
+        step = alone.update_stacks(sent(tensors), parts, sound, **trees)
+        directions = {
+            name: owners.returned(step.directions[name], tensors[name], axis)
+            for name, axis in split.items()
+        }
+        state = owners.placed_along(step.state, split)
+        return step._replace(directions=directions, state=state)
+
+
+def _without(stacks: dict[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
+    """The stacks but those of these names."""
+    return {name: x for name, x in stacks.items() if name not in names}
+
+
+def _alone(stacks: dict[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
+    """The stacks of these names."""
+    return {name: x for name, x in stacks.items() if name in names}
+
+
+def _of_stacks(state: Any, pick: Callable, names: Mapping[str, Any]) -> Any:
+    """A state with a part of its stacks."""
+    fields = {n: x for n, x in state._asdict().items() if isinstance(x, dict)}
+    return state._replace(**{name: pick(x, names) for name, x in fields.items()})
+
+
+def _merged(state: Any, more: Any) -> Any:
+    """A state with the stacks of another one besides."""
+    fields = {n: x for n, x in state._asdict().items() if isinstance(x, dict)}
+    return state._replace(**{name: x | getattr(more, name) for name, x in fields.items()})
+
+
+def _joined(step: Step, more: Step) -> Step:
+    """A step with that of other stacks."""
+    sound = jnp.asarray(step.sound) & more.sound
+    return Step({**step.directions, **more.directions}, _merged(step.state, more.state), sound)
