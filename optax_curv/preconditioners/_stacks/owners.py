@@ -9,7 +9,7 @@ give directions the sharding of their gradients.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from optax_curv.linalg._compiler import compiled_once
 
 OPEN = PartitionSpec.UNCONSTRAINED
+FEW = 8  # devices for each of a few tensors
 LONG = 16  # entries of an axis for each device, from which on a few tensors are split along it
 EXPLICIT = AxisType.Explicit
 
@@ -58,11 +59,11 @@ class Owners(NamedTuple):
     def splits(self, shape: tuple[int, ...], diagonal: tuple[bool, ...]) -> int | None:
         """The axis of a stack [N, *shape] along which it is divided in the place of its rows.
 
-        It is the longest one of fewer matrices or tensors than there are devices, where its factor
-        is a diagonal and it is long: an embedding, or an output layer.
+        It is the longest one where its factor is a diagonal and it is long, of so few tensors that
+        most devices would own none: an embedding, or an output layer.
         """
         axis = max(range(1, len(shape)), key=shape.__getitem__, default=0)
-        few = len(shape) > 2 and shape[0] < self.size
+        few = len(shape) > 2 and FEW * shape[0] <= self.size
         long = few and diagonal[axis - 1] and shape[axis] >= LONG * self.size
         return axis if long else None
 
@@ -120,7 +121,7 @@ class Owners(NamedTuple):
 
         return jax.tree.map(of_part, self._specs(state), state, is_leaf=_is_spec)
 
-    def placed_along(self, state: Any, axes: dict[str, int], within: bool = False) -> Any:
+    def placed_along(self, state: Any, axes: Mapping[str, int], within: bool = False) -> Any:
         """A state of stacks that are split along axes, see `splits`.
 
         Its dicts keep what has such an axis beside others, as moments have, divided: `within` a
@@ -190,7 +191,7 @@ class Owners(NamedTuple):
         return context
 
     def _back(self, x: jax.Array, axis: int) -> jax.Array:
-        """What is divided along an axis, one mesh axis after the other taken off it."""
+        """The array divided along an axis, one mesh axis after the other taken off it."""
         x = self._divided_over(x, self.axes, None, axis)
         for count in reversed(range(len(self.axes))):
             x = self._divided_over(x, self.axes[:count], OPEN, axis)

@@ -318,5 +318,6 @@ def _require_state(method: str, state: Any, expected: Any):
             f"{method}: the state does not fit the gradients: at {path} it has shape "
             f"{given.get(path, 'nothing')}, expected {wanted.get(path, 'nothing')} "
             f"({len(differing)} such places). Make it with init from parameters of the gradients' "
-            "tree and shapes, by a transformation with the same options."
+            "tree and shapes, by a transformation with the same options; with sharding= it has "
+            "rows for its own number of devices."
         )
