@@ -13,6 +13,7 @@ from optax_curv.curvature import (
     EigenbasisMoments as EigenbasisMoments,
     FactorRows as FactorRows,
     KroneckerFactors as KroneckerFactors,
+    MadeKernelStatistic as MadeKernelStatistic,
     RawSamples as RawSamples,
     SplitRows as SplitRows,
 )

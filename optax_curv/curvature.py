@@ -1,6 +1,6 @@
 """The statistics of a layer's curvature, and Kronecker factors made of a layer's rows."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +17,18 @@ class KroneckerFactors(NamedTuple):
       input_factor: A = E[a aᵀ], float [*stack, in, in], or its diagonal [*stack, in] (embeddings).
       output_factor: G = E[g gᵀ], float [*stack, out, out], or its diagonal [*stack, out].
       count: number of batches averaged so far, int32 [].
-      slope: for layers with `made`, the derivative of the made kernel by the leaf, entry by entry,
-        in the leaf's shape; None for others.
     """
 
     input_factor: jax.Array
     output_factor: jax.Array
     count: jax.Array  # type: ignore[override]
-    slope: jax.Array | None = None
 
 
 class EigenbasisMoments(NamedTuple):
     """Kronecker factors, and second moments of the gradient in a given eigenbasis (EKFAC).
 
     Attributes:
-      input_factor, output_factor, count, slope: as in `KroneckerFactors`.
+      input_factor, output_factor, count: as in `KroneckerFactors`.
       moments: E[(U_Aᵀ a gᵀ U_G)²], float [*stack, rows, out].
     """
 
@@ -39,7 +36,6 @@ class EigenbasisMoments(NamedTuple):
     output_factor: jax.Array
     count: jax.Array  # type: ignore[override]
     moments: jax.Array
-    slope: jax.Array | None = None
 
 
 class RawSamples(NamedTuple):
@@ -48,13 +44,10 @@ class RawSamples(NamedTuple):
     Attributes:
       inputs: a, [*stack, R, in] with the bias's coordinate; integer [*stack, R] for an embedding.
       output_grads: g, gradients of one example's own loss, [*stack, R, out].
-      slope: as in `KroneckerFactors`. The rows of a made kernel sum to its own gradient; times the
-        slope that is the leaf's.
     """
 
     inputs: jax.Array
     output_grads: jax.Array
-    slope: jax.Array | None = None
 
 
 class FactorRows(NamedTuple):
@@ -64,13 +57,31 @@ class FactorRows(NamedTuple):
       inputs: as in `RawSamples`.
       output_grads: g, gradients of the loss of the batch, [*stack, R, out].
       weights: (w_A, w_G), float [2].
-      slope: as in `KroneckerFactors`.
     """
 
     inputs: jax.Array
     output_grads: jax.Array
     weights: jax.Array
-    slope: jax.Array | None = None
+
+
+class MadeKernelStatistic(NamedTuple):
+    """The statistic of a layer whose kernel is made of a leaf entry by entry (`Layer.made`).
+
+    What the statistic has can be read here, too: `input_factor`, `inputs` and so on.
+
+    Attributes:
+      statistic: of the made kernel f(w), one of the types that layers have. Its rows sum to the
+        gradient of f(w), which times the slope is the leaf's.
+      slope: ∂f(w) / ∂w entry by entry, in the shape of the leaf w.
+    """
+
+    statistic: Any
+    slope: jax.Array
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.statistic, name)
 
 
 class SplitRows(NamedTuple):

@@ -66,8 +66,9 @@ class Layer:
       bias_axes: the axes of the bias leaf in the order stack, outputs; None: they lie so.
       rows: rows (examples times positions) seen in one use; 0: not counted.
       made: whether the kernel that meets the input is made of the leaf entry by entry, as
-        ``w * mask`` or ``softplus(w)``; its statistics then have the `slope` c of the making, and
-        methods precondition the gradient by the made kernel, ∇ / c, and take u / c for the leaf.
+        ``w * mask`` or ``softplus(w)``; a `MadeKernelStatistic` then has the slope c of the making,
+        and methods precondition the gradient by the made kernel, ∇ / c, and take u / c for the
+        leaf.
     """
 
     name: str

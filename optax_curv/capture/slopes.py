@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from optax_curv.capture._graph.jaxpr import varying_like
 from optax_curv.capture._graph.replay import Tap, run_with_taps
 from optax_curv.capture._graph.trace import Trace
+from optax_curv.curvature import MadeKernelStatistic
 from optax_curv.layers import Layers, slope_matrix
 
 
@@ -69,5 +70,5 @@ def with_slopes(
             factor = slope_matrix(layers[name], slope)
             curvature[name] = statistic * jnp.square(factor).astype(statistic.dtype)
         else:
-            curvature[name] = statistic._replace(slope=slope)
+            curvature[name] = MadeKernelStatistic(statistic, slope)
     return curvature

@@ -105,7 +105,7 @@ class Eigenbasis(Kronecker):
 
     def finish(self, sums: Arrays) -> Any:
         """Returns factors and moments."""
-        a, g, count, _ = super().finish(sums)
+        a, g, count = super().finish(sums)
         return EigenbasisMoments(a, g, count, sums["moments"])
 
 

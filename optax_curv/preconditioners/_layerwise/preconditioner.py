@@ -10,6 +10,7 @@ from optax_curv.layers import Layers
 from optax_curv.preconditioners._layerwise.blocks import Blocks, precondition
 from optax_curv.preconditioners._layerwise.factors import LayerFactors, mean_eigenvalue
 from optax_curv.preconditioners._layerwise.members import present_layers
+from optax_curv.preconditioners._layerwise.statistics import of_kernels
 from optax_curv.preconditioners._layerwise.view import LayerStacks, averaged_of
 from optax_curv.typing import Schedulable
 
@@ -42,7 +43,7 @@ def layer_preconditioner(
       damping: λ.
     """
     new, _, sound = averaged_of(
-        view, factors, count, curvature, decay, STATISTIC_BOUND, jnp.bool_(True)
+        view, factors, count, of_kernels(curvature), decay, STATISTIC_BOUND, jnp.bool_(True)
     )
     inverses, _ = Blocks(view, new, damping, "pi").invert("cholesky")
     mean = mean_eigenvalue(new) + damping

@@ -12,7 +12,7 @@ from optax_curv.layers import Layers
 from optax_curv.linalg._compiler import FULL
 from optax_curv.preconditioners._layerwise.factors import Averaging, LayerFactors
 from optax_curv.preconditioners._layerwise.members import present_layers
-from optax_curv.preconditioners._layerwise.statistics import require_curvature
+from optax_curv.preconditioners._layerwise.statistics import of_kernels, require_curvature
 from optax_curv.preconditioners._layerwise.view import LayerStacks, averaged_of
 from optax_curv.preconditioners._stacks.owners import as_kept
 from optax_curv.preconditioners._stacks.rule import Fallback, StackRule
@@ -112,7 +112,7 @@ class LayerRule(StackRule):
         inverse = view.inverse_slopes(curvature)
         ours = {name: grads[name] * inverse.get(name, 1) for name in view.layers}
         others = {name: g for name, g in grads.items() if name not in ours}
-        step = self.update_layers(view, ours, state, sound, curvature)
+        step = self.update_layers(view, ours, state, sound, of_kernels(curvature))
         directions = self._clipped(step.directions, ours, state.count)
         directions = {name: u * inverse.get(name, 1) for name, u in directions.items()}
         kept = as_kept(step.state._replace(fallback=None), self.owners)

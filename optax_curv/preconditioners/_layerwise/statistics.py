@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_curv.curvature import FactorRows, factors_of_rows
+from optax_curv.curvature import FactorRows, MadeKernelStatistic, factors_of_rows
 from optax_curv.layers import Layers
 from optax_curv.preconditioners._layerwise.members import PresentLayer
 
@@ -29,6 +29,14 @@ def require_curvature(method: str, layers: Layers, curvature: Any) -> Mapping[st
             "Make it with optax_curv.value_grad_and_curvature from the same layers."
         )
     return curvature
+
+
+def of_kernels(curvature: Mapping[str, Any]) -> dict[str, Any]:
+    """The statistics of the kernels that meet the inputs, made ones without their slopes."""
+    return {
+        name: x.statistic if isinstance(x, MadeKernelStatistic) else x
+        for name, x in curvature.items()
+    }
 
 
 def has_rows(curvature: Mapping[str, Any]) -> bool:
