@@ -9,6 +9,8 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 from conformance import adapters, problems, regression
 from conformance.problems import SHAPES as SHAPES
@@ -169,7 +171,9 @@ def _levenberg_marquardt(problem, **numbers):
     tx = optax_curv.levenberg_marquardt(momentum=0.5, **numbers)
 
     def update(updates, state, params=None, **extra_args):
-        rows = {name: rows for name, rows in extra_args["branches"].items() if name in updates}
+        rows: Any = jax.tree.map(lambda g: jnp.stack([g, -0.5 * g, 2 * g]), updates)
+        if isinstance(updates, dict):
+            rows = {name: x for name, x in extra_args["branches"].items() if name in updates}
         loss = lambda p: optax.tree.norm(p, squared=True)  # noqa: E731
         return tx.update(updates, state, params, branches=rows, value=1e9, value_fn=loss)
 
