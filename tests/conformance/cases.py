@@ -733,3 +733,10 @@ IGNORED: dict[str, dict[str, Reason]] = {
     "scale_by_gauss_newton": OF_GAUSS_NEWTON,
     "gauss_newton": OF_GAUSS_NEWTON,
 }
+
+# With which owners of rows are compared with one device.
+OWNED = {
+    "shampoo": {"learning_rate": 0.1, "root_every": 2},
+    "soap": {"learning_rate": 0.1, "eps": 1.0},
+    "scale_by_kron_psgd": {"b1": 0.9, "update_probability": 0.5, "block_size": 5},
+}

@@ -205,13 +205,6 @@ def measure_division():
         report("sharding", name, sum(moved))
 
 
-OWNED = {
-    "shampoo": {"learning_rate": 0.1, "root_every": 2},
-    "soap": {"learning_rate": 0.1, "eps": 1.0},
-    "scale_by_kron_psgd": {"b1": 0.9, "update_probability": 0.5, "block_size": 5},
-}
-
-
 def compare_owners():
     """Three steps of rows that are owned, against one device in float64; and the compiled step."""
     jax.config.update("jax_enable_x64", True)
@@ -221,7 +214,7 @@ def compare_owners():
     specs |= {"v": P(None, ("data", "model")), "b": P(("data", "model"))}
     placed = {name: NamedSharding(MESH, spec) for name, spec in specs.items()}
     params, *grads = ({x: rng.normal(size=s) for x, s in shapes.items()} for _ in range(4))
-    for name, options in OWNED.items():
+    for name, options in cases.OWNED.items():
         results = []
         for place, sharding in ((None, None), (placed, MESH)):
             tx = getattr(optax_curv, name)(**options, sharding=sharding)

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 from conformance import cases
-from conformance.many_devices import OWNED
 
 SAME = 1e-6  # relative to the largest entry of a leaf, in float32
 EXACT = 1e-12  # in float64
 DIVIDED = 1 / 4  # of one device's FLOPs, at eight devices
+OWNED = cases.OWNED
 COMPARED = [x for x, case in cases.CASES.items() if not isinstance(case.devices, str)]
 DIVIDING = [x for x, case in cases.CASES.items() if case.divides]
 TESTS = pathlib.Path(__file__).parent.parent
