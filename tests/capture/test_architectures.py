@@ -102,13 +102,20 @@ def test_architecture(x64, name):
 
 def assert_factors(layer, measured, a, g, matrix, rounding):
     """Both sharings' factors from rows and gradients of single examples [N, *stack, R, ·]."""
-    expand, reduce = measured["expand"][2][layer.name], measured["reduce"][layer.name]
+    twice, expand, reduce, made = (
+        getattr(x[layer.name], "statistic", x[layer.name])
+        for x in (
+            measured["twice"],
+            measured["expand"][2],
+            measured["reduce"],
+            measured["rows"],
+        )
+    )
     assert (expand.input_factor.shape, expand.output_factor.shape) == layer.factor_shapes
-    for found, factor in zip(measured["twice"][layer.name][:2], expand[:2], strict=True):
+    for found, factor in zip(twice[:2], expand[:2], strict=True):
         assert_equal_up_to_rounding(
             found, factor, f"{layer.name}: the batch given twice", max(rounding, TWICE)
         )
-    made = measured["rows"][layer.name]
     made = made[:2] if layer.kind in ELEMENTWISE else factors_of_rows(made, layer)
     for found, factor in zip(made, expand[:2], strict=True):
         assert_equal_up_to_rounding(found, factor, f"factors of the rows of {layer.name}", rounding)
