@@ -339,7 +339,7 @@ ALIASES = {
         complex=True,
         inject=FIRST,
         fault=_kron_fault(),
-        # Whitened steps are as long as the rate: at a constant one they end that far from the minimum.
+        # Whitened steps are as long as the rate, and end that far from the minimum.
         suite=Suite(optax_curv.kron_psgd, {"learning_rate": 5e-3}, True),
         devices=RULE_COMPARED,
         factors=9,
