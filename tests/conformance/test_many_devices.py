@@ -27,7 +27,7 @@ def figures():
     }
     command = [sys.executable, "-W", "error", "-m", "conformance.many_devices"]
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=600, check=False
+        command, env=environment, capture_output=True, text=True, timeout=1200, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line.split() for line in done.stdout.splitlines()]
