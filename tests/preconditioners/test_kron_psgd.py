@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import optax_curv
-from optax_curv.preconditioners._psgd import geometries as kron_geometries
+from optax_curv.linalg import _compiler
 from optax_curv.preconditioners._psgd import step as kron_steps
 
 GEOMETRIES = ("q0.5eq1.5", "eq", "qep", "qeq", "quad", "quad4p")
@@ -547,12 +547,12 @@ def test_an_nnx_optimizer_takes_the_same_steps_as_a_tree():
 
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 def test_a_gram_matrix_by_halves_is_the_product(dtype, x64, monkeypatch):
-    monkeypatch.setattr(kron_geometries, "HALVED_FROM", 4)
+    monkeypatch.setattr(_compiler, "HALVED_FROM", 4)
     parts = np.random.default_rng(0).standard_normal((2, 6, 9))
     x = jnp.asarray(parts[0] + 1j * parts[1] if dtype == "complex128" else parts[0])
-    assert "concatenate" in str(jax.make_jaxpr(kron_geometries.gram)(x))  # it goes by halves
+    assert "concatenate" in str(jax.make_jaxpr(_compiler.gram)(x))  # it goes by halves
     np.testing.assert_allclose(
-        kron_geometries.gram(x), np.asarray(x) @ np.asarray(x).conj().T, rtol=1e-13
+        _compiler.gram(x), np.asarray(x) @ np.asarray(x).conj().T, rtol=1e-13
     )
 
 
