@@ -30,6 +30,10 @@ CHANGED: dict[str, str] = {
     **dict.fromkeys(
         ("shampoo_alias", "soap_alias"), "a tensor is folded to a matrix and no longer Adam's"
     ),
+    **dict.fromkeys(
+        ("shampoo_alias_decays", "soap_alias_decays"),
+        "gradients are held to a multiple of their running norm",
+    ),
     "shampoo_alias_stacked": "a stacked leaf's size is that of each of its matrices",
     "shampoo_alias_bfloat16_leaves": "Adam's moments are float32",
     "kfac_alias": "a step that is not finite no longer moves the parameters by the momentum",
