@@ -12,6 +12,7 @@ from optax_curv.linalg import kron_matvec
 from optax_curv.linalg._checks import widen
 from optax_curv.linalg._compiler import FULL, compiled_once, full_matmul
 from optax_curv.preconditioners._stacks.blocks import factor_structs
+from optax_curv.preconditioners._transformation.leaves import norm_of
 
 SHARED_BEYOND = 10.0  # and below a tenth: sizes of whitened gradients that are no noise
 
@@ -103,9 +104,7 @@ def whitened_moments(
     whitened = kron_matvec(roots, x)
     own = tuple(range(1, x.ndim))
     size = max(1, math.prod(x.shape[1:]))
-    peak = jnp.max(jnp.abs(whitened), axis=own, keepdims=True, initial=0)
-    relative = whitened / jnp.where(peak > 0, peak, 1)
-    omega = peak * jnp.sqrt(jnp.sum(jnp.square(jnp.abs(relative)), axis=own, keepdims=True) / size)
+    omega = jnp.expand_dims(jax.vmap(norm_of)(whitened), own) / math.sqrt(size)
     beyond = omega / jnp.clip(omega, 1 / SHARED_BEYOND, SHARED_BEYOND)
     x = x * jnp.where(omega > 0, beyond, 1) ** (1 / len(own) - 1)
 
