@@ -31,8 +31,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Tree) -> Tree:
       >>> rows = jax.NamedSharding(mesh, jax.P("data"))
       >>> params = {"w": jax.ShapeDtypeStruct((4, 3), jnp.float32, sharding=rows)}
       >>> tx = optax_curv.shampoo(0.02, sharding=mesh)
-      >>> optax_curv.state_shardings(tx, params)[0].momentum["['w']"].spec
-      PartitionSpec('data',)
+      >>> optax_curv.state_shardings(tx, params)[0].momentum["['w']"].mesh.axis_names
+      ('data',)
     """
     init: Any = compiled_once(tx.init)
     return init.lower(params).compile().output_shardings
