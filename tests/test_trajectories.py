@@ -27,12 +27,11 @@ CHANGED: dict[str, str] = {
         ("branch_fisher_alias_decays", "branch_kfac_alias_decays"),
         "a step that is not finite no longer moves the parameters by the decay",
     ),
+    "shampoo_alias": "a tensor is folded to a matrix and no longer Adam's",
+    "shampoo_alias_decays": "gradients are held to a multiple of their running norm",
     **dict.fromkeys(
-        ("shampoo_alias", "soap_alias"), "a tensor is folded to a matrix and no longer Adam's"
-    ),
-    **dict.fromkeys(
-        ("shampoo_alias_decays", "soap_alias_decays"),
-        "gradients are held to a multiple of their running norm",
+        (name for name in trajectories.RUNS if name.startswith("soap")),
+        "the first gradient only sets the bases",
     ),
     "shampoo_alias_stacked": "a stacked leaf's size is that of each of its matrices",
     "shampoo_alias_bfloat16_leaves": "Adam's moments are float32",

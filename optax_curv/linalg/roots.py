@@ -104,7 +104,7 @@ def _inverse_root(a, p, damping, relative, method):
         basis = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
 
         def step(_, basis):
-            return orthogonal_iteration(a, basis)[0]
+            return orthogonal_iteration(a, basis)
 
         basis = jax.lax.fori_loop(0, QR_ITERATIONS, step, basis)
         return hermitian(_power_in_basis(a, basis, -1 / p, damping, relative)[0])
@@ -146,7 +146,7 @@ def factor_roots(
         return relative_power(a, *numbers(a))
 
     def tracked(a, basis):
-        basis, _ = orthogonal_iteration(a, basis.astype(a.dtype))
+        basis = orthogonal_iteration(a, basis.astype(a.dtype))
         return *_power_in_basis(a, basis, *numbers(a), True), basis
 
     def one_by_one(*factors):
@@ -171,24 +171,26 @@ def _zero_padded(a, width):
 
 
 @jax.jit
-def orthogonal_iteration(a: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
+def orthogonal_iteration(a: jax.Array, basis: jax.Array) -> jax.Array:
     """Takes one step Q ← QR(a Q) towards the eigenvectors, the largest eigenvalue first.
+
+    The columns are sorted by qᴴ a q before.
 
     Args:
       a: Hermitian positive semi-definite matrices [*batch, n, n].
       basis: orthonormal columns [*batch, n, n].
 
     Returns:
-      The new basis, and the order [*batch, n] of the old columns in it.
+      The new basis.
     """
     largest = jnp.max(jnp.diagonal(a, axis1=-2, axis2=-1).real, axis=-1, initial=0)[..., None, None]
     image = full_matmul(a / jnp.where(largest > 0, largest, 1), basis)
-    order = _order(image, basis)
-    return lapack.qr(jnp.take_along_axis(image, order[..., None, :], axis=-1))[0], order
+    order = jnp.argsort(-jnp.sum((basis.conj() * image).real, axis=-2), axis=-1)
+    return lapack.qr(jnp.take_along_axis(image, order[..., None, :], axis=-1))[0]
 
 
 @jax.jit
-def eigenvectors(a: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
+def eigenvectors(a: jax.Array, basis: jax.Array) -> jax.Array:
     """Computes the eigenvectors, the largest eigenvalue first, in place of a step towards them.
 
     Args:
@@ -196,16 +198,11 @@ def eigenvectors(a: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
       basis: orthonormal columns [*batch, n, n], kept where no eigenvectors are found.
 
     Returns:
-      The new basis, and the order [*batch, n] of the old columns by their Rayleigh quotients.
+      The new basis.
     """
     vectors = lapack.eigh(a)[1][..., ::-1]
     found = jnp.all(jnp.isfinite(vectors), axis=(-2, -1), keepdims=True)
-    order = jnp.where(found[..., 0], _order(full_matmul(a, basis), basis), jnp.arange(a.shape[-1]))
-    return jnp.where(found, vectors, basis), order
-
-
-def _order(image, basis):
-    return jnp.argsort(-jnp.sum((basis.conj() * image).real, axis=-2), axis=-1)
+    return jnp.where(found, vectors, basis)
 
 
 @functools.partial(jax.jit, static_argnames="relative")

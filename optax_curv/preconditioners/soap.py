@@ -95,7 +95,7 @@ class _Soap(LeafRule):
         return moments.axes_of(filled, self.max_dim, self.precond_dtype)
 
     def init_stacks(self, structs):
-        """Zeros, and bases that are the identity: the first gradient sets everything."""
+        """Zeros, and bases that are the identity: the first gradient sets factors and bases."""
         axes = self.axes(structs)
         shapes = {name: x.struct for name, x in axes.items()}
         real = {name: jnp.finfo(x.dtype).dtype for name, x in shapes.items()}
@@ -121,7 +121,8 @@ class _Soap(LeafRule):
         factors = {
             n: self._averaged(weight, axes[n], x, wide.factors[n]) for n, x in tensors.items()
         }
-        weights = [averages.weight_at(b, state.count, sound) for b in (self.b1, self.b2)]
+        seen = jnp.maximum(state.count - 1, 0)  # gradients in M and V, not the first one
+        weights = [averages.weight_at(b, state.count, sound, seen) for b in (self.b1, self.b2)]
         old = wide.momentum, wide.moments
 
         def taken(bases, averages_there):
@@ -134,14 +135,15 @@ class _Soap(LeafRule):
             return directions, bases, momentum, v
 
         def first():
-            bases, _ = self._of_dense(eigenvectors, axes, factors, wide.bases)
-            return taken(bases, old)
+            # A gradient is diagonal in its own bases: off the diagonal V would be rounding.
+            bases = self._renewed(eigenvectors, axes, factors, wide.bases)
+            return jax.tree.map(jnp.zeros_like, tensors), bases, *old
 
         def refreshed():
             directions, bases, momentum, v = taken(wide.bases, old)
             find = eigenvectors if self.basis == "eigh" else orthogonal_iteration
-            new, orders = self._of_dense(find, axes, factors, bases)
-            turned = {n: _turned(bases[n], new[n], orders[n], momentum[n], v[n]) for n in axes}
+            new = self._renewed(find, axes, factors, bases)
+            turned = {n: _turned(x, bases[n], new[n], momentum[n], v[n]) for n, x in axes.items()}
             momentum, v = ({n: x[i] for n, x in turned.items()} for i in (0, 1))
             return directions, new, momentum, v
 
@@ -175,32 +177,26 @@ class _Soap(LeafRule):
         scale = averages.root_of_moments(v, self.eps)
         return jnp.where(scale > 0, momentum / jnp.where(scale > 0, scale, 1), 0), momentum, v
 
-    def _of_dense(self, find, axes, factors, bases):
-        """(bases with those of dense factors found anew, the order of their columns or None)."""
+    def _renewed(self, find, axes, factors, bases):
+        """The bases, with those of dense factors found anew."""
         places = [(n, i) for n, x in axes.items() for i, d in enumerate(x.diagonal) if not d]
         columns = ([tree[n][i] for n, i in places] for tree in (factors, bases))
-        found = dict(zip(places, _lapack.for_each(find, *columns), strict=True))
-        none = None, None
-        orders = {n: [found.get((n, i), none)[1] for i in range(len(bases[n]))] for n in axes}
-        new = {
+        found = _lapack.for_each(lambda factor, basis: (find(factor, basis),), *columns)
+        found = dict(zip(places, found, strict=True))
+        return {
             n: tuple(
                 q if (n, i) not in found else moments.rounded(found[n, i][0], x.factor_dtype)
                 for i, q in enumerate(bases[n])
             )
             for n, x in axes.items()
         }
-        return new, orders
 
 
-def _turned(old, new, orders, momentum, v):
-    """(the momentum turned into the new bases, the moments in their columns' order) of a stack."""
-    turns = list(new)
-    for axis, order in enumerate(orders):
-        if order is not None:
-            turns[axis] = full_matmul(new[axis].mT.conj(), old[axis])
-            shape = [len(v), *(d if i == axis else 1 for i, d in enumerate(v.shape[1:]))]
-            v = jnp.take_along_axis(v, order.reshape(shape), axis=axis + 1)
-    return kron_matvec(turns, momentum), v
+def _turned(axes, old, new, momentum, v):
+    """The momentum in the new bases, and the moments there as far as their diagonal says."""
+    rows = zip(axes.diagonal, new, old, strict=True)
+    turns = [to if diagonal else full_matmul(to.mT.conj(), base) for diagonal, to, base in rows]
+    return kron_matvec(turns, momentum), kron_matvec([jnp.square(jnp.abs(r)) for r in turns], v)
 
 
 def scale_by_soap(
@@ -226,8 +222,10 @@ def scale_by_soap(
         M ← b1 M + (1 - b1) G',    V ← b2 V + (1 - b2) |G'|²,    u = ⊗Qᵢ · [M / (√V + eps)],
 
     M and V free of the bias of their start. Then Fᵢ ← decay · Fᵢ + (1 - decay) · G₍ᵢ₎G₍ᵢ₎ᴴ, and
-    every `basis_every` steps Qᵢ ← QR(Fᵢ Qᵢ), after the columns (and V with them) have been sorted
-    by qᴴ Fᵢ q. M turns with the basis.
+    every `basis_every` steps Qᵢ ← QR(Fᵢ Qᵢ), after the columns have been sorted by qᴴ Fᵢ q. With
+    Rᵢ = Qᵢ'ᴴ Qᵢ, M ← ⊗Rᵢ · M and V ← ⊗|Rᵢ|² · V, which is V in the new basis as far as a diagonal
+    says, so that √V bounds M there, too. The first gradient only sets the bases, and its update is
+    zero: in its own bases it is diagonal, and all else in V would be rounding.
 
     Args:
       b1: decay of the momentum, in [0, 1]; a number or a schedule.
@@ -277,9 +275,9 @@ def scale_by_soap(
       {'b': (3,), 'w': (4, 3)}
 
     References:
-      Vyas et al. 2024, arXiv:2409.11321, Algorithms 3 and 4. Deviations: their first step only sets
-      the basis; here it is also taken, in the basis of its own factors. They keep M outside the
-      basis, for two products more a step.
+      Vyas et al. 2024, arXiv:2409.11321, Algorithms 3 and 4. Deviations: they keep M outside the
+      basis, for two products more a step; and they sort V with the columns of an old basis without
+      turning it, so that where gradients have one direction M is divided by what V had of rounding.
     """
     rule = _Soap(
         method="scale_by_soap",
@@ -322,7 +320,8 @@ def soap(
     """SOAP for matrices, Adam for the rest, decoupled weight decay and a learning rate.
 
     Matrices receive `scale_by_soap` and, where `rms` is given, `normalize_by_rms(rms)`. What is not
-    a matrix, or what `adam_for` selects, receives Adam.
+    a matrix, or what `adam_for` selects, receives Adam. On the first step matrices only find their
+    bases, and do not move but for their decay.
 
     Args:
       learning_rate: a number or a schedule.

@@ -25,10 +25,15 @@ def running_weight(decay: jax.Array, count: jax.Array) -> jax.Array:
     return jnp.where(plain, 1 / steps, (1 - kept) / (1 - kept**steps))
 
 
-def weight_at(decay: Any, count: jax.Array, sound: jax.Array | bool = True) -> jax.Array:
-    """The weight of this step's value, 0 where the step is unsound; see `running_weight`."""
+def weight_at(
+    decay: Any, count: jax.Array, sound: jax.Array | bool = True, seen: jax.Array | None = None
+) -> jax.Array:
+    """The weight of this step's value, 0 where the step is unsound; see `running_weight`.
+
+    The average is of as many values as there were steps, or of as many as it has `seen`.
+    """
     decay = value_at(decay, count, jnp.result_type(float))
-    return jnp.where(sound, running_weight(decay, count), 0)
+    return jnp.where(sound, running_weight(decay, count if seen is None else seen), 0)
 
 
 def averaged(old: jax.Array, weight: jax.Array, new: jax.Array) -> jax.Array:
