@@ -275,27 +275,32 @@ def _reach(t1: Factor, applied: Factor) -> jax.Array:
     now = jnp.sum((t.conj() * p).real) / _trace(t1)
     times: Any = (lambda x: full_matmul(p, x)) if p.ndim == 2 else (lambda x: p * x)
     x = jnp.asarray(np.random.default_rng(0).standard_normal(p.shape[-1]), p.dtype)
+    bound = _norm_bound(applied)
     for _ in range(2):
-        x = x - times(x) / _norm_bound(applied)
+        x = x - times(x) / bound
     return now * jnp.sum(jnp.square(jnp.abs(x))) / jnp.sum((x.conj() * times(x)).real)
 
 
-class Moved(NamedTuple):
-    """Factors after a step.
+class Seen(NamedTuple):
+    """What one step of the factors of one tensor sees.
 
     Attributes:
-      factors: of each axis.
-      lipschitz: running bounds, [axes].
-      jumped: whether the signal is so far beyond what P has followed that the step is to be
-        repeated, bool [].
+      moments: T1 of each axis.
+      differences: T1 - T2 of each axis.
+      bounds: ℓ, [axes].
+      excess: above 1: so far is the signal beyond what P has followed, and the step takes back what
+        P is too large, and is repeated; [].
+      exists: whether there is a signal, bool [].
     """
 
-    factors: Factors
-    lipschitz: jax.Array
-    jumped: jax.Array
+    moments: Factors
+    differences: Factors
+    bounds: jax.Array
+    excess: jax.Array
+    exists: jax.Array
 
 
-def move_factors(
+def seen(
     geometry: Geometry,
     factors: Factors,
     applied: Factors,
@@ -303,13 +308,9 @@ def move_factors(
     g: jax.Array,
     v: jax.Array | None,
     *,
-    moves: jax.Array,
-    usual: jax.Array,
-    rate: jax.Array,
     damping: jax.Array,
-    lipschitz_decay: jax.Array,
-) -> Moved:
-    """One step of every factor of one tensor.
+) -> Seen:
+    """What a step of the factors of one tensor sees.
 
     Args:
       geometry: a key of `MOVES`.
@@ -319,11 +320,7 @@ def move_factors(
       g: the gradient, or the Hessian-vector product; where it is zero nothing moves.
       v: the probe, or None for whitening without one, whose second moment has the expectation (N/d)
         I.
-      moves: whether this tensor takes a step at all, bool [].
-      usual: whether it may be a usual one, and not only one that takes back what P is too large.
-      rate: μ.
       damping: P stays below 1/damping.
-      lipschitz_decay: β.
     """
     if geometry == "eq":
         a, b = kron_matvec(factors, g), _inverse_adjoint_matvec(factors, _given(v))
@@ -332,7 +329,7 @@ def move_factors(
     sizes = Sizes.of(g)
     noise = jnp.sqrt(jnp.square(damping) + jnp.square(_rounding(g) * sizes.rms))
     present = _present(sizes)
-    differences, found, reaches, beyond = [], [], [], []
+    moments, differences, bounds, beyond = [], [], [], []
     for axis, q in enumerate(factors):
         t1 = _plus(second_moment(a, axis, q), 1, _floor(geometry, factors, applied, axis, noise))
         others = [x for i, x in enumerate(present) if i != axis]
@@ -341,28 +338,59 @@ def move_factors(
             t2 = _scaled(share, type(q).identity((), g.shape[axis], array_of(q).dtype))
             t2 = _within(_growing(present[axis], applied[axis]), t2)
         else:
-            seen = [_along(x, i, g.ndim) for i, x in enumerate(present)]
-            t2 = second_moment(functools.reduce(jnp.multiply, seen, b), axis, q)
+            signals = [_along(x, i, g.ndim) for i, x in enumerate(present)]
+            t2 = second_moment(functools.reduce(jnp.multiply, signals, b), axis, q)
         if geometry == "qep":  # Uᵢ(QᵢX) = Qᵢ Uᵢ(X) Qᵢᴴ
             t1, t2 = (q.compose(t).compose(q.adjoint()) for t in (t1, t2))
         beyond.append(_ratio(_trace(t1), JUMP * _trace(t2)))
-        reaches.append(_reach(t1, applied[axis]))
+        moments.append(t1)
         differences.append(_plus(t1, -1, t2))
-        found.append(_norm_bound(_plus(t1, 1, t2)))
-    bounds = jnp.stack(found)
-    moves = moves & sizes.exists
-    excess = jnp.max(jnp.stack([*beyond, *_ratio(bounds, JUMP * lipschitz)]))
+        bounds.append(_norm_bound(_plus(t1, 1, t2)))
+    found = jnp.stack(bounds)
+    excess = jnp.max(jnp.stack([*beyond, *_ratio(found, JUMP * lipschitz)]))
+    return Seen(tuple(moments), tuple(differences), found, excess, sizes.exists)
+
+
+def blamed(moments: Factors, applied: Factors) -> jax.Array:
+    """The axis whose P is too large by most for what it whitens now, int []."""
+    reaches = [_reach(t1, p) for t1, p in zip(moments, applied, strict=True)]
+    return jnp.nanargmax(jnp.stack(reaches))
+
+
+def move_factors(
+    geometry: Geometry,
+    factors: Factors,
+    lipschitz: jax.Array,
+    what: Seen,
+    axis: jax.Array,
+    *,
+    jumped: jax.Array,
+    usual: jax.Array,
+    rate: jax.Array,
+    lipschitz_decay: jax.Array,
+) -> tuple[Factors, jax.Array]:
+    """(factors, running bounds) of one tensor after one step.
+
+    Args:
+      geometry: a key of `MOVES`.
+      factors: one for each axis.
+      lipschitz: running bounds L, real [axes].
+      what: the step sees.
+      axis: the one that a repeated step moves.
+      jumped: whether the step is one of those, bool [].
+      usual: whether it is a usual one, bool []; where it is neither nothing moves.
+      rate: μ.
+      lipschitz_decay: β.
+    """
+    bounds, tiny = what.bounds, jnp.finfo(what.bounds.dtype).tiny
     running = jnp.maximum(lipschitz_decay * lipschitz + (1 - lipschitz_decay) * bounds, bounds)
-    tiny = jnp.finfo(bounds.dtype).tiny
-    ordinary = jnp.where(moves & usual, rate, 0) / jnp.maximum(running, tiny)
-    jumped = moves & (excess > 1)
-    blamed = jnp.arange(len(factors)) == jnp.nanargmax(jnp.stack(reaches))
     # The excess goes with the fourth power of Q, of which a step takes this share at most half.
-    share = jnp.minimum(0.5, 1 - 0.95 * jnp.maximum(excess, 1) ** -0.25)
-    steps = jnp.where(jumped, jnp.where(blamed, share / jnp.maximum(bounds, tiny), 0), ordinary)
-    rows = zip(factors, differences, steps, strict=True)
+    share = jnp.minimum(0.5, 1 - 0.95 * jnp.maximum(what.excess, 1) ** -0.25)
+    share = jnp.where(jnp.arange(len(factors)) == axis, share / jnp.maximum(bounds, tiny), 0)
+    steps = jnp.where(jumped, share, jnp.where(usual, rate, 0) / jnp.maximum(running, tiny))
+    rows = zip(factors, what.differences, steps, strict=True)
     moved = tuple(MOVES[geometry](q, d, step) for q, d, step in rows)
-    return Moved(moved, jnp.where(moves & usual & ~jumped, running, lipschitz), jumped)
+    return moved, jnp.where(usual, running, lipschitz)
 
 
 def _given(v: jax.Array | None) -> jax.Array:

@@ -222,7 +222,8 @@ class KronRule(LeafRule, PsgdOptions):
                 bits[name],
             )
             dtypes = tuple(array_of(x).dtype for x in layout.structs[name])
-            groups[name], fine = step.step_of_stack(self, now, dtypes, group, read)
+            kind = step.Kind(self.geometry, self.always_updates, self.keeps_preconditioners, dtypes)
+            groups[name], fine = step.step_of_stack(kind, now, group, read)
             products[name], sound = groups[name].tensor, sound & fine
         new = (
             {name: group.factors for name, group in groups.items()},

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from optax_curv.linalg import kron_matvec
-from optax_curv.linalg._compiler import per_platform
+from optax_curv.linalg._compiler import compiled_once, per_platform
 from optax_curv.preconditioners._psgd import geometries
 from optax_curv.preconditioners._psgd.geometries import Factors, array_of
 from optax_curv.preconditioners._psgd.options import PsgdOptions
 from optax_curv.preconditioners._transformation.numbers import value_at
 from optax_curv.preconditioners._transformation.soundness import is_finite, kept_unless
+from optax_curv.typing import Geometry, Number
 
 BALANCE_PROBABILITY = 0.01  # as in psgd_torch: the factors' scales drift slowly apart
 CHUNK = 2**17  # entries: 0.5 MiB of float32; a step holds several such arrays in a core's cache
@@ -35,6 +36,8 @@ class Numbers(NamedTuple):
       sound: whether what is given is sound, bool []; nothing moves where it is not.
       rate: μ.
       damping: P stays below 1/damping.
+      lipschitz_decay: β.
+      eps: of the geometry "right_triangular".
     """
 
     moves: jax.Array
@@ -42,6 +45,24 @@ class Numbers(NamedTuple):
     sound: jax.Array
     rate: jax.Array
     damping: jax.Array
+    lipschitz_decay: Number
+    eps: Number
+
+
+class Kind(NamedTuple):
+    """What decides how a step is traced; equal kinds of equal shapes share a trace.
+
+    Attributes:
+      geometry: of the options, and so are the next two.
+      always_updates: whether the factors move at every step.
+      keeps_preconditioners: whether P is kept.
+      dtypes: in which the factor of each axis is kept.
+    """
+
+    geometry: Geometry
+    always_updates: bool
+    keeps_preconditioners: bool
+    dtypes: tuple[Any, ...]
 
 
 class Group(NamedTuple):
@@ -88,6 +109,8 @@ def numbers(options: PsgdOptions, count: jax.Array, sound: jax.Array, key: jax.A
         sound=sound,
         rate=value_at(options.precond_lr, count),
         damping=value_at(options.damping, count),
+        lipschitz_decay=options.lipschitz_decay,
+        eps=options.eps,
     )
 
 
@@ -159,24 +182,22 @@ def rounded(factors: Factors, dtypes: tuple[Any, ...]) -> Factors:
 
 
 def _with_scale(
-    options: PsgdOptions,
+    kind: Kind,
     now: Numbers,
     factors: Factors,
     signal: jax.Array,
     probe: jax.Array | None,
 ) -> Factors:
     """The factors, of the right scale where they were not set."""
-    if options.geometry == "right_triangular":
+    if kind.geometry == "right_triangular":
         return factors
     damping = now.damping.astype(jnp.finfo(signal.dtype).dtype)
-    of_one = functools.partial(geometries.set_scale, options.geometry, damping=damping)
+    of_one = functools.partial(geometries.set_scale, kind.geometry, damping=damping)
     unset = jnp.any(first_entries(factors) == 0)
     return jax.lax.cond(unset, lambda q: jax.vmap(of_one)(q, signal, probe), lambda q: q, factors)
 
 
-def _moved(
-    options: PsgdOptions, now: Numbers, group: Group, given: Given, applied_of: Any
-) -> Group:
+def _moved(kind: Kind, now: Numbers, group: Group, given: Given, applied_of: Any) -> Group:
     """The group after a step of its factors, whose preconditioners `applied_of` computes.
 
     A tensor whose signal has grown beyond what its P has followed repeats the step.
@@ -184,33 +205,44 @@ def _moved(
     signal = group.tensor if given.signal is None else given.signal
     dtype = group.lipschitz.dtype
     rate = now.rate.astype(dtype)
-    if options.geometry == "right_triangular":
-        eps = jnp.asarray(options.eps, dtype)
+    if kind.geometry == "right_triangular":
+        eps = jnp.asarray(now.eps, dtype)
         move = functools.partial(geometries.move_right_triangular, rate=rate, eps=eps)
         return applied_of(group._replace(factors=jax.vmap(move)(group.factors, signal)))
     probe = given.probe if given.bits is None else _signs(given.bits, signal)
-    move = functools.partial(
+    of_one: Any = functools.partial(
+        geometries.seen, kind.geometry, damping=now.damping.astype(dtype)
+    )
+    move: Any = functools.partial(
         geometries.move_factors,
-        options.geometry,
+        kind.geometry,
         rate=rate,
-        damping=now.damping.astype(dtype),
-        lipschitz_decay=jnp.asarray(options.lipschitz_decay, dtype),
+        lipschitz_decay=jnp.asarray(now.lipschitz_decay, dtype),
     )
     # The steps of "qep" see the factors' scales.
-    balance = jax.vmap(functools.partial(geometries.balance, options.geometry))
-    always = options.geometry == "qep"
+    balance = jax.vmap(functools.partial(geometries.balance, kind.geometry))
+    always = kind.geometry == "qep"
 
     def moved(carry):
         count, again, old = carry
-        # What has been too large for P moves no factor otherwise, and no bound.
-        new = jax.vmap(lambda *args: move(*args[:-1], moves=args[-1], usual=count == 0))(
-            old.factors, applied_by(old), old.lipschitz, signal, probe, again
+        applied = applied_by(old)
+        what = jax.vmap(of_one)(old.factors, applied, old.lipschitz, signal, probe)
+        jumped = again & what.exists & (what.excess > 1)
+        axes = jax.lax.cond(
+            jnp.any(jumped),
+            jax.vmap(geometries.blamed),
+            lambda *_: jnp.zeros_like(jumped, int),
+            *(what.moments, applied),
         )
-        kept = new.factors, new.lipschitz
+        # What has been too large for P moves no factor otherwise, and no bound.
+        usual = again & what.exists & ~jumped & (count == 0)
+        kept = jax.vmap(lambda *args: move(*args[:4], jumped=args[4], usual=args[5]))(
+            old.factors, old.lipschitz, what, axes, jumped, usual
+        )
         kept = balance(*kept) if always else jax.lax.cond(now.balances, balance, _as_is, *kept)
         factors, lipschitz = kept
         group = applied_of(old._replace(factors=factors, lipschitz=lipschitz))
-        return count + 1, again & new.jumped, group
+        return count + 1, jumped, group
 
     def unfinished(carry):
         return (carry[0] < REPEATS) & jnp.any(carry[1])
@@ -219,17 +251,15 @@ def _moved(
     return jax.lax.while_loop(unfinished, moved, start)[-1]
 
 
-def _step(
-    options: PsgdOptions, now: Numbers, dtypes: tuple[Any, ...], group: Group, given: Given
-) -> tuple[Group, jax.Array]:
+def _step(kind: Kind, now: Numbers, group: Group, given: Given) -> tuple[Group, jax.Array]:
     """(group after the step, whether all that the batch saw and made is sound: bool [n])."""
     signal = group.tensor if given.signal is None else given.signal
-    of_factors: Any = jax.vmap(functools.partial(geometries.preconditioners, options.geometry))
-    factors = _with_scale(options, now, group.factors, signal, given.probe)
+    of_factors: Any = jax.vmap(functools.partial(geometries.preconditioners, kind.geometry))
+    factors = _with_scale(kind, now, group.factors, signal, given.probe)
 
     def computed(factors):
         applied = of_factors(factors)
-        return rounded(applied, dtypes) if options.keeps_preconditioners else applied
+        return rounded(applied, kind.dtypes) if kind.keeps_preconditioners else applied
 
     if group.preconditioners is None:
         applied = computed(factors)
@@ -239,18 +269,18 @@ def _step(
         applied = jax.lax.cond(fresh, lambda _: kept, computed, factors)
 
     def with_applied(group):
-        factors = rounded(group.factors, dtypes)
+        factors = rounded(group.factors, kind.dtypes)
         return group._replace(factors=factors, preconditioners=computed(factors))
 
     def moved(group):
-        return _moved(options, now, group, given, with_applied)
+        return _moved(kind, now, group, given, with_applied)
 
     new = group._replace(factors=factors, preconditioners=applied)
-    new = moved(new) if options.always_updates else jax.lax.cond(now.moves, moved, lambda x: x, new)
+    new = moved(new) if kind.always_updates else jax.lax.cond(now.moves, moved, lambda x: x, new)
     product = kron_matvec(applied_by(new), group.tensor)
     # A bound is not finite wherever a second moment is not, so the factors need not be read.
     sound = now.sound & is_finite(new.lipschitz, product)
-    if not options.keeps_preconditioners:
+    if not kind.keeps_preconditioners:
         new = new._replace(preconditioners=None)
     return kept_unless(sound, new, group)._replace(tensor=product), jnp.broadcast_to(
         sound, len(product)
@@ -292,9 +322,8 @@ def _in_chunks(step: Any, group: Group, given: Given) -> tuple[Group, jax.Array]
     return per_platform(group, given, cpu=by_chunks, other=step)
 
 
-def step_of_stack(
-    options: PsgdOptions, now: Numbers, dtypes: tuple[Any, ...], group: Group, given: Given
-) -> tuple[Group, jax.Array]:
+@functools.partial(compiled_once, static_argnums=0)
+def step_of_stack(kind: Kind, now: Numbers, group: Group, given: Given) -> tuple[Group, jax.Array]:
     """(group after the step, whether all that it saw and made is sound: bool []).
 
     Where what is given cannot be squared, `now.sound`, nothing moves. If a product of sound numbers
@@ -302,11 +331,10 @@ def step_of_stack(
     and all new factors at the end would cost one more pass over memory.
 
     Args:
-      options: of the method.
+      kind: of step.
       now: the scalars of the step.
-      dtypes: in which the factor of each axis is kept.
       group: what changes.
       given: what is read.
     """
-    group, sound = _in_chunks(functools.partial(_step, options, now, dtypes), group, given)
+    group, sound = _in_chunks(functools.partial(_step, kind, now), group, given)
     return group, jnp.all(sound)
