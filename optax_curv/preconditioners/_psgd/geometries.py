@@ -282,7 +282,7 @@ def _reach(t1: Factor, applied: Factor) -> jax.Array:
 
 
 class Seen(NamedTuple):
-    """What one step of the factors of one tensor sees.
+    """The second moments that one step of the factors of one tensor compares.
 
     Attributes:
       moments: T1 of each axis.
@@ -310,7 +310,7 @@ def seen(
     *,
     damping: jax.Array,
 ) -> Seen:
-    """What a step of the factors of one tensor sees.
+    """The second moments of a step of the factors of one tensor, and how far they are apart.
 
     Args:
       geometry: a key of `MOVES`.
@@ -375,7 +375,7 @@ def move_factors(
       geometry: a key of `MOVES`.
       factors: one for each axis.
       lipschitz: running bounds L, real [axes].
-      what: the step sees.
+      what: is seen in the step.
       axis: the one that a repeated step moves.
       jumped: whether the step is one of those, bool [].
       usual: whether it is a usual one, bool []; where it is neither nothing moves.

@@ -50,7 +50,7 @@ class Numbers(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What decides how a step is traced; equal kinds of equal shapes share a trace.
+    """Everything that decides how a step is traced; equal kinds of equal shapes share a trace.
 
     Attributes:
       geometry: of the options, and so are the next two.
