@@ -2,6 +2,7 @@
 
 `test_many_devices.py` runs it in a process that has eight devices."""
 
+import functools
 import math
 import re
 import sys
@@ -9,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from conformance import cases
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -262,13 +264,116 @@ def compare_lazy_rows():
     jax.config.update("jax_enable_x64", False)
 
 
+def compare_resumed():
+    """Micro-batches with donated state on 8 devices, resumed on 4 and on 1, against 1 alone."""
+    jax.config.update("jax_enable_x64", True)
+    rng = np.random.default_rng(0)
+    shapes = {"u": (4, 3), "v": (4, 3), "w": (3, 3)}
+    params, *grads = ({x: rng.normal(size=s) for x, s in shapes.items()} for _ in range(5))
+    rows = [{x: [rng.normal(size=(9, d)) for d in s] for x, s in shapes.items()} for _ in grads]
+    layers = optax_curv.Layers(
+        [optax_curv.Layer(x, "dense", f"['{x}']", None, *s) for x, s in shapes.items()]
+    )
+    moments = jax.tree.map(lambda x: x.T @ x / len(x), rows)
+    curvatures = [
+        {x: optax_curv.KroneckerFactors(*both, np.int32(1)) for x, both in m.items()}
+        for m in moments
+    ]
+
+    @functools.cache
+    def stepped(mesh):
+        tx = optax_curv.scale_by_kfac(layers, invert_every=2, sharding=mesh)
+        tx = optax.MultiSteps(tx, 2)
+        return tx, jax.jit(tx.update, donate_argnums=1)
+
+    def run(mesh, saved, steps):
+        (tx, step), place = stepped(mesh), mesh and NamedSharding(mesh, P())
+        there = jax.device_put(params, place)
+        state = jax.jit(tx.init)(there) if saved is None else fitted(tx, saved, there)
+        mean = steps[0][1]
+        for count, (gradient, curvature) in enumerate(steps):
+            mean = optax_curv.average_curvature(mean, curvature, count % 2)
+            before, given = state, jax.device_put((gradient, mean), place)
+            updates, state = step(given[0], before, there, curvature=given[1])
+            assert all(x.is_deleted() for x in jax.tree.leaves(before))
+        return updates, state
+
+    def fitted(tx, saved, params):
+        """The state with as many rows as another mesh wants, zeros or none, as Orbax does."""
+
+        def of_array(x, like):
+            x = x[: len(like)] if like.ndim else x
+            more = [(0, n - m) for n, m in zip(like.shape, x.shape, strict=True)]
+            return np.pad(x, more) if more else x
+
+        state = jax.tree.map(of_array, saved, jax.eval_shape(tx.init, params))
+        return jax.device_put(state, optax_curv.state_shardings(tx, params))
+
+    steps = list(zip(grads, curvatures, strict=True))
+    saved = jax.tree.map(np.asarray, run(MESH, None, steps[:2])[1])
+    expected = run(None, None, steps)[0]
+    assert all(np.any(x) for x in expected.values())
+    small = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    for devices, mesh in {4: small, 1: None}.items():
+        report("resumed", devices, difference(run(mesh, saved, steps[2:])[0], expected))
+    jax.config.update("jax_enable_x64", False)
+
+
+def compare_refusals():
+    """Whether what cannot be is a ValueError that names both sides."""
+    params = {"w": jnp.ones((4, 4)), "v": jnp.ones((4, 4))}
+    other = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
+    small = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    layers = optax_curv.Layers([optax_curv.Layer("a", "dense", "['a']", None, 4, 4)])
+    tx = optax_curv.soap(0.1, sharding=MESH)
+
+    def updated(tx, state=None):
+        state = tx.init(params) if state is None else state
+        return jax.eval_shape(tx.update, params, state, params)
+
+    def elsewhere():
+        with jax.set_mesh(other):
+            tx.init(params)
+
+    def manual():
+        jax.shard_map(lambda p: tx.init(p), mesh=MESH, in_specs=P(), out_specs=P())(params)
+
+    refusals = {
+        "axis": (lambda: optax_curv.soap(0.1, sharding=NamedSharding(MESH, P("x"))), ["x", "data"]),
+        "spec": (lambda: optax_curv.soap(0.1, sharding=P("data")), ["sharding", "Mesh", "'data'"]),
+        "mesh": (elsewhere, ["sharding=", "data", "rows"]),
+        "manual": (manual, ["sharding=", "'model'", "manual"]),
+        "layers": (
+            lambda: optax_curv.soap(0.1, layers=layers, sharding=MESH).init(params),
+            ["['a']", "['w']"],
+        ),
+        "table": (
+            lambda: optax_curv.soap(0.1, adam_for={"w": True}, sharding=MESH).init(params),
+            ["adam_for", "['v']"],
+        ),
+        "geometry": (
+            lambda: updated(optax_curv.soap(0.1, sharding=small), jax.eval_shape(tx.init, params)),
+            ["(8, 4, 4)", "(4, 4, 4)"],
+        ),
+    }
+    for name, (make, parts) in refusals.items():
+        message = ""
+        try:
+            make()
+        except ValueError as error:
+            message = str(error)
+        missing = [part for part in parts if part not in message]
+        print(missing, message, file=sys.stderr) if missing else None
+        report("refused", name, not missing)
+
+
 COMPARED = [x for x, case in cases.CASES.items() if not isinstance(case.devices, str)]
 
 if __name__ == "__main__":
     assert jax.device_count() == 8, "set XLA_FLAGS=--xla_force_host_platform_device_count=8"
     jax.config.update("jax_disable_most_optimizations", True)
     others = {"division": measure_division, "capture": compare_capture, "owners": compare_owners}
-    others |= {"lazy": compare_lazy_rows}
+    others |= {"lazy": compare_lazy_rows, "resumed": compare_resumed, "refused": compare_refusals}
     for name in sys.argv[1:] or [*COMPARED, *others]:
         if name in others:
             others[name]()

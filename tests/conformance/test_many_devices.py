@@ -77,3 +77,13 @@ def test_a_state_lies_with_its_owners_from_the_start(figures, name):
 def test_lazy_rows_of_examples_on_all_devices_are_those_of_one_and_share_the_work(figures):
     assert figures["lazy", "difference"] < EXACT
     assert figures["lazy", "flops"] <= DIVIDED
+
+
+@pytest.mark.parametrize("devices", [4, 1])
+def test_micro_batches_of_eight_devices_are_resumed_on_fewer(figures, devices):
+    assert figures["resumed", str(devices)] < EXACT
+
+
+def test_what_cannot_be_divided_is_refused_by_name(figures):
+    said = {name: figure for (check, name), figure in figures.items() if check == "refused"}
+    assert said and all(said.values()), said
