@@ -323,7 +323,7 @@ def ekfac(
     update_every: Number = 1,
     statistic_bound: Number | None = 10.0,
     invert_every: Number = 1,
-    kl_clip: Number | None = 5e-3,
+    kl_clip: Number | None = 2e-3,
     fallback: optax.GradientTransformation | None = None,
     sharding: Sharding = None,
     factor_sharding: Sharding = None,
@@ -335,7 +335,9 @@ def ekfac(
 
     With a learning rate η, and u the direction of `scale_by_ekfac` for parameters θ, the step is
 
-        m ← momentum · m + u + weight_decay · θ,    θ ← θ - η m.
+        m ← momentum · m + u + weight_decay · θ,    θ ← θ - η m,
+
+    layer by layer, but m ← u + weight_decay · θ for a layer whose m would climb, ⟨m, ∇⟩ < 0.
 
     Args:
       learning_rate: η, a number or a schedule.
@@ -363,7 +365,7 @@ def ekfac(
         decompose and apply factors of equal widths in turn, and keep them divided along the first
         axis that their number divides.
       factor_sharding: the old name of `sharding`.
-      momentum: decay of the heavy ball, a number.
+      momentum: decay of the heavy ball, a number; `kfac` says why a layer's may start anew.
       weight_decay: decoupled, added to the direction, times the parameters, before the momentum.
         Other than the Python number 0, `update` needs `params`.
       gradient_bound: b ≥ 1, or None. After ten steps the norm of each layer's gradient is held to b
@@ -384,7 +386,8 @@ def ekfac(
       >>> state = tx.init({"w": jnp.zeros((2, 1))})
 
     References:
-      George et al. 2018, arXiv:1806.03884, §3 and Algorithm 1.
+      George et al. 2018, arXiv:1806.03884, §3 and Algorithm 1. O'Donoghue and Candès 2015,
+      arXiv:1204.3982, §3.2, for the restart of the momentum.
     """
     rule = _EKFAC(
         method="ekfac",

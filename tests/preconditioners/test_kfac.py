@@ -373,6 +373,35 @@ def test_the_alias_bounds_its_step_and_not_its_direction():
                 np.testing.assert_allclose(a, factor * b, rtol=SINGLE)
 
 
+@pytest.mark.parametrize(("method", "shrunk"), [(kfac, (1 + 0.1**0.5) ** 2), (ekfac, 1.1)])
+def test_a_layer_whose_momentum_would_climb_starts_anew(x64, method, shrunk):
+    """Slices of a stack are layers of their own, and a leaf in no layer keeps its momentum."""
+    layers = Layers([ZOO["stacked"], ZOO["tokens"]])
+    first = {name: draw(0, jnp.float64)[name] for name in ("stacked", "tokens")}
+    first["other"] = jnp.ones(3)
+    ones = {"stacked": (jnp.stack([jnp.eye(4)] * 2), jnp.stack([jnp.eye(2)] * 2), jnp.int32(1))}
+    ones["tokens"] = jnp.ones(5), jnp.eye(2), jnp.int32(1)
+    moments = {"stacked": jnp.ones((2, 4, 2)), "tokens": jnp.ones((5, 2))}
+    curvature = {name: EigenbasisMoments(*x, moments[name]) for name, x in ones.items()}
+    slices = lambda tree: [*zip(*jax.tree.leaves(tree["stacked"])), tree["tokens"], tree["other"]]  # noqa: E731, B905
+    # From the second step on the gradients are these multiples of the first ones. The momentum of
+    # the first layer alone would climb: 0.9 - 0.5 along a gradient of -0.5.
+    turned = jnp.array([-0.5, 0.5]), -4.0, -0.5
+    second = {
+        "stacked": jax.tree.map(lambda x: jax.vmap(jnp.multiply)(turned[0], x), first["stacked"]),
+        "tokens": turned[1] * first["tokens"],
+        "other": turned[2] * first["other"],
+    }
+    steps = [(1, 1, 1, 1), (-0.5, 1.4, -3.1, 0.4), (-0.95, 1.76, -6.79, -0.14)]
+    tx = method(0.2, layers, 0.1, kl_clip=None, fallback=optax.scale(1 / shrunk))
+    step, state = stepper(tx), tx.init(first)
+    for grads, expected in zip((first, second, second), steps, strict=True):
+        updates, state = step(grads, state, curvature)
+        for u, g, multiple in zip(slices(updates), slices(first), expected, strict=True):
+            for a, b in zip(jax.tree.leaves(u), jax.tree.leaves(g), strict=True):
+                np.testing.assert_allclose(a, -0.2 * multiple / shrunk * b, rtol=EXACT)
+
+
 def test_an_outlier_among_the_statistics_is_held_to_a_multiple_of_the_average(x64):
     grads, usual = draw(0, jnp.float64, ONE), statistics(1, jnp.float64, ONE)
     outlier = {"hidden": usual["hidden"]._replace(output_factor=1e6 * usual["hidden"][1])}

@@ -16,7 +16,7 @@ from optax_curv.preconditioners._layerwise.statistics import of_kernels, require
 from optax_curv.preconditioners._layerwise.view import LayerStacks, averaged_of
 from optax_curv.preconditioners._stacks.owners import as_kept
 from optax_curv.preconditioners._stacks.rule import Fallback, StackRule
-from optax_curv.preconditioners._transformation.aliases import decayed
+from optax_curv.preconditioners._transformation.aliases import decayed, downhill_trace
 from optax_curv.preconditioners._transformation.averages import is_due
 from optax_curv.preconditioners._transformation.bounds import bounded
 from optax_curv.preconditioners._transformation.numbers import (
@@ -181,7 +181,7 @@ def heavy_ball(
     """The alias of a rule: bounded gradients, weight decay, momentum and a learning rate."""
     require_learning_rate(rule.method, learning_rate)
     require_numbers(rule.method, momentum=momentum, weight_decay=weight_decay)
-    after = optax.trace(momentum), optax.scale_by_learning_rate(learning_rate)
+    after = downhill_trace(momentum), optax.scale_by_learning_rate(learning_rate)
     first = bounded(rule.method, gradient_bound)
     return transformation(rule, *decayed(weight_decay), *after, first=first)
 

@@ -69,6 +69,39 @@ def decayed(weight_decay: Any) -> list[Piece]:
     return [piece_of]
 
 
+@dataclasses.dataclass(frozen=True)
+class _DownhillTrace:
+    """The piece of `downhill_trace`, which sees the gradients of its step."""
+
+    trace: optax.GradientTransformation
+    ours: Mapping[str, Any]
+
+    def init(self, params: Any) -> Any:
+        """Zeros."""
+        return self.trace.init(params)
+
+    def update(self, updates: Any, state: Any, params: Any, *, gradients: Any, **_: Any) -> Any:
+        """(m, the state that holds it)."""
+        moved: Any = self.trace.update(updates, state, params)[0]
+
+        def downhill(name: str, m: jax.Array) -> jax.Array:
+            slope = jnp.sum(m * gradients[name], tuple(range(1, m.ndim)), keepdims=True)
+            return jnp.where(slope < 0, updates[name], m)
+
+        new = {n: downhill(n, m) if n in self.ours else m for n, m in moved.items()}
+        return new, optax.TraceState(trace=new)
+
+
+def downhill_trace(momentum: Any) -> Piece:
+    """Momentum m ← momentum · m + u; where it would climb, ⟨m, ∇⟩ < 0, a tensor starts from u anew.
+
+    It is for directions that are bounded, as by `kl_clip`, where m is not: gathered where the
+    curvature was far lower, it carries the first steps of networks whose weights are small at first
+    across the valley. Tensors that the method does not take keep their momentum.
+    """
+    return lambda view: _DownhillTrace(optax.trace(momentum), view.of_kind(is_ours))
+
+
 def matrices_and_adam(
     rule: LeafRule,
     learning_rate: Any,

@@ -149,7 +149,21 @@ class PassingRule:
         raise NotImplementedError
 
 
-Piece = optax.GradientTransformation | Callable[[Any], optax.GradientTransformation]
+class SeeingPiece(Protocol):
+    """A piece that sees what the rule was given, as `gradients`, beside the directions."""
+
+    def init(self, params: Any) -> Any:
+        """The state."""
+        ...
+
+    def update(
+        self, updates: Any, state: Any, params: Any, *, gradients: Any, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        """(new updates, new state)."""
+        ...
+
+
+Piece = optax.GradientTransformation | Callable[[Any], optax.GradientTransformation | SeeingPiece]
 
 
 def counters() -> dict[str, jax.Array]:
@@ -168,7 +182,7 @@ def transformation(
     Args:
       rule: the method, or a piece that passes on what is not finite, which takes no other.
       *pieces: transformations that follow the rule. They run on what its view shows, in float32 at
-        least; or functions of the view that return such a transformation.
+        least; or functions of the view that return such a transformation, or a `SeeingPiece`.
       first: transformations, or functions of the view, that the gradients go through before the
         rule sees them, such as `aliases.bounded`.
       last: a function (updates, params) -> updates of the finished leaves in their own dtypes, for
@@ -213,9 +227,8 @@ def transformation(
         before, behind = around.of(view)
         grads, prepared = _through(before, grads, others[: len(first)], shown, extra_args)
         step = rule.update(view, grads, head, params, sound, **extra_args)
-        directions, after = _through(
-            behind, step.directions, others[len(first) :], shown, extra_args
-        )
+        seen = extra_args | {"gradients": grads}
+        directions, after = _through(behind, step.directions, others[len(first) :], shown, seen)
 
         sound = not_recomputed(sound & step.sound & is_finite(directions))
         directions = jax.tree.map(lambda d: jnp.where(sound, d, jnp.zeros_like(d)), directions)
@@ -242,7 +255,12 @@ class _Stages(NamedTuple):
 
         def made(pieces):
             found: Any = [piece(view) if callable(piece) else piece for piece in pieces]
-            return [optax.with_extra_args_support(piece) for piece in found]
+            return [
+                optax.with_extra_args_support(piece)
+                if isinstance(piece, optax.GradientTransformation)
+                else piece
+                for piece in found
+            ]
 
         return made(self.first), made(self.behind)
 
