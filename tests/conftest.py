@@ -1,6 +1,7 @@
 """Shared fixtures, and a compiler that hurries."""
 
 import contextlib
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -18,6 +19,10 @@ if (release := importlib.metadata.version("jaxlib").split(".")[1]) in ("10", "11
 
 import jax
 import pytest
+
+# Tracing makes many small objects that live for long; looking for garbage among them took a tenth
+# of the suite's time.
+gc.set_threshold(200_000, 20, 100)
 
 collect_ignore = [
     "conformance/many_devices.py",  # a program for eight devices, run by its test
