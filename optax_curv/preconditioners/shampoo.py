@@ -154,6 +154,7 @@ class _Shampoo(LeafRule):
             measured,
             state.bases,
             state.energies,
+            ahead,
             weight=weight,
             due=due,
             limit=self.refresh_growth,

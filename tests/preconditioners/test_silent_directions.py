@@ -57,9 +57,9 @@ def test_dead_columns_are_still_and_wake_without_a_throw(name):
     dead, living = sizes(ALIASES[name](1.0), waking(), halves).T
     usual = np.median(living[DEAD // 2 : DEAD])
     assert dead[:DEAD].max() < STILL * usual
-    if name != "shampoo":  # the size of its update is that of the whole leaf
-        assert living[DEAD:].min() > KEPT * usual
-        assert (dead[DEAD:] / living[DEAD:]).max() < THROWN
+    # Shampoo's update has the size of the whole leaf, and its roots are some steps old.
+    assert living[DEAD:].min() > (KEPT / 2 if name == "shampoo" else KEPT) * usual
+    assert (dead[DEAD:] / living[DEAD:]).max() < THROWN
 
 
 @pytest.mark.parametrize("gradients", ["turned", "quiet", "tiny"])

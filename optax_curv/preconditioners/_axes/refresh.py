@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from optax_curv.linalg._checks import widen
 from optax_curv.preconditioners._axes.kept import Kept, Measured
-from optax_curv.preconditioners._axes.moments import Axes, rounded
-from optax_curv.preconditioners._transformation.averages import averaged
+from optax_curv.preconditioners._axes.moments import Axes, axis_moment, rounded
+from optax_curv.preconditioners._transformation.averages import ROUNDINGS, averaged
 
 # Between refreshes of the roots lie 1 + steps / EARLY steps, as far as the period allows, because
 # the gradients change most at the start.
@@ -49,6 +49,7 @@ def refreshed(
     measured: Mapping[str, Measured],
     bases: Mapping[str, tuple[jax.Array, ...]],
     energies: Mapping[str, jax.Array],
+    multiplied: Mapping[str, jax.Array],
     *,
     weight: jax.Array,
     due: jax.Array,
@@ -68,6 +69,7 @@ def refreshed(
       measured: of every stack.
       bases: by stack the basis of every axis, or an empty dict.
       energies: see `zero_energies`.
+      multiplied: by stack the tensors that the roots are to multiply.
       weight: of this step's moments in the averages, [].
       due: bool [].
       limit: see above.
@@ -91,12 +93,13 @@ def refreshed(
         again = due | anywhere(jnp.any(jnp.concatenate(moved)))
         pairs = [kept[name][axis] for name, axis in batch]
         olds = [new_bases[name][axis] if bases else None for name, axis in batch]
-        new = jax.lax.cond(
-            again,
-            lambda p, b, e: _fresh(p, b, e, take_roots),
-            lambda p, b, e: (p, b, e),
-            *(pairs, olds, old),
-        )
+
+        def fresh(pairs, bases, energies, tensors, batch=batch):
+            silent = [_is_silent(x, axis) for x, (_, axis) in zip(tensors, batch, strict=True)]
+            return _fresh(pairs, bases, energies, silent, take_roots)
+
+        tensors = [multiplied[name] for name, _ in batch]
+        new = jax.lax.cond(again, fresh, lambda *x: x[:3], pairs, olds, old, tensors)
         for (name, axis), pair, basis, energy in zip(batch, *new, strict=True):
             kept[name][axis], columns[name][axis] = pair, energy
             if bases:
@@ -123,11 +126,33 @@ def _has_moved(energy: jax.Array, squares: jax.Array, weight: jax.Array, limit: 
     return wakes | lost | (running > limit * reference)
 
 
-def _fresh(pairs: Any, bases: Any, energies: Any, take_roots: Callable) -> Any:
+def _is_silent(x: jax.Array, axis: int) -> jax.Array:
+    """Which rows of an axis of tensors x have nothing but rounding of the whole, bool [N, d]."""
+    energy = axis_moment(x, axis, True)
+    rounding = jnp.square(ROUNDINGS * jnp.finfo(energy.dtype).eps)
+    return energy <= rounding * jnp.mean(energy, axis=1, keepdims=True)
+
+
+def _as_others(root: jax.Array, silent: jax.Array) -> jax.Array:
+    """Roots R [N, d, d], for silent rows the mean that they have for the others.
+
+    While a row has no gradient its root matters to nothing, and is larger than all others. When it
+    wakes its step would drown theirs until the next refresh.
+    """
+    diagonal = jnp.diagonal(root, axis1=1, axis2=2).real
+    usual = jnp.mean(diagonal, axis=1, where=~silent)[:, None]
+    silent &= jnp.isfinite(usual)  # there are others
+    among = ~(silent[:, None] | silent[:, :, None])
+    fill = jnp.where(silent, usual, 0)[:, None] * jnp.eye(root.shape[-1], dtype=root.dtype)
+    return jnp.where(among, root, fill)
+
+
+def _fresh(pairs: Any, bases: Any, energies: Any, silent: Any, take_roots: Callable) -> Any:
     """(pairs with new roots, bases, energies) of a batch."""
     factors = [widen(pair.factor) for pair in pairs]
     wide_bases = [None if q is None else widen(q) for q in bases]
     taken, now, found = zip(*take_roots(factors, wide_bases), strict=True)
+    taken = map(_as_others, taken, silent)
     pairs = [p.replace(root=rounded(r, p.dtype)) for p, r in zip(pairs, taken, strict=True)]
     bases = [q if q is None else x.astype(q.dtype) for q, x in zip(bases, found, strict=True)]
     same = zip(now, energies, strict=True)
