@@ -1,6 +1,6 @@
 """Writes the table of the zoo, a page of the documentation: `python tests/zoo/table.py`.
 
-Names of files, such as `test_haiku`, write their rows anew and keep all others; `--rows FILE` takes
+Names of files, such as `in_haiku`, write their rows anew and keep all others; `--rows FILE` takes
 rows that a run of the tests has left in ZOO_ROWS.
 """
 
@@ -59,7 +59,7 @@ def page(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", help="such as test_haiku; all of them by default")
+    parser.add_argument("files", nargs="*", help="such as in_haiku; all of them by default")
     parser.add_argument("--rows", type=pathlib.Path, help="a file of rows, one a line")
     given = parser.parse_args()
     rows = {}
@@ -68,9 +68,7 @@ def main():
     if given.rows:
         new = [json.loads(line) for line in given.rows.read_text().splitlines()]
     else:
-        new = list(
-            measured(given.files or [path.stem for path in sorted(FOLDER.glob("test_*.py"))])
-        )
+        new = list(measured(given.files))
     rows |= {(row["source"], row["name"]): row for row in new}
     ordered = [rows[key] for key in sorted(rows)]
     KEPT.write_text("[\n" + ",\n".join(map(json.dumps, ordered)) + "\n]\n")
@@ -78,10 +76,10 @@ def main():
 
 
 def measured(files):
-    """Rows of the networks in these files, those that fail left out with a message."""
-    from zoo.catalogue import as_json, of_source, row_of
+    """Rows of the networks in these files, or in all."""
+    from zoo.catalogue import MODULES, as_json, of_source, row_of
 
-    for name in files:
+    for name in files or MODULES:
         for network in of_source(importlib.import_module(f"zoo.{name}").SOURCE):
             print(network, flush=True)
             yield as_json(row_of(network))

@@ -2,24 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-import pytest
-from zoo.catalogue import (
-    D,
-    N,
-    T,
-    V,
-    check,
-    filled,
-    mean_square,
-    network,
-    next_word,
-    normal,
-    of_source,
-    tokens,
-)
+from zoo.catalogue import D, N, T, V, filled, mean_square, network, next_word, normal, tokens
 
 SOURCE = "equinox"
-pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore")]
 KEY = jax.random.key(0)
 
 
@@ -73,7 +58,7 @@ def gru():
     return recurrent("GRUCell")
 
 
-@network(SOURCE, rises=True)
+@network(SOURCE)
 def transformer():
     def build(eqx):
         return {
@@ -97,7 +82,6 @@ def transformer():
 
 
 def ode(call, build, *inputs):
-    pytest.importorskip("diffrax")
     return module(build, call, *inputs)
 
 
@@ -140,9 +124,3 @@ def latent_ode():
         return model["decoder"](solved(lambda t, y, _: model["field"](y), start))
 
     return ode(call, build, normal(1, N, T, 3))
-
-
-@pytest.mark.parametrize("name", of_source(SOURCE))
-def test_network(name):
-    pytest.importorskip("equinox")
-    check(name)

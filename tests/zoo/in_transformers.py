@@ -2,25 +2,21 @@
 
 import jax
 import jax.numpy as jnp
-import pytest
 from zoo.catalogue import (
     SINGLE,
     D,
     N,
     T,
     V,
-    check,
     filled,
     mean_square,
     network,
     next_word,
     normal,
-    of_source,
     tokens,
 )
 
 SOURCE = "transformers"
-pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore")]
 TEXT = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXT |= {"intermediate_size": 12, "max_position_embeddings": 16}
 BART = {"vocab_size": V, "d_model": D, "encoder_layers": 1, "decoder_layers": 1}
@@ -243,9 +239,3 @@ for name, (config, model, options, sees) in MODELS.items():
     build = builder(config, model, options, sees)
     build.__name__ = name
     network(SOURCE, tolerance=SINGLE)(build)
-
-
-@pytest.mark.parametrize("name", of_source(SOURCE))
-def test_network(name):
-    pytest.importorskip("transformers")
-    check(name)

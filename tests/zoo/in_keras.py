@@ -4,25 +4,10 @@ import os
 
 import jax
 import jax.numpy as jnp
-import pytest
-from zoo.catalogue import (
-    SINGLE,
-    D,
-    N,
-    T,
-    V,
-    check,
-    filled,
-    mean_square,
-    network,
-    normal,
-    of_source,
-    tokens,
-)
+from zoo.catalogue import SINGLE, D, N, T, V, filled, mean_square, network, normal, tokens
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 SOURCE = "keras"
-pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore")]
 
 
 def keras(build, x, training=False):
@@ -100,9 +85,3 @@ def bidirectional():
         )
 
     return keras(build, normal(1, N, T, D))
-
-
-@pytest.mark.parametrize("name", of_source(SOURCE))
-def test_network(name):
-    pytest.importorskip("keras")
-    check(name)

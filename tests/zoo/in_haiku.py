@@ -2,25 +2,21 @@
 
 import jax
 import jax.numpy as jnp
-import pytest
 from zoo.catalogue import (
     SINGLE,
     D,
     N,
     T,
     V,
-    check,
     filled,
     mean_square,
     network,
     next_word,
     normal,
-    of_source,
     tokens,
 )
 
 SOURCE = "haiku"
-pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore")]
 
 
 def haiku(function, *inputs, measure=mean_square):
@@ -104,9 +100,3 @@ def convolutions():
         return hk.Linear(3)(hk.Flatten()(hk.avg_pool(x, 2, 2, "SAME")))
 
     return haiku(forward, normal(1, N, 6, 6, 2))
-
-
-@pytest.mark.parametrize("name", of_source(SOURCE))
-def test_network(name):
-    pytest.importorskip("haiku")
-    check(name)
