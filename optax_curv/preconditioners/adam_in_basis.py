@@ -97,44 +97,44 @@ class _AdamInBasis(LayerRule):
         require_numbers(self.method, **periods, at_least=1)
         self.check_layers()
 
-    def init_layers(self, view):
+    def init_stacks(self, structs):
         """Zeros, and bases that are the identity: the first statistics set everything."""
-        structs = {name: view[name].struct for name in view.layers}
         return ScaleByAdamInBasisState(
             **counters(),
-            stacks=view.zero_factors(),
-            bases=identity_bases(self.method, view),
+            stacks=self.seen.zero_factors(structs),
+            bases=identity_bases(self.method, self.seen, structs),
             momentum={name: jnp.zeros(x.shape, x.dtype) for name, x in structs.items()},
             moments={name: jnp.zeros(x.shape, x.dtype) for name, x in structs.items()},
             fallback=(),
         )
 
-    def update_layers(self, view, grads, state, sound, curvature):
+    def update_stacks(self, grads, state, sound, *, factors, **extra_args):
         """One step of Adam in the bases, which are renewed first where their period says so."""
-
-        def averaged():
-            factors, _, fit = self.averaged(view, state.stacks, state.count, curvature, sound)
-            return factors, fit
-
-        factors, sound = self.when_due(state, curvature, sound, averaged, (state.stacks,))
+        del extra_args
+        factors = self.averaged(
+            state,
+            sound,
+            lambda: self.with_statistics(state.stacks, factors, state, sound)[0],
+            state.stacks,
+        )
 
         def renewed():
-            _, new = bases_of(factors, self.owners)
-            return new, each(carried, self.owners, new, state.bases, state.moments)
+            _, new = bases_of(factors)
+            return new, each(carried, new, state.bases, state.moments)
 
         bases, moments = jax.lax.cond(
             sound & averages.is_due(state.count, self.basis_every),
             renewed,
             lambda: (state.bases, state.moments),
         )
-        squares = each(lambda basis, x: jnp.square(into_bases(basis, x)), self.owners, bases, grads)
+        squares = each(lambda basis, x: jnp.square(into_bases(basis, x)), bases, grads)
         first, second = (averages.weight_at(b, state.count, sound) for b in (self.b1, self.b2))
         momentum = {
             n: averages.averaged(state.momentum[n], first, grads[n]) for n in state.momentum
         }
         moments = {n: averages.averaged(x, second, squares[n]) for n, x in moments.items()}
         scale = {n: averages.root_of_moments(x, self.eps) for n, x in moments.items()}
-        directions = each(divided_in_bases, self.owners, bases, scale, momentum)
+        directions = each(divided_in_bases, bases, scale, momentum)
         new = state._replace(stacks=factors, bases=bases, momentum=momentum, moments=moments)
         return Step(directions, new, sound)
 
@@ -184,9 +184,9 @@ def scale_by_adam_in_basis(
       fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`. It
         sees the tree of these leaves in float32 at least. None refuses them.
       sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
-        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. They invert,
-        decompose and apply factors of equal widths in turn, and keep them divided along the first
-        axis that their number divides.
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. Each device
+        owns equally many layers of every shape, keeps what belongs to them, and alone computes
+        their directions.
       factor_sharding: the old name of `sharding`.
 
     Returns:

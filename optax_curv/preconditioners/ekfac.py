@@ -36,7 +36,6 @@ from optax_curv.preconditioners._transformation.numbers import (
     require_numbers,
     value_at,
 )
-from optax_curv.preconditioners._transformation.soundness import is_squarable
 from optax_curv.preconditioners._transformation.transformation import (
     Step,
     counters,
@@ -134,49 +133,18 @@ class _EKFAC(LayerRule):
         require_numbers(self.method, update_every=self.update_every, at_least=1)
         self.check_layers()
 
-    def init_layers(self, view):
+    def init_stacks(self, structs):
         """Zeros, and bases that are the identity: the first statistics set everything."""
         return ScaleByEKFACState(
             **counters(),
-            stacks=view.zero_factors(),
-            bases=identity_bases(self.method, view),
-            moments_of_stacks={
-                name: jnp.zeros(view[name].struct.shape, view[name].dtype) for name in view.layers
-            },
+            stacks=self.seen.zero_factors(structs),
+            bases=identity_bases(self.method, self.seen, structs),
+            moments_of_stacks={n: jnp.zeros(x.shape, x.dtype) for n, x in structs.items()},
             fallback=(),
         )
 
-    def update_layers(self, view, grads, state, sound, curvature):
-        """One step in the bases, which are renewed where their period says so."""
-        measured = self._measured(view, curvature)
-
-        def averaged():
-            factors, how, fit = self.averaged(
-                view, state.stacks, state.count, curvature, sound & is_squarable(measured)
-            )
-            moments = {
-                name: _moved(old, measured[name], how[name])
-                for name, old in state.moments_of_stacks.items()
-            }
-            return factors, moments, fit
-
-        factors, moments, sound = self.when_due(
-            state, curvature, sound, averaged, (state.stacks, state.moments_of_stacks)
-        )
-        turns = sound & averages.is_due(state.count, self.invert_every)
-        bases, moments = jax.lax.cond(
-            turns,
-            lambda: self._change_bases(factors, state.bases, moments, state.count == 0),
-            lambda: (state.bases, moments),
-        )
-        damping = value_at(self.damping, state.count, jnp.result_type(float))
-        damped = {name: _damped(x, damping.astype(x.dtype)) for name, x in moments.items()}
-        directions = each(divided_in_bases, self.owners, bases, damped, grads)
-        new = state._replace(stacks=factors, bases=bases, moments_of_stacks=moments)
-        return Step(directions, new, sound)
-
-    def _measured(self, view, curvature):
-        """The moments of this step's statistics, by stack."""
+    def measured(self, curvature):
+        """Factors and moments of this step's statistics, by stack."""
 
         def of_layer(x):
             value, layer = curvature[x.whole.name], x.layer
@@ -195,18 +163,42 @@ class _EKFAC(LayerRule):
                 )
             return jnp.asarray(value.moments, x.dtype)
 
-        return {n: joined(layers, list(map(of_layer, layers))) for n, layers in view.layers.items()}
+        stacks = self.seen.layers.items()
+        moments = {n: joined(layers, list(map(of_layer, layers))) for n, layers in stacks}
+        return {**super().measured(curvature), "moments": moments}
 
-    def _change_bases(self, factors, bases, moments, first):
-        """The factors' eigenbases and the moments in them; in the first step s_A s_Gᵀ."""
-        values, new = bases_of(factors, self.owners)
-        moved = each(carried, self.owners, new, bases, moments)
+    def update_stacks(self, grads, state, sound, *, factors, moments, **extra_args):
+        """One step in the bases, which are renewed where their period says so."""
+        del extra_args
 
-        def in_new_bases(name):
-            a, g = (jnp.maximum(x, 0) for x in values[name])
-            return jnp.where(first, a[..., :, None] * g[..., None, :], moved[name])
+        def average():
+            new, how = self.with_statistics(state.stacks, factors, state, sound)
+            return new, each(_moved, state.moments_of_stacks, moments, how)
 
-        return new, {name: in_new_bases(name) for name in moments}
+        kept = state.stacks, state.moments_of_stacks
+        factors, moments = self.averaged(state, sound, average, kept)
+        bases, moments = jax.lax.cond(
+            sound & averages.is_due(state.count, self.invert_every),
+            lambda: _with_new_bases(factors, state.bases, moments, state.count == 0),
+            lambda: (state.bases, moments),
+        )
+        damping = value_at(self.damping, state.count, jnp.result_type(float))
+        damped = {name: _damped(x, damping.astype(x.dtype)) for name, x in moments.items()}
+        directions = each(divided_in_bases, bases, damped, grads)
+        new = state._replace(stacks=factors, bases=bases, moments_of_stacks=moments)
+        return Step(directions, new, sound)
+
+
+def _with_new_bases(factors, bases, moments, first):
+    """The factors' eigenbases and the moments in them; in the first step s_A s_Gᵀ."""
+    values, new = bases_of(factors)
+    moved = each(carried, new, bases, moments)
+
+    def in_new_bases(name):
+        a, g = (jnp.maximum(x, 0) for x in values[name])
+        return jnp.where(first, a[..., :, None] * g[..., None, :], moved[name])
+
+    return new, {name: in_new_bases(name) for name in moments}
 
 
 def _moved(old, new, how):
@@ -267,9 +259,9 @@ def scale_by_ekfac(
       fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`. It
         sees the tree of these leaves in float32 at least. None refuses them.
       sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
-        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. They invert,
-        decompose and apply factors of equal widths in turn, and keep them divided along the first
-        axis that their number divides.
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. Each device
+        owns equally many layers of every shape, keeps what belongs to them, and alone computes
+        their directions.
       factor_sharding: the old name of `sharding`.
 
     Returns:
@@ -361,9 +353,9 @@ def ekfac(
       fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`. It
         sees the tree of these leaves in float32 at least. None refuses them.
       sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
-        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. They invert,
-        decompose and apply factors of equal widths in turn, and keep them divided along the first
-        axis that their number divides.
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. Each device
+        owns equally many layers of every shape, keeps what belongs to them, and alone computes
+        their directions.
       factor_sharding: the old name of `sharding`.
       momentum: decay of the heavy ball, a number; `kfac` says why a layer's may start anew.
       weight_decay: decoupled, added to the direction, times the parameters, before the momentum.

@@ -138,7 +138,8 @@ class _GaussNewton(Rule):
         del view
         stacks = {}
         if self.layers is not None:
-            stacks = layer_view(self.method, self.layers, params).zero_factors()
+            view = layer_view(self.method, self.layers, params)
+            stacks = view.zero_factors(view.structs)
         return ScaleByGaussNewtonState(
             **counters(),
             start=wide_zeros(params),

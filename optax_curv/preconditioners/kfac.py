@@ -17,7 +17,8 @@ from optax_curv.preconditioners._layerwise.blocks import (
     KroneckerInverse,
     LayerDiagnostics,
     precondition,
-    zero_diagnostics,
+    worst_of_layers,
+    zero_figures,
 )
 from optax_curv.preconditioners._layerwise.factors import (
     array_of,
@@ -28,7 +29,6 @@ from optax_curv.preconditioners._layerwise.factors import (
 )
 from optax_curv.preconditioners._layerwise.rows import held_to_rows
 from optax_curv.preconditioners._layerwise.rule import LayerRule, fallback_of, heavy_ball
-from optax_curv.preconditioners._layerwise.statistics import has_rows
 from optax_curv.preconditioners._stacks.owners import owners_of
 from optax_curv.preconditioners._transformation.averages import is_due
 from optax_curv.preconditioners._transformation.numbers import (
@@ -72,10 +72,10 @@ class ScaleByKFACState(NamedTuple):
       count: steps taken, int32 [].
       stacks: by stack the averaged factors, or pairs of them and their inverses where a later step
         needs these: not under inverse="cg", nor where invert_every is the Python number 1.
-      places: by stack, the place of each of its layers among all, int32.
+      places: by stack, the place of each row's layer among all, int32 [N].
       moved: whether the factors have changed since they were inverted, bool [].
       stale: whether the next step inverts out of turn, bool [].
-      diagnostics: `LayerDiagnostics` in the order of `layers`; zeros under inverse="cg".
+      figures: by stack the `LayerDiagnostics` of its rows; zeros under inverse="cg".
       fallback: state of the transformation for uncovered leaves.
       total_notfinite: steps skipped, int32 [].
     """
@@ -85,7 +85,7 @@ class ScaleByKFACState(NamedTuple):
     places: dict[str, jax.Array]
     moved: jax.Array
     stale: jax.Array
-    diagnostics: LayerDiagnostics
+    figures: dict[str, LayerDiagnostics]
     fallback: Any
     total_notfinite: jax.Array
 
@@ -102,6 +102,11 @@ class ScaleByKFACState(NamedTuple):
             for name, inverse in pairs.inverses_of(self.stacks).items()
         }
         return by_layer(arrays)
+
+    @property
+    def diagnostics(self) -> LayerDiagnostics:
+        """The worst figures of each layer, in the order of `layers`."""
+        return worst_of_layers(self.figures, self.places)
 
     def spectra(self) -> dict[str, dict[str, Factor]]:
         """The factors that diagnostics read, by stack and side."""
@@ -134,76 +139,80 @@ class _KFAC(LayerRule):
         """True if every step inverts, so that none needs the inverses of an earlier one."""
         return is_python_number(self.invert_every, 1)
 
-    def init_layers(self, view):
+    def init_stacks(self, structs):
         """Zeros: the first statistics set everything."""
-        kept: dict[str, pairs.Kept] = dict(view.zero_factors())
+        view = self.seen
+        kept: dict[str, pairs.Kept] = dict(view.zero_factors(structs))
         if self.inverse != "cg" and not self.inverts_always:
-            kept = {name: pairs.zero_pairs(x) for name, x in view.zero_factors().items()}
+            kept = {n: pairs.zero_pairs(x) for n, x in view.zero_factors(structs).items()}
         return ScaleByKFACState(
             **counters(),
             stacks=kept,
-            places={name: jnp.array(view.places(name), jnp.int32) for name in view.layers},
+            places={name: view.places(name, len(x)) for name, x in structs.items()},
             moved=jnp.zeros([], bool),
             stale=jnp.zeros([], bool),
-            diagnostics=zero_diagnostics(view),
+            figures=zero_figures(structs),
             fallback=(),
         )
 
-    def period(self, curvature):
+    @property
+    def period(self):
         """Steps between averaging statistics in; rows are averaged when factors are inverted."""
         if self.update_every is not None:
             return self.update_every
-        return self.invert_every if has_rows(curvature) else 1
+        return self.invert_every if self.has_rows else 1
 
-    def update_layers(self, view, grads, state, sound, curvature):
+    def update_stacks(self, grads, state, sound, *, factors, **extra_args):
         """The step u = (A + d_A I)⁻¹ ∇ (G + d_G I)⁻¹, with factors that this step has moved."""
+        del extra_args
 
-        def averaged():
+        def average():
             old = pairs.factors_of(state.stacks)
-            factors, _, fit = self.averaged(view, old, state.count, curvature, sound)
-            return pairs.with_factors(state.stacks, factors), fit
+            new, _ = self.with_statistics(old, factors, state, sound)
+            return pairs.with_factors(state.stacks, new)
 
-        averaging = is_due(state.count, self.period(curvature))
-        stacks, sound = self.when_due(state, curvature, sound, averaged, (state.stacks,))
+        stacks = self.averaged(state, sound, average, state.stacks)
         # Numbers as they are: the factors decide in which dtype they are used.
         damping = value_at(self.damping, state.count, jnp.result_type(float))
 
         def blocks(kept):
-            given = pairs.factors_of(kept), damping, self.damping_rule, self.owners
-            return Blocks(view, *given)
+            return Blocks(self.seen, pairs.factors_of(kept), damping, self.damping_rule)
 
         new = state._replace(stacks=stacks)
         if self.inverse == "cg":
             return Step(blocks(stacks).solve_by_cg(grads), new, sound)
         if self.inverts_always:
-            inverses, diagnostics = blocks(stacks).invert(self.inverse)
-            directions = precondition(inverses, grads, self.owners)
-            return Step(directions, new._replace(diagnostics=diagnostics), sound)
+            inverses, figures = blocks(stacks).invert(self.inverse)
+            return Step(precondition(inverses, grads), new._replace(figures=figures), sound)
 
         def inverted():
-            inverses, diagnostics = blocks(stacks).invert(self.inverse)
-            return pairs.with_inverses(stacks, inverses), diagnostics
+            inverses, figures = blocks(stacks).invert(self.inverse)
+            return pairs.with_inverses(stacks, inverses), figures
 
         due = sound & (is_due(state.count, self.invert_every) | state.stale)
-        kept, diagnostics = jax.lax.cond(due, inverted, lambda: (stacks, state.diagnostics))
-        directions = precondition(pairs.inverses_of(kept), grads, self.owners)
-        new = new._replace(stacks=kept)
-        if has_rows(curvature):
-            directions, ratio = held_to_rows(view, directions, grads, curvature, diagnostics)
-            return Step(directions, _with_ratio(new, diagnostics, ratio), sound)
-        moved = ~due & (state.moved | averaging)
-        directions, ratio = jax.lax.cond(
+        kept, figures = jax.lax.cond(due, inverted, lambda: (stacks, state.figures))
+        directions = precondition(pairs.inverses_of(kept), grads)
+        new = new._replace(stacks=kept, figures=figures)
+        if self.has_rows:
+            return Step(directions, new, sound)
+        moved = ~due & (state.moved | is_due(state.count, self.period))
+        directions, ratios = jax.lax.cond(
             moved,
             lambda: blocks(kept).checked(directions, grads),
-            lambda: (directions, jnp.ones_like(diagnostics.model_ratio)),
+            lambda: (directions, {n: jnp.ones_like(x.model_ratio) for n, x in figures.items()}),
         )
-        stale = jnp.any((ratio > STALE_RATIO) | (ratio < 1 / STALE_RATIO))
-        new = _with_ratio(new, diagnostics, ratio)
-        return Step(directions, new._replace(moved=moved, stale=stale), sound)
+        off = [jnp.any((x > STALE_RATIO) | (x < 1 / STALE_RATIO)) for x in ratios.values()]
+        stale = self.anywhere(jnp.any(jnp.array(off, bool)))
+        figures = {n: x._replace(model_ratio=ratios[n]) for n, x in figures.items()}
+        return Step(directions, new._replace(figures=figures, moved=moved, stale=stale), sound)
 
-
-def _with_ratio(state, diagnostics, ratio):
-    return state._replace(diagnostics=diagnostics._replace(model_ratio=ratio))
+    def held(self, step, grads, curvature):
+        """The step within what its own rows say of it, where inverses are of earlier ones."""
+        if not self.has_rows or self.inverse == "cg" or self.inverts_always:
+            return step
+        given = step.directions, grads, curvature, step.state.figures
+        directions, figures = held_to_rows(self.seen, *given)
+        return step._replace(directions=directions, state=step.state._replace(figures=figures))
 
 
 def scale_by_kfac(
@@ -265,9 +274,9 @@ def scale_by_kfac(
       fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`. It
         sees the tree of these leaves in float32 at least. None refuses them.
       sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
-        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. They invert,
-        decompose and apply factors of equal widths in turn, and keep them divided along the first
-        axis that their number divides.
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. Each device
+        owns equally many layers of every shape, keeps what belongs to them, and alone computes
+        their directions.
       factor_sharding: the old name of `sharding`.
 
     Returns:
@@ -381,9 +390,9 @@ def kfac(
       fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`. It
         sees the tree of these leaves in float32 at least. None refuses them.
       sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
-        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. They invert,
-        decompose and apply factors of equal widths in turn, and keep them divided along the first
-        axis that their number divides.
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. Each device
+        owns equally many layers of every shape, keeps what belongs to them, and alone computes
+        their directions.
       factor_sharding: the old name of `sharding`.
       momentum: decay of the heavy ball, a number; without effect in the adaptive mode. `kl_clip`
         bounds u and not m, which may have been gathered where the curvature was far lower, hence

@@ -26,7 +26,7 @@ SPECS = {
     "tensor": P(None, "data"),
     "none": None,
 }
-LAYERS, WIDTH = 16, 32
+LAYERS, WIDTH, TOKENS = 16, 32, 128
 
 
 def report(check, name, figure):
@@ -138,73 +138,77 @@ def compare_capture():
 
 
 def equal_layers():
-    """Parameters, gradients, layers and statistics of equal layers."""
+    """Gradients of equal leaves, and with an embedding, and layers and statistics of all."""
     rng = np.random.default_rng(0)
-    names = [f"layer{i:02d}" for i in range(LAYERS)]
-    grads = {name: jnp.asarray(rng.normal(size=(WIDTH, WIDTH)), jnp.float32) for name in names}
+    sizes = {f"layer{i:02d}": (WIDTH, WIDTH) for i in range(LAYERS)} | {"tokens": (TOKENS, 8)}
+    grads = {name: rng.normal(size=size) for name, size in sizes.items()}
+    kinds = {name: "embedding" if name == "tokens" else "dense" for name in sizes}
     layers = optax_curv.Layers(
-        [optax_curv.Layer(x, "dense", f"['{x}']", None, WIDTH, WIDTH) for x in names]
+        [optax_curv.Layer(x, kinds[x], f"['{x}']", None, *size) for x, size in sizes.items()]
     )
 
-    def second_moment():
-        rows = rng.normal(size=(2 * WIDTH, WIDTH))
-        return jnp.asarray(rows.T @ rows / len(rows), jnp.float32)
+    def second_moment(size, kind="dense"):
+        rows = rng.normal(size=(2 * WIDTH, size))
+        return np.mean(rows**2, 0) if kind == "embedding" else rows.T @ rows / len(rows)
 
     factors = {
-        x: optax_curv.KroneckerFactors(second_moment(), second_moment(), jnp.int32(1))
-        for x in names
+        x: optax_curv.KroneckerFactors(
+            second_moment(rows, kinds[x]), second_moment(columns), np.int32(1)
+        )
+        for x, (rows, columns) in sizes.items()
     }
-    return grads, layers, factors
+    equal = {name: g for name, g in grads.items() if name != "tokens"}
+    return equal, grads, layers, factors
 
 
 def measure_division():
-    """FLOPs of one device, with sharding= over without, and what changes with it."""
-    grads, layers, factors = equal_layers()
-    moments = {
-        x: optax_curv.EigenbasisMoments(*f, jnp.square(grads[x])) for x, f in factors.items()
-    }
+    """FLOPs of one device, with sharding= over without, and what changes with it in float64."""
+    jax.config.update("jax_enable_x64", True)
+    equal, grads, layers, factors = equal_layers()
+    moments = {x: optax_curv.EigenbasisMoments(*f, np.square(grads[x])) for x, f in factors.items()}
+    of_factors, of_moments = ({"curvature": x} for x in (factors, moments))
     makers = {
         "scale_by_kfac": (
-            lambda x: optax_curv.scale_by_kfac(layers, 1e-2, sharding=x),
-            {"curvature": factors},
+            lambda **x: optax_curv.scale_by_kfac(layers, 1e-2, invert_every=2, **x),
+            *(grads, of_factors),
         ),
         "scale_by_ekfac": (
-            lambda x: optax_curv.scale_by_ekfac(layers, 1e-2, sharding=x),
-            {"curvature": moments},
+            lambda **x: optax_curv.scale_by_ekfac(layers, 1e-2, invert_every=2, **x),
+            *(grads, of_moments),
         ),
         "scale_by_adam_in_basis": (
-            lambda x: optax_curv.scale_by_adam_in_basis(layers, sharding=x),
-            {"curvature": factors},
+            lambda **x: optax_curv.scale_by_adam_in_basis(layers, basis_every=2, **x),
+            *(grads, of_factors),
         ),
         "scale_by_kron_psgd": (
-            lambda x: optax_curv.scale_by_kron_psgd(b1=0.9, factor_sharding=x),
-            {},
+            lambda sharding: optax_curv.scale_by_kron_psgd(b1=0.9, factor_sharding=sharding),
+            *(equal, {}),
         ),
-        "scale_by_shampoo": (lambda x: optax_curv.scale_by_shampoo(sharding=x), {}),
-        "scale_by_soap": (lambda x: optax_curv.scale_by_soap(sharding=x), {}),
+        "scale_by_shampoo": (optax_curv.scale_by_shampoo, equal, {}),
+        "scale_by_soap": (optax_curv.scale_by_soap, equal, {}),
     }
-    for name, (make, arrays) in makers.items():
-        flops, results = [], []
+    for name, (make, grads, arrays) in makers.items():
+        flops, results, moved = [], [], 0
         for sharding in (None, BOTH):
-            tx = make(sharding)
-            state = jax.jit(tx.init)(grads)
-            update = jax.jit(
-                lambda grads, state, arrays, tx=tx: tx.update(grads, state, None, **arrays)
-            )
-            everywhere = NamedSharding(MESH, P()) if sharding else None
-            given = jax.device_put((grads, arrays), everywhere)
-            compiled = update.lower(given[0], state, given[1]).compile()
+            tx = make(sharding=sharding)
+            step = jax.jit(lambda g, state, arrays, tx=tx: tx.update(g, state, None, **arrays))
+            places = (BOTH, NamedSharding(MESH, P())) if sharding else (None, None)
+            rolled = [jax.tree.map(lambda x, i=i: np.roll(x, i, 1), grads) for i in range(3)]
+            *steps, given = jax.device_put((*rolled, arrays), (*[places[0]] * 3, places[1]))
+            state = jax.jit(tx.init)(steps[0])
+            compiled, found = step.lower(steps[0], state, given).compile(), []
             flops.append(compiled.cost_analysis()["flops"])
-            updates, new_state = compiled(given[0], state, given[1])
-            results.append(updates)
+            for gradient in steps:
+                before = state
+                updates, state = compiled(gradient, before, given)
+                found.append(updates)
+                pairs = zip(jax.tree.leaves(before), jax.tree.leaves(state), strict=True)
+                moved += sum(x.sharding != y.sharding for x, y in pairs if x.ndim >= 2)
+            results.append(found)
         report("flops", name, flops[1] / flops[0])
         report("divided", name, difference(results[1], results[0]))
-        moved = [
-            x.sharding != y.sharding
-            for x, y in zip(jax.tree.leaves(new_state), jax.tree.leaves(state), strict=True)
-            if x.ndim >= 2 and sharding
-        ]
-        report("sharding", name, sum(moved))
+        report("sharding", name, moved)
+    jax.config.update("jax_enable_x64", False)
 
 
 def compare_owners():

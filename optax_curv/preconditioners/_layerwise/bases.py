@@ -10,7 +10,6 @@ from optax_curv.linalg import _lapack as lapack
 from optax_curv.linalg.factors import Dense, Diagonal, Factor
 from optax_curv.preconditioners._layerwise.factors import LayerFactors, by_layer
 from optax_curv.preconditioners._layerwise.view import LayerStacks
-from optax_curv.preconditioners._stacks.owners import divided
 
 
 class Axes(NamedTuple):
@@ -53,8 +52,10 @@ class Eigenbasis(NamedTuple):
     output_basis: jax.Array | None
 
 
-def identity_bases(method: str, view: LayerStacks) -> dict[str, Bases]:
-    """The bases before any step; refuses a layer of which a leaf is masked."""
+def identity_bases(
+    method: str, view: LayerStacks, structs: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, Bases]:
+    """The bases of stacks before any step; refuses a layer of which a leaf is masked."""
     for layers in view.layers.values():
         for x in layers:
             if not x.is_whole:
@@ -67,8 +68,8 @@ def identity_bases(method: str, view: LayerStacks) -> dict[str, Bases]:
         return Dense.identity((stack.shape[0],), size, stack.dtype) if dense else Axes()
 
     found = {}
-    for name in view.layers:
-        kind, struct = view.kind(name), view[name].struct
+    for name, struct in structs.items():
+        kind = view.kind(name)
         _, rows, out = struct.shape
         found[name] = Bases(
             side(kind.dense_input, struct, rows), side(kind.dense_output, struct, out)
@@ -77,15 +78,14 @@ def identity_bases(method: str, view: LayerStacks) -> dict[str, Bases]:
 
 
 def bases_of(
-    factors: Mapping[str, LayerFactors], sharding: Any
+    factors: Mapping[str, LayerFactors],
 ) -> tuple[dict[str, tuple[jax.Array, jax.Array]], dict[str, Bases]]:
     """(the eigenvalues of both factors, their bases) of every stack."""
     sides: dict[tuple[str, int], Factor] = {}
     for name, x in factors.items():
         sides |= {(name, 0): x.input_factor, (name, 1): x.output_factor}
     dense = {key: x.matrix for key, x in sides.items() if isinstance(x, Dense)}
-    eigh = divided(lapack.eigh, sharding)
-    found = dict(zip(dense, lapack.joined(eigh, list(dense.values())), strict=True))
+    found = dict(zip(dense, lapack.joined(lapack.eigh, list(dense.values())), strict=True))
 
     def of_side(key: tuple[str, int], x: Factor) -> tuple[jax.Array, Side]:
         if isinstance(x, Diagonal):
@@ -126,9 +126,8 @@ def carried(new: Bases, old: Bases, moments: jax.Array) -> jax.Array:
     return squares[1].adjoint().matmul(squares[0].matmul(moments), "right")
 
 
-def each(function: Any, sharding: Any, *columns: Mapping[str, Any]) -> dict[str, Any]:
-    """`function` of the columns' entries of every stack, whose rows the devices divide."""
-    function = divided(function, sharding)
+def each(function: Any, *columns: Mapping[str, Any]) -> dict[str, Any]:
+    """`function` of the columns' entries of every stack."""
     return {name: function(*(column[name] for column in columns)) for name in columns[0]}
 
 

@@ -2,7 +2,7 @@
 
 import collections
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from optax_curv.linalg.cholesky import damped_inverse
 from optax_curv.linalg.factors import Dense, Diagonal, Factor
 from optax_curv.preconditioners._layerwise.factors import LayerFactors, array_of
 from optax_curv.preconditioners._layerwise.view import LayerStacks
-from optax_curv.preconditioners._stacks.owners import divided
+from optax_curv.preconditioners._stacks.names import layers_of
 from optax_curv.typing import DampingRule, Inverse
 
 TRACE_FLOOR = 1e-10  # the original's: the least that the "trace" rule adds to a factor
@@ -38,9 +38,10 @@ class KroneckerInverse(NamedTuple):
 
 
 class LayerDiagnostics(NamedTuple):
-    """Figures of the latest inversion and direction for every layer: the worst of its slices.
+    """Figures of the latest inversion and direction, for every row of a stack or for every layer.
 
-    Figure i belongs to layer i of `layers`, those left out whose leaves are all masked.
+    Of a layer they are the worst of its slices. Figure i then belongs to layer i of `layers`, those
+    left out whose leaves are all masked.
 
     Attributes:
       input_damping: what was added to the diagonal of A, retries included, float [layers].
@@ -110,11 +111,10 @@ class Blocks:
     """The damped blocks of all layers of a view, and what is computed with them.
 
     Args:
-      view: the layers.
-      factors: their averages, by stack.
+      view: the layers, and more where some of their stacks are computed with elsewhere.
+      factors: the averages of those here, by stack.
       damping: λ, [].
       rule: how it is shared out between A and G.
-      sharding: the devices that divide the work among them, or None.
     """
 
     def __init__(
@@ -123,12 +123,10 @@ class Blocks:
         factors: Mapping[str, LayerFactors],
         damping: jax.Array,
         rule: DampingRule,
-        sharding: Any = None,
     ):
-        self._view, self._sharding = view, sharding
         self._blocks: dict[str, _Block] = {}
-        for name in view.layers:
-            a, g = factors[name].input_factor, factors[name].output_factor
+        for name, x in factors.items():
+            a, g = x.input_factor, x.output_factor
             means = a.mean_diagonal(), g.mean_diagonal()
             elementwise = view.kind(name).elementwise
             added = factor_damping(rule, damping.astype(a.dtype), *means, elementwise)
@@ -140,15 +138,16 @@ class Blocks:
             self._blocks[name] = _Block((a, g), (added_a, added_g), ratio)
 
     def _each(self, function: Callable, *columns: Mapping[str, Any]) -> dict[str, Any]:
-        """`function(A, d_A, G, d_G, ...)` of every stack, whose rows the devices divide."""
-        function = divided(function, self._sharding)
+        """`function(A, d_A, G, d_G, ...)` of every stack."""
         found = {}
         for name, ((a, g), (added_a, added_g), _) in self._blocks.items():
             found[name] = function(a, added_a, g, added_g, *(column[name] for column in columns))
         return found
 
-    def invert(self, method: Inverse) -> tuple[dict[str, KroneckerInverse], LayerDiagnostics]:
-        """The inverses by stack, and diagnostics; factors of about one width share one batch."""
+    def invert(
+        self, method: Inverse
+    ) -> tuple[dict[str, KroneckerInverse], dict[str, LayerDiagnostics]]:
+        """The inverses and figures of all rows; factors of about one width share one batch."""
         keys = [(name, side) for side in (0, 1) for name in self._blocks]
         factors = {(n, i): self._blocks[n].factors[i] for n, i in keys}
         dampings = [self._blocks[name].damping[side] for name, side in keys]
@@ -161,7 +160,7 @@ class Blocks:
             _padded(array_of(x), common[x.size]) if key in widths else array_of(x)
             for key, x in factors.items()
         ]
-        inverse = divided(functools.partial(_inverse, method=method), self._sharding)
+        inverse = functools.partial(_inverse, method=method)
         found = dict(zip(keys, lapack.joined(inverse, arrays, dampings), strict=True))
 
         def cut(key: tuple[str, int]) -> Factor:
@@ -171,15 +170,15 @@ class Blocks:
             return Dense(array[..., : widths[key], : widths[key]])
 
         inverses = {n: KroneckerInverse(cut((n, 0)), cut((n, 1))) for n in self._blocks}
-        figures = [
-            {name: found[name, side][figure] for name in self._blocks}
-            for figure in (1, 2)
-            for side in (0, 1)
-        ]
-        ratios = {name: x.trace_ratio for name, x in self._blocks.items()}
-        ones = {name: jnp.ones_like(x) for name, x in ratios.items()}
-        worst = [worst_of_layers(self._view, x) for x in (*figures, ratios, ones)]
-        return inverses, LayerDiagnostics(*worst)
+        figures = {
+            name: LayerDiagnostics(
+                *(found[name, side][figure] for figure in (1, 2) for side in (0, 1)),
+                trace_ratio=x.trace_ratio,
+                model_ratio=jnp.ones_like(x.trace_ratio),
+            )
+            for name, x in self._blocks.items()
+        }
+        return inverses, figures
 
     def solve_by_cg(self, grads: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """The directions, without any inverse."""
@@ -193,12 +192,11 @@ class Blocks:
 
     def checked(
         self, directions: Mapping[str, jax.Array], grads: Mapping[str, jax.Array]
-    ) -> tuple[dict[str, jax.Array], jax.Array]:
-        """The directions, none longer than the minimiser of its layer's model along it.
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """The directions, none longer than the minimiser of its model along it, and ratios [N].
 
         Along u the model ½ t² ⟨u, F u⟩ - t ⟨u, ∇⟩ has its minimum at t = 1 / ratio with ratio =
-        ⟨u, F u⟩ / ⟨u, ∇⟩. Of a layer's ratios the one that is furthest from 1 on either side comes
-        back, [layers].
+        ⟨u, F u⟩ / ⟨u, ∇⟩.
         """
 
         def check(
@@ -217,12 +215,7 @@ class Blocks:
 
         results = self._each(check, directions, grads)
         ratios = {name: ratio for name, (_, ratio) in results.items()}
-        high = worst_of_layers(self._view, ratios)
-        tiny = {name: jnp.finfo(x.dtype).tiny for name, x in ratios.items()}
-        inverse = {name: 1 / jnp.maximum(x, tiny[name]) for name, x in ratios.items()}
-        low = 1 / worst_of_layers(self._view, inverse)
-        held = {name: u for name, (u, _) in results.items()}
-        return held, jnp.where(high * low > 1, high, low)
+        return {name: u for name, (u, _) in results.items()}, ratios
 
 
 def model_ratio(bend: jax.Array, slope: jax.Array) -> jax.Array:
@@ -230,31 +223,39 @@ def model_ratio(bend: jax.Array, slope: jax.Array) -> jax.Array:
     return jnp.where(slope > 0, bend / jnp.where(slope > 0, slope, 1), 1)
 
 
-def worst_of_layers(view: LayerStacks, by_stack: Mapping[str, jax.Array]) -> jax.Array:
-    """The largest of each layer's figures [N], [layers] in the order of `Layers`."""
-    count = len(view.names)
-    figures = jnp.concatenate([jnp.zeros(0, jnp.float32), *(by_stack[n] for n in view.layers)])
-    places = [
-        place
-        for name in view.layers
-        for place, member in zip(view.places(name), view[name].members, strict=True)
-        for _ in range(member.rows)
+def worst_of_layers(
+    figures: Mapping[str, LayerDiagnostics], places: Mapping[str, jax.Array]
+) -> LayerDiagnostics:
+    """The worst figures of each layer's rows, of ratios those that are furthest from 1.
+
+    Args:
+      figures: of the rows of every stack, [N].
+      places: by stack the place of each row's layer, int32 [N]; -1 where it has none.
+    """
+    count = sum(len(layers_of(name)) for name in places)
+    rows = jnp.concatenate([jnp.zeros(0, jnp.int32), *places.values()])
+    # Those beyond the last layer are dropped.
+    worst = functools.partial(
+        jax.ops.segment_max, segment_ids=jnp.where(rows < 0, count, rows), num_segments=count
+    )
+    of_rows = [
+        jnp.concatenate([jnp.zeros(0, jnp.float32), *(getattr(figures[n], x) for n in places)])
+        for x in LayerDiagnostics._fields
     ]
-    if len(places) == count:  # each layer has one slice
-        return figures[np.argsort(places)] if count else figures
-    return jax.ops.segment_max(figures, np.array(places), count)
+    found = LayerDiagnostics(*map(worst, of_rows))
+    low = 1 / worst(1 / jnp.maximum(of_rows[-1], jnp.finfo(of_rows[-1].dtype).tiny))
+    high = found.model_ratio
+    return found._replace(model_ratio=jnp.where(high * low > 1, high, low))
 
 
 def precondition(
-    inverses: Mapping[str, KroneckerInverse], grads: Mapping[str, jax.Array], sharding: Any = None
+    inverses: Mapping[str, KroneckerInverse], grads: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """The directions A⁻¹ ∇ G⁻¹ that these inverses give, by stack."""
-
-    def product(inverse: KroneckerInverse, x: jax.Array) -> jax.Array:
-        return inverse.output_inverse.matmul(inverse.input_inverse.matmul(x), "right")
-
-    function = divided(product, sharding)
-    return {name: function(inverse, grads[name]) for name, inverse in inverses.items()}
+    return {
+        name: inverse.output_inverse.matmul(inverse.input_inverse.matmul(grads[name]), "right")
+        for name, inverse in inverses.items()
+    }
 
 
 def _inverse(
@@ -326,8 +327,12 @@ def _solve_by_cg(factor: Factor, damping: jax.Array, x: jax.Array) -> jax.Array:
     return jax.vmap(jax.vmap(solve, (None, None, 1), 1))(factor.matrix, damping, x)
 
 
-def zero_diagnostics(view: LayerStacks) -> LayerDiagnostics:
-    """Zeros, before any step."""
-    dtype = jnp.result_type(jnp.float32, *(view[name].dtype for name in view.layers))
-    fields: Sequence[str] = LayerDiagnostics._fields
-    return LayerDiagnostics(*(jnp.zeros(len(view.names), dtype) for _ in fields))
+def zero_figures(structs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, LayerDiagnostics]:
+    """Zeros for stacks of these shapes, before any step."""
+
+    def of_stack(struct: jax.ShapeDtypeStruct) -> LayerDiagnostics:
+        return LayerDiagnostics(
+            *(jnp.zeros(struct.shape[:1], struct.dtype) for _ in LayerDiagnostics._fields)
+        )
+
+    return {name: of_stack(struct) for name, struct in structs.items()}

@@ -205,9 +205,8 @@ def joined(layers: Sequence[PresentLayer], parts: Sequence[Any]) -> Any:
 
 def names_in_order(places: Mapping[str, jax.Array]) -> list[str]:
     """The names of all layers in the order of `Layers`, from the places that a state keeps."""
-    found = {
-        int(place): layer
-        for name, of_stack in places.items()
-        for (layer, _), place in zip(layers_of(name), of_stack, strict=True)
-    }
+    found = {}
+    for name, of_rows in places.items():
+        for layer, of_layer in layer_slices(name, of_rows).items():
+            found[int(jnp.max(of_layer))] = layer
     return [found[place] for place in sorted(found)]

@@ -4,14 +4,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from optax_curv.layers import Layers
+from optax_curv.linalg._compiler import not_recomputed
 from optax_curv.preconditioners._layerwise.blocks import Blocks, precondition
 from optax_curv.preconditioners._layerwise.factors import LayerFactors, mean_eigenvalue
 from optax_curv.preconditioners._layerwise.members import present_layers
 from optax_curv.preconditioners._layerwise.statistics import of_kernels
 from optax_curv.preconditioners._layerwise.view import LayerStacks, averaged_of
+from optax_curv.preconditioners._transformation.soundness import is_squarable
 from optax_curv.typing import Schedulable
 
 STATISTIC_BOUND = 10.0  # the default of `scale_by_kfac`
@@ -42,9 +43,9 @@ def layer_preconditioner(
       decay: of the averages.
       damping: λ.
     """
-    new, _, sound = averaged_of(
-        view, factors, count, of_kernels(curvature), decay, STATISTIC_BOUND, jnp.bool_(True)
-    )
+    found = view.factors(of_kernels(curvature))
+    sound = not_recomputed(is_squarable(found))
+    new, _ = averaged_of(factors, found, count, decay, STATISTIC_BOUND, sound)
     inverses, _ = Blocks(view, new, damping, "pi").invert("cholesky")
     mean = mean_eigenvalue(new) + damping
 

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from optax_curv.curvature import FactorRows
-from optax_curv.linalg._compiler import full_matmul, slice_of_stack
+from optax_curv.linalg._compiler import full_matmul
 from optax_curv.preconditioners._layerwise.blocks import LayerDiagnostics, model_ratio
 from optax_curv.preconditioners._layerwise.factors import joined, layer_slices
+from optax_curv.preconditioners._layerwise.members import PresentLayer
 from optax_curv.preconditioners._layerwise.view import LayerStacks
 
 SAMPLED_ROWS = 64  # by which directions are held, see `curvature_along`
@@ -42,29 +43,34 @@ def held_to_rows(
     directions: Mapping[str, jax.Array],
     grads: Mapping[str, jax.Array],
     curvature: Mapping[str, Any],
-    diagnostics: LayerDiagnostics,
-) -> tuple[dict[str, jax.Array], jax.Array]:
-    """The directions, none longer than the minimiser of its layer's model, as some rows give it.
+    figures: Mapping[str, LayerDiagnostics],
+) -> tuple[dict[str, jax.Array], dict[str, LayerDiagnostics]]:
+    """The directions, none longer than the minimiser of its model, as some rows give it.
 
-    Only layers that come with rows are held. With them come the ratios of `Blocks.checked`,
-    [layers]; here ⟨u, F u⟩ = N Σ_r (a_rᵀ U ḡ_r)² + d_A d_G ⟨u, u⟩.
+    Only layers that come with rows are held. With the directions come their figures with the ratios
+    of `Blocks.checked`; here ⟨u, F u⟩ = N Σ_r (a_rᵀ U ḡ_r)² + d_A d_G ⟨u, u⟩.
     """
-    damping = diagnostics.input_damping * diagnostics.output_damping
-    held, ratios = {}, [jnp.ones([], damping.dtype)] * len(view.names)
+    held, found = {}, {}
     for name, layers in view.layers.items():
-        slices = layer_slices(name, (directions[name], grads[name]))
-        parts = []
-        for place, x in zip(view.places(name), layers, strict=True):
-            u, grad = slices[x.layer.name]
-            rows = curvature[x.whole.name]
-            if isinstance(rows, FactorRows):
-                bend = curvature_along(u, rows, x.own_rows)
-                bend = bend + slice_of_stack(damping, place, ()).astype(u.dtype) * jnp.sum(
-                    jnp.square(u), (-1, -2)
-                )
-                ratio = model_ratio(bend, jnp.sum(u * grad, (-1, -2)))
-                ratios[place] = jnp.max(ratio)
-                u = u / jnp.maximum(1, ratio)[..., None, None]
-            parts.append(u)
-        held[name] = joined(layers, parts)
-    return held, jnp.stack([jnp.ones([], damping.dtype), *ratios])[1:]
+        x = figures[name]
+        damping = x.input_damping * x.output_damping
+        slices = layer_slices(name, (directions[name], grads[name], damping))
+        parts = [
+            _held_layer(layer, curvature[layer.whole.name], *slices[layer.layer.name])
+            for layer in layers
+        ]
+        held[name], ratios = joined(layers, parts)
+        more = jnp.ones(len(damping) - len(ratios), ratios.dtype)
+        found[name] = x._replace(model_ratio=jnp.concatenate([ratios, more]))
+    return held, found
+
+
+def _held_layer(
+    x: PresentLayer, rows: Any, u: jax.Array, grad: jax.Array, damping: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A layer's directions [*stack, rows, out], and their ratios [*stack]."""
+    if not isinstance(rows, FactorRows):
+        return u, jnp.ones_like(damping)
+    bend = curvature_along(u, rows, x.own_rows) + damping * jnp.sum(jnp.square(u), (-1, -2))
+    ratio = model_ratio(bend, jnp.sum(u * grad, (-1, -2)))
+    return u / jnp.maximum(1, ratio)[..., None, None], ratio

@@ -1,4 +1,8 @@
-"""`LayerRule`: a method on stacks of layers, and what takes the leaves that no layer covers."""
+"""`LayerRule`: a method on stacks of layers, and what takes the leaves that no layer covers.
+
+What a step's statistics are by stack is made of them first; from there on a layer is a row like any
+other, which its owner keeps and steps.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -9,12 +13,15 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.layers import Layers
-from optax_curv.linalg._compiler import FULL
+from optax_curv.linalg._compiler import FULL, not_recomputed
 from optax_curv.preconditioners._layerwise.factors import Averaging, LayerFactors
 from optax_curv.preconditioners._layerwise.members import present_layers
-from optax_curv.preconditioners._layerwise.statistics import of_kernels, require_curvature
+from optax_curv.preconditioners._layerwise.statistics import (
+    has_rows,
+    of_kernels,
+    require_curvature,
+)
 from optax_curv.preconditioners._layerwise.view import LayerStacks, averaged_of
-from optax_curv.preconditioners._stacks.owners import as_kept
 from optax_curv.preconditioners._stacks.rule import Fallback, StackRule
 from optax_curv.preconditioners._transformation.aliases import decayed, downhill_trace
 from optax_curv.preconditioners._transformation.averages import is_due
@@ -25,6 +32,7 @@ from optax_curv.preconditioners._transformation.numbers import (
     require_numbers,
     value_at,
 )
+from optax_curv.preconditioners._transformation.soundness import is_squarable
 from optax_curv.preconditioners._transformation.transformation import Step, transformation
 from optax_curv.typing import Number, Schedulable
 
@@ -34,6 +42,8 @@ class LayerRule(StackRule):
     """A method whose members are layers seen as matrices; `scale_by_kfac` documents the options.
 
     Attributes:
+      seen: the layers of the tree at hand.
+      has_rows: whether the statistics at hand are rows, which are averaged less often.
       step_rate: the learning rate that follows, for `kl_clip`; 1 where the direction is the step.
     """
 
@@ -43,6 +53,8 @@ class LayerRule(StackRule):
     statistic_bound: Number | None
     kl_clip: Number | None = None
     step_rate: Schedulable = 1.0
+    seen: Any = None
+    has_rows: bool = False
 
     def check_layers(self):
         """Refuses options that cannot be, by name."""
@@ -57,20 +69,14 @@ class LayerRule(StackRule):
                 f"{type(self.layers).__name__}."
             )
 
-    def init_layers(self, view: LayerStacks) -> Any:
-        """The state of the layers; its `fallback` is replaced."""
-        raise NotImplementedError
+    def measured(self, curvature: Mapping[str, Any]) -> dict[str, Any]:
+        """Factors by stack of statistics by layer, as extra arguments of `update_stacks`."""
+        return {"factors": self.seen.factors(curvature)}
 
-    def update_layers(
-        self,
-        view: LayerStacks,
-        grads: dict[str, jax.Array],
-        state: Any,
-        sound: jax.Array,
-        curvature: Mapping[str, Any],
-    ) -> Step:
-        """One step of the layers, with this step's statistics."""
-        raise NotImplementedError
+    def held(self, step: Step, grads: dict[str, jax.Array], curvature: Mapping[str, Any]) -> Step:
+        """The step within what else the statistics say of it."""
+        del grads, curvature
+        return step
 
     def view(self, tree: Any) -> LayerStacks:
         """The layers of a tree as stacks."""
@@ -89,13 +95,18 @@ class LayerRule(StackRule):
 
     def init(self, view: Any, params: Any) -> Any:
         """The state of the layers and of the fallback."""
-        fallback = () if self.fallback is None else self.fallback.init(view, params)
-        return self.init_layers(view)._replace(fallback=fallback)
+        rule = dataclasses.replace(self, seen=view)
+        return super(LayerRule, rule).init(view, params)
 
-    def with_owners(self, state: Any, split: Mapping[str, int]) -> Any:
-        """The state, divided along the first axis of each array that the devices divide."""
-        del split
-        return as_kept(state, self.owners)
+    def placed(self, view: Any, params: Any, state: Any, others: Any) -> tuple[Any, Any]:
+        """The state with its owners, and that of all else sharded as the parameters are."""
+        rule = dataclasses.replace(self, seen=view)
+        return super(LayerRule, rule).placed(view, params, state, others)
+
+    def diagonals(self, name: str, shape: tuple[int, ...]) -> tuple[bool, ...]:
+        """Whether the factors of rows and of columns are diagonal."""
+        kind = self.seen.kind(name)
+        return not kind.dense_input, not kind.dense_output
 
     def update(
         self,
@@ -109,17 +120,38 @@ class LayerRule(StackRule):
         **extra_args: Any,
     ) -> Step:
         """One step of the layers, within the clip, and of the fallback on all other leaves."""
-        inverse = view.inverse_slopes(curvature)
+        inverse, kernels = view.inverse_slopes(curvature), of_kernels(curvature)
         ours = {name: grads[name] * inverse.get(name, 1) for name in view.layers}
         others = {name: g for name, g in grads.items() if name not in ours}
-        step = self.update_layers(view, ours, state, sound, of_kernels(curvature))
+        rule = dataclasses.replace(self, seen=view, has_rows=has_rows(curvature))
+        given, sound = rule._when_due(kernels, state, sound)
+        step = rule.held(rule._stepped(ours, state, sound, given), ours, kernels)
         directions = self._clipped(step.directions, ours, state.count)
         directions = {name: u * inverse.get(name, 1) for name, u in directions.items()}
-        kept = as_kept(step.state._replace(fallback=None), self.owners)
         fallback = state.fallback
         if self.fallback is not None:
             others, fallback = self.fallback.update(view, others, fallback, params, **extra_args)
-        return Step({**directions, **others}, kept._replace(fallback=fallback), step.sound)
+        new = step.state._replace(fallback=fallback)
+        return step._replace(directions={**directions, **others}, state=new)
+
+    def _when_due(
+        self, curvature: Mapping[str, Any], state: Any, sound: jax.Array
+    ) -> tuple[dict[str, Any], jax.Array]:
+        """`measured`, or zeros where nothing is averaged, and whether it and all else is sound."""
+
+        def measured():
+            found = self.measured(curvature)
+            return found, not_recomputed(sound & is_squarable(found))
+
+        def nothing():
+            shapes, _ = jax.eval_shape(measured)
+            # As varying over manual axes as the state is.
+            zero = 0 * state.count
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) + zero, shapes), sound
+
+        if is_python_number(self.period, 1):
+            return measured()
+        return jax.lax.cond(sound & is_due(state.count, self.period), measured, nothing)
 
     def _clipped(
         self, directions: dict[str, jax.Array], grads: dict[str, jax.Array], count: jax.Array
@@ -134,45 +166,22 @@ class LayerRule(StackRule):
         scale = jnp.minimum(1, jnp.sqrt(self.kl_clip / jnp.maximum(decrease, 0)))
         return {name: scale.astype(u.dtype) * u for name, u in directions.items()}
 
-    def period(self, curvature: Mapping[str, Any]) -> Any:
+    @property
+    def period(self) -> Any:
         """Steps between averaging statistics in; see `update_every`."""
-        del curvature
         return self.update_every
 
-    def when_due(
-        self,
-        state: Any,
-        curvature: Mapping[str, Any],
-        sound: jax.Array,
-        averaged: Callable[[], tuple],
-        kept: tuple,
-    ) -> tuple:
-        """`averaged()` where the period says so and all is sound, else what is `kept`.
+    def averaged(self, state: Any, sound: jax.Array, average: Callable[[], Any], kept: Any) -> Any:
+        """`average()` where the period says so and all is sound, else what is `kept`."""
+        if is_python_number(self.period, 1):
+            return average()
+        return jax.lax.cond(sound & is_due(state.count, self.period), average, lambda: kept)
 
-        Args:
-          state: the state before the step.
-          curvature: the statistics of the step.
-          sound: whether the gradients are.
-          averaged: returns what is averaged and, last, whether the statistics are sound, too.
-          kept: its values before the step.
-        """
-        period = self.period(curvature)
-        if is_python_number(period, 1):
-            return averaged()
-        due = sound & is_due(state.count, period)
-        return jax.lax.cond(due, averaged, lambda: (*kept, sound))
-
-    def averaged(
-        self,
-        view: LayerStacks,
-        old: Mapping[str, LayerFactors],
-        count: jax.Array,
-        curvature: Mapping[str, Any],
-        sound: jax.Array,
-    ) -> tuple[dict[str, LayerFactors], dict[str, Averaging], jax.Array]:
-        """Averages this step's statistics in; see `view.averaged_of`."""
-        bound = self.statistic_bound
-        return averaged_of(view, old, count, curvature, self.decay, bound, sound)
+    def with_statistics(
+        self, old: Mapping[str, LayerFactors], new: Mapping[str, Any], state: Any, sound: jax.Array
+    ) -> tuple[dict[str, LayerFactors], dict[str, Averaging]]:
+        """Averages this step's factors in; see `view.averaged_of`."""
+        return averaged_of(old, new, state.count, self.decay, self.statistic_bound, sound)
 
 
 def heavy_ball(

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_curv.layers import slope_matrix
-from optax_curv.linalg._compiler import not_recomputed
 from optax_curv.linalg.factors import Factor
 from optax_curv.preconditioners._layerwise.factors import (
     Averaging,
@@ -23,7 +23,6 @@ from optax_curv.preconditioners._layerwise.statistics import layer_factors
 from optax_curv.preconditioners._stacks.rule import is_ours
 from optax_curv.preconditioners._stacks.stacks import Stacks
 from optax_curv.preconditioners._transformation.numbers import value_at
-from optax_curv.preconditioners._transformation.soundness import is_squarable
 from optax_curv.typing import Number, Schedulable
 
 # Slopes below this part of a kernel's largest move their entries less the smaller they are: where a
@@ -62,13 +61,22 @@ class LayerStacks(Stacks):
         """Returns the properties that the layers of a stack share."""
         return self.layers[name][0].kind
 
-    def places(self, name: str) -> list[int]:
-        """The place of each layer of a stack among all layers present."""
-        return [self.names.index(x.layer.name) for x in self.layers[name]]
+    def places(self, name: str, rows: int) -> jax.Array:
+        """The place of each row's layer among all layers present, int32 [rows]; -1 beyond them."""
+        found = np.full(rows, -1, np.int32)
+        places = [self.names.index(x.layer.name) for x in self.layers[name]]
+        counts = [member.rows for member in self[name].members]
+        found[: sum(counts)] = np.repeat(places, counts)
+        return jnp.asarray(found)
 
-    def zero_factors(self) -> dict[str, LayerFactors]:
-        """The factors of all layers before any step."""
-        return {name: zero_factors(self.kind(name), self[name].struct) for name in self.layers}
+    @property
+    def structs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every stack of layers, [N, rows, out]."""
+        return {name: self[name].struct for name in self.layers}
+
+    def zero_factors(self, structs: Mapping[str, Any]) -> dict[str, LayerFactors]:
+        """The factors of stacks of these shapes before any step."""
+        return {name: zero_factors(self.kind(name), struct) for name, struct in structs.items()}
 
     def factors(self, curvature: Mapping[str, Any]) -> dict[str, Any]:
         """The factors of this step's statistics, by stack: pairs of A and G."""
@@ -112,32 +120,25 @@ def _inverse_slope(method: str, x: PresentLayer, statistic: Any) -> jax.Array:
 
 
 def averaged_of(
-    view: LayerStacks,
     old: Mapping[str, LayerFactors],
+    new: Mapping[str, Any],
     count: jax.Array,
-    curvature: Mapping[str, Any],
     decay: Schedulable,
     bound: Number | None,
     sound: jax.Array,
-) -> tuple[dict[str, LayerFactors], dict[str, Averaging], jax.Array]:
-    """The factors with this step's statistics averaged in, how, and whether these are sound.
+) -> tuple[dict[str, LayerFactors], dict[str, Averaging]]:
+    """The factors with new ones averaged in, and how, by stack.
 
     Args:
-      view: the layers.
-      old: the averages before the step, by stack.
+      old: the averages before the step.
+      new: pairs of A and G, as `LayerStacks.factors` makes them of the step's statistics.
       count: steps taken.
-      curvature: the statistics, by layer.
       decay: of the averages.
       bound: how many times an average's size that of a new factor may be; see `factors.averaged`.
-      sound: whether the gradients are sound; without that nothing is averaged in.
-
-    Returns:
-      (factors by stack, `Averaging` by stack, whether the statistics are sound, too).
+      sound: whether the step is; without that nothing is averaged in.
     """
-    new = view.factors(curvature)
-    sound = not_recomputed(sound & is_squarable(new))
     factors, how = {}, {}
     for name, x in new.items():
-        now = value_at(decay, count, view[name].dtype)
+        now = value_at(decay, count, x[0].dtype)
         factors[name], how[name] = averaged(old[name], x, now, bound, sound)
-    return factors, how, sound
+    return factors, how

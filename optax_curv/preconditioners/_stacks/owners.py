@@ -131,8 +131,8 @@ class Owners(NamedTuple):
         def of_array(x: jax.Array, axis: int) -> jax.Array:
             is_factor = x.ndim < 3 or x.shape[-1] in (x.shape[-2], x.shape[-2] + 1)
             if is_factor:
-                return _constrained(x, self._whole())
-            return self.sent(x, axis) if within else as_kept(self._back(x, axis), self)
+                return self.whole(x)
+            return self.sent(x, axis) if within else self._kept(self._back(x, axis))
 
         def of_field(field: Any) -> Any:
             if not _is_by_stack(field):
@@ -149,19 +149,24 @@ class Owners(NamedTuple):
         They belong to a leaf of their shape whose path ends theirs. All others are whole.
         """
         leaves = [pair for tree in trees for pair in jax.tree.leaves_with_path(tree)]
-        whole = self._whole()
 
         def of_leaf(path: Any, x: jax.Array) -> jax.Array:
             for own, leaf in leaves:
                 if path[len(path) - len(own) :] == own and leaf.shape == x.shape:
                     found: Any = shard_alike(leaf, x)
                     return found[1]
-            return _constrained(x, whole)
+            return self.whole(x)
 
         return jax.tree.map_with_path(of_leaf, state)
 
-    def _whole(self) -> NamedSharding:
-        return NamedSharding(self.here(), PartitionSpec())
+    def whole(self, x: jax.Array) -> jax.Array:
+        """The array on every device."""
+        return _constrained(x, NamedSharding(self.here(), PartitionSpec()))
+
+    def _kept(self, x: jax.Array) -> jax.Array:
+        """The array divided along the first axis that the devices divide, or whole."""
+        even = [i for i, length in enumerate(x.shape) if length and length % self.size == 0]
+        return self._divided_over(x, self.axes, None, even[0]) if even else self.whole(x)
 
     def _specs(self, tree: Any) -> Any:
         def of_part(x: Any) -> PartitionSpec:
@@ -271,48 +276,6 @@ def owners_of(
         )
     axes = tuple(axis for axis in reversed(mesh.axis_names) if axis in names)
     return Owners(method, mesh, axes, transport_dtype)
-
-
-def divided(function: Callable, owners: Owners | None) -> Callable:
-    """Divides a function of arrays with a common leading axis: each device computes its own part.
-
-    XLA divides neither factorisations nor loops over a batch by itself. A batch that the devices do
-    not divide evenly is filled up with copies of its last entry.
-    """
-    if owners is None:
-        return function
-    spec, parts = PartitionSpec(owners.axes), owners.size
-
-    def of_all(*arrays):
-        count = len(jax.tree.leaves(arrays)[0])
-        if count == 1:
-            return function(*arrays)
-
-        def filled(x):
-            return jnp.concatenate([x, jnp.repeat(x[-1:], -count % parts, axis=0)])
-
-        of_part = jax.shard_map(
-            function, mesh=owners.here(), in_specs=spec, out_specs=spec, check_vma=False
-        )
-        return jax.tree.map(lambda x: x[:count], of_part(*jax.tree.map(filled, arrays)))
-
-    return of_all
-
-
-def as_kept(tree, owners: Owners | None):
-    """The arrays as a state keeps them: divided along the first axis that divides, or whole."""
-    if owners is None:
-        return tree
-
-    def constrained(x):
-        axis = next(
-            (axis for axis, length in enumerate(x.shape) if length and length % owners.size == 0),
-            None,
-        )
-        spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, owners.axes)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(owners.here(), spec))
-
-    return jax.tree.map(constrained, tree)
 
 
 def with_sharding_types(update: Callable) -> Callable:

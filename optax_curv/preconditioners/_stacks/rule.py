@@ -1,6 +1,7 @@
 """`StackRule`: a method on stacks, and what takes the leaves that the method does not take."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -128,6 +129,11 @@ class StackRule(Rule):
         """Which axes of a tensor have a diagonal factor."""
         return (False,) * len(shape)
 
+    def diagonals(self, name: str, shape: tuple[int, ...]) -> tuple[bool, ...]:
+        """Which axes of the tensors of the stack of this name have a diagonal factor."""
+        del name
+        return self.diagonal_axes(shape)
+
     def anywhere(self, flag: jax.Array) -> jax.Array:
         """Whether `flag`, a bool [] of one device's rows, is true on any device."""
         return flag if self.owners is None else self.owners.anywhere(flag)
@@ -194,7 +200,7 @@ class StackRule(Rule):
         if self.owners is None:
             return {}
         axes = {
-            name: self.owners.splits(x.shape, self.diagonal_axes(x.shape[1:]))
+            name: self.owners.splits(x.shape, self.diagonals(name, x.shape[1:]))
             for name, x in structs.items()
         }
         return {name: axis for name, axis in axes.items() if axis is not None}
@@ -247,7 +253,15 @@ class StackRule(Rule):
         def sent(stacks: Any) -> Any:
             return {name: owners.sent(stacks[name], axis) for name, axis in split.items()}
 
-        trees = {name: sent(x) for name, x in given.items()}
+        def placed(name: str, x: jax.Array) -> jax.Array:
+            """Divided as the tensors where it is like them; whole, where it is of their factors."""
+            is_like = x.shape == tensors[name].shape
+            return owners.sent(x, split[name]) if is_like else owners.whole(x)
+
+        trees = {
+            key: {n: jax.tree.map(functools.partial(placed, n), x[n]) for n in split}
+            for key, x in given.items()
+        }
         trees |= {name: _alone(x, split) for name, x in drawn.items()}
         alone = dataclasses.replace(self, owners=None)
         parts = owners.placed_along(_of_stacks(state, _alone, split), split, within=True)
@@ -283,6 +297,9 @@ def _merged(state: Any, more: Any) -> Any:
 
 
 def _joined(step: Step, more: Step) -> Step:
-    """A step with that of other stacks."""
+    """A step with that of other stacks; flags of the state are up where they are up in either."""
     sound = jnp.asarray(step.sound) & more.sound
-    return Step({**step.directions, **more.directions}, _merged(step.state, more.state), sound)
+    fields = {n: x for n, x in step.state._asdict().items() if isinstance(x, jax.Array)}
+    flags = {n: x | getattr(more.state, n) for n, x in fields.items() if x.dtype == bool}
+    state = _merged(step.state, more.state)._replace(**flags)
+    return Step({**step.directions, **more.directions}, state, sound)
