@@ -80,9 +80,14 @@ def test_factors_are_the_mean_of_single_examples_at_any_batch(x64, on, meet):
 
 def assert_same_at_any_batch(loss, params, x, layers):
     measure = value_grad_and_curvature(loss, layers=layers)
-    once, twice = measure(params, x)[2], measure(params, jnp.concatenate([x, x]))[2]
-    alone = [measure(params, x[k : k + 1])[2] for k in range(len(x))]
-    mean = jax.tree.map(lambda *parts: sum(parts) / len(parts), *alone)
+
+    @jax.jit
+    def everything(params, x):
+        alone = jax.vmap(lambda example: measure(params, example[None])[2])(x)
+        mean = jax.tree.map(lambda parts: jnp.mean(parts, axis=0), alone)
+        return measure(params, x)[2], measure(params, jnp.concatenate([x, x]))[2], mean
+
+    once, twice, mean = everything(params, x)
     for layer in layers:
         for given, doubled, right in zip(
             once[layer.name][:2], twice[layer.name][:2], mean[layer.name][:2], strict=True
