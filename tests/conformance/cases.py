@@ -260,7 +260,8 @@ METHODS = {
         fault=Fault(_soap_fault),
         suite=ALIAS_RUNS,
         # The first gradient of a matrix has no component along some axes of its square factor's
-        # basis, which are arbitrary: there SOAP divides rounding by its root, but for a large eps.
+        # basis, which are arbitrary and not compared. Its update is zero; the three steps of
+        # `many_devices.compare_owners` and `measure_division` are compared as well.
         devices={"eps": 1.0},
         divides=True,
         factors=9,
