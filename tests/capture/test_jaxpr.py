@@ -125,3 +125,15 @@ def test_one_call_inlined_twice_keeps_its_variables_apart():
         len(eqn.outvars) for eqn in thin.eqns
     )
     np.testing.assert_array_equal(jaxpr_as_fun(thin)(*args)[0], function(*args))
+
+
+def test_axes_are_pythons_integers_where_vmap_writes_numpys():
+    """`jax.vmap` refuses NumPy's integers as the axes that capture hands to it."""
+
+    def sums(row):
+        return jnp.sum(jnp.broadcast_to(row, (2, 3)), axis=1)
+
+    eqns = {eqn.primitive.name: eqn for eqn in equations(jax.vmap(sums), jnp.ones((4, 3)))}
+    broadcast = internals.broadcast(eqns["broadcast_in_dim"]).dimensions
+    assert (broadcast, internals.axes_of(eqns["reduce_sum"])) == ((0, 2), (2,))
+    assert {type(axis) for axis in (*broadcast, *internals.axes_of(eqns["reduce_sum"]))} == {int}

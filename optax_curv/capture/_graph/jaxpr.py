@@ -315,7 +315,7 @@ def reshaped(eqn) -> Reshape:
 
 def permutation(eqn) -> tuple[int, ...]:
     """Reads the order of axes of a `transpose`."""
-    return tuple(eqn.params["permutation"])
+    return tuple(map(int, eqn.params["permutation"]))
 
 
 class Broadcast(NamedTuple):
@@ -327,13 +327,15 @@ class Broadcast(NamedTuple):
 
 def broadcast(eqn) -> Broadcast:
     """Reads a `broadcast_in_dim`."""
-    return Broadcast(tuple(eqn.params["shape"]), tuple(eqn.params["broadcast_dimensions"]))
+    # `vmap` writes NumPy's integers here and in a reduction, which are no axes to `vmap` itself.
+    dimensions = tuple(map(int, eqn.params["broadcast_dimensions"]))
+    return Broadcast(tuple(eqn.params["shape"]), dimensions)
 
 
 def axes_of(eqn) -> tuple[int, ...] | None:
     """Reads the axes that `squeeze`, `rev` or a reduction names; None where none are named."""
     axes = eqn.params.get("axes", eqn.params.get("dimensions"))
-    return None if axes is None else tuple(axes)
+    return None if axes is None else tuple(map(int, axes))
 
 
 def reduced(eqn) -> tuple[int, ...] | None:
