@@ -348,8 +348,8 @@ def ekfac(
         longer periods save nothing.
       kl_clip: None, or c > 0: all directions are scaled down where the step -η u would exceed
         Σ ⟨ηu, F ηu⟩ = c, the sum over all layers and F the damped blocks; momentum adds to that.
-        On scikit-learn's digits a network needs fewer steps with a bound at every η tried, from
-        0.01 to 0.1; without it, the loss rises from 2.3 to 414 at η = 0.1.
+        On scikit-learn's digits a network reaches its target in 90 steps at η = 0.02, in 105 with
+        5e-3; at 0.1 it takes 168, and half of the runs without a bound do not get there in 300.
       fallback: transformation for leaves that no layer covers, such as `optax.scale_by_adam()`. It
         sees the tree of these leaves in float32 at least. None refuses them.
       sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
