@@ -71,6 +71,8 @@ class Row:
     last: float | None = None
 
 
+# Of the largest gradient: a bias before a normalisation has none but rounding.
+ROUNDED = 1e-4
 SINGLE = 3e-3  # where the package computes in float32 whatever it is given
 
 
@@ -175,6 +177,7 @@ def row_of(name):
         loss, params, *arrays = one.build()
         layers = find_layers(loss, params, *arrays)
         values, grads, right, curvature = trained(loss, layers, params, arrays)
+        right = jax.tree.leaves(right)
         measure = jax.jit(value_grad_and_curvature(loss, layers=layers), compiler_options=QUICK)
         if one.mixes:
             parts = [measure(params, *(jnp.concatenate([x, x]) for x in arrays))[2]]
@@ -188,7 +191,7 @@ def row_of(name):
         ]
     return dataclasses.replace(
         coverage(one, params, layers),
-        gradient_error=largest(jax.tree.leaves(grads), jax.tree.leaves(right)),
+        gradient_error=largest(jax.tree.leaves(grads), right, ROUNDED * max(map(size, right))),
         factor_error=largest(*zip(*pairs, strict=True)) if pairs else 0.0,
         first=values[0],
         last=values[-1],
@@ -201,13 +204,14 @@ def factors(curvature, layer):
     return getattr(statistic, "statistic", statistic)[:2]
 
 
-def largest(given, right):
-    """The largest difference of several arrays, each relative to its largest entry."""
-    errors = [
-        float(jnp.max(jnp.abs(a - b)) / (jnp.max(jnp.abs(b)) + 1e-9))
-        for a, b in zip(given, right, strict=True)
-        if a.size
-    ]
+def size(x):
+    """The largest entry."""
+    return float(jnp.max(jnp.abs(x), initial=0))
+
+
+def largest(given, right, floor=1e-9):
+    """The largest difference of several arrays, each relative to its largest entry + floor."""
+    errors = [size(a - b) / (size(b) + floor) for a, b in zip(given, right, strict=True)]
     return max(errors, default=0.0)
 
 
