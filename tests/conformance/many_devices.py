@@ -371,6 +371,23 @@ def compare_refusals():
         report("refused", name, not missing)
 
 
+def read_explicit_states():
+    """Factors, figures and bases of states whose shardings are part of their types."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    params = jax.device_put({"w": jnp.ones((16, 8))}, NamedSharding(mesh, P("data")))
+    layers = optax_curv.Layers([optax_curv.Layer("w", "dense", "['w']", None, 16, 8)])
+    kfac, ekfac = (
+        make(layers, sharding=mesh).init(params)
+        for make in (optax_curv.scale_by_kfac, optax_curv.scale_by_ekfac)
+    )
+    with jax.set_mesh(mesh):
+        read = jax.jit(lambda x, y: (x.factors, x.diagnostics, optax_curv.eigenbasis(y)))
+        found = read(kfac, ekfac)
+    assert found[0]["w"].input_factor.shape == found[2]["w"].input_basis.shape == (16, 16)
+    tables = optax_curv.layer_diagnostics(kfac), optax_curv.diagnostics.curvature_table(ekfac)
+    report("read", "explicit", all("w" in table for table in tables))
+
+
 COMPARED = [x for x, case in cases.CASES.items() if not isinstance(case.devices, str)]
 
 if __name__ == "__main__":
@@ -378,6 +395,7 @@ if __name__ == "__main__":
     jax.config.update("jax_disable_most_optimizations", True)
     others = {"division": measure_division, "capture": compare_capture, "owners": compare_owners}
     others |= {"lazy": compare_lazy_rows, "resumed": compare_resumed, "refused": compare_refusals}
+    others["read"] = read_explicit_states
     for name in sys.argv[1:] or [*COMPARED, *others]:
         if name in others:
             others[name]()

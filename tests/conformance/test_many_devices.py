@@ -87,3 +87,7 @@ def test_micro_batches_of_eight_devices_are_resumed_on_fewer(figures, devices):
 def test_what_cannot_be_divided_is_refused_by_name(figures):
     said = {name: figure for (check, name), figure in figures.items() if check == "refused"}
     assert said and all(said.values()), said
+
+
+def test_states_with_sharding_types_can_be_read(figures):
+    assert figures["read", "explicit"] == 1

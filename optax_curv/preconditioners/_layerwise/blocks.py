@@ -17,6 +17,7 @@ from optax_curv.linalg.factors import Dense, Diagonal, Factor
 from optax_curv.preconditioners._layerwise.factors import LayerFactors, array_of
 from optax_curv.preconditioners._layerwise.view import LayerStacks
 from optax_curv.preconditioners._stacks.names import layers_of
+from optax_curv.preconditioners._stacks.owners import without_types
 from optax_curv.typing import DampingRule, Inverse
 
 TRACE_FLOOR = 1e-10  # the original's: the least that the "trace" rule adds to a factor
@@ -232,6 +233,7 @@ def worst_of_layers(
       figures: of the rows of every stack, [N].
       places: by stack the place of each row's layer, int32 [N]; -1 where it has none.
     """
+    figures, places = without_types((dict(figures), dict(places)))
     count = sum(len(layers_of(name)) for name in places)
     rows = jnp.concatenate([jnp.zeros(0, jnp.int32), *places.values()])
     # Those beyond the last layer are dropped.

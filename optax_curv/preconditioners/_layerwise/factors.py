@@ -13,6 +13,7 @@ from optax_curv.linalg._compiler import materialize, slice_of_stack
 from optax_curv.linalg.factors import Dense, Diagonal, Factor
 from optax_curv.preconditioners._layerwise.members import LayerKind, PresentLayer
 from optax_curv.preconditioners._stacks.names import layers_of
+from optax_curv.preconditioners._stacks.owners import without_types
 from optax_curv.preconditioners._transformation import averages
 
 FREE = 10  # statistics of a slice that are averaged before its averages bound the next ones
@@ -159,7 +160,7 @@ def mean_eigenvalue(factors: Mapping[str, LayerFactors]) -> jax.Array:
 
 def layer_slices(name: str, tree: Any) -> dict[str, Any]:
     """The arrays [N, ...] of a stack cut into those of its layers, [*stack, ...], by name."""
-    found, start = {}, 0
+    found, start, tree = {}, 0, without_types(tree)
     for layer, stack in layers_of(name):
         found[layer] = jax.tree.map(lambda x, i=start, s=stack: slice_of_stack(x, i, s), tree)
         start += math.prod(stack)

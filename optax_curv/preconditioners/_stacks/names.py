@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 
 import jax
 
+from optax_curv.preconditioners._stacks.owners import without_types
+
 SEPARATOR = " | "
 IN_BLOCKS = re.compile(r" in (\d+) blocks? of ")
 
@@ -77,6 +79,7 @@ def parts_of(name: str, array: jax.Array) -> Iterator[tuple[str, int | None, jax
 
     What is filled up for the sake of equal parts on all devices lies behind and is left out.
     """
+    array = without_types(array)
     count = split_name(name)[1]
     start = 0
     for block in range(count or 1):

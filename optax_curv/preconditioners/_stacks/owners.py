@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -246,7 +247,8 @@ def compiled(function: Callable, owners: Owners | None) -> Callable:
         def of_arrays(arrays: dict[int, Any]) -> Any:
             return function(treedef.unflatten([arrays.get(i, x) for i, x in enumerate(leaves)]))
 
-        return compiled_once(of_arrays)(arrays)
+        # An array that is not used says on which devices the program is to run.
+        return compiled_once(of_arrays, keep_unused=True)(arrays)
 
     return of_tree
 
@@ -313,6 +315,22 @@ def with_sharding_types(update: Callable) -> Callable:
         return of_all(arrays)
 
     return typed
+
+
+def without_types(tree: Any) -> Any:
+    """Arrays whose shardings are part of their types, whole on every device; others as they are.
+
+    What is divided so cannot be cut into the slices of layers.
+    """
+
+    def of_array(x: jax.Array) -> jax.Array:
+        mesh: Any = jax.typeof(x).sharding.mesh
+        if EXPLICIT not in mesh.axis_types:
+            return x
+        mesh = mesh if isinstance(x, Tracer) else getattr(x.sharding, "mesh", mesh)
+        return _constrained(x, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(of_array, tree)
 
 
 def _explicit_mesh(leaves: Any) -> Any:
