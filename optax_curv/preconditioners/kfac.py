@@ -76,6 +76,7 @@ class ScaleByKFACState(NamedTuple):
       moved: whether the factors have changed since they were inverted, bool [].
       stale: whether the next step inverts out of turn, bool [].
       figures: by stack the `LayerDiagnostics` of its rows; zeros under inverse="cg".
+      diagnostics: the worst of these of each layer, in the order of `layers`.
       fallback: state of the transformation for uncovered leaves.
       total_notfinite: steps skipped, int32 [].
     """
@@ -86,6 +87,7 @@ class ScaleByKFACState(NamedTuple):
     moved: jax.Array
     stale: jax.Array
     figures: dict[str, LayerDiagnostics]
+    diagnostics: LayerDiagnostics
     fallback: Any
     total_notfinite: jax.Array
 
@@ -102,11 +104,6 @@ class ScaleByKFACState(NamedTuple):
             for name, inverse in pairs.inverses_of(self.stacks).items()
         }
         return by_layer(arrays)
-
-    @property
-    def diagnostics(self) -> LayerDiagnostics:
-        """The worst figures of each layer, in the order of `layers`."""
-        return worst_of_layers(self.figures, self.places)
 
     def spectra(self) -> dict[str, dict[str, Factor]]:
         """The factors that diagnostics read, by stack and side."""
@@ -145,13 +142,16 @@ class _KFAC(LayerRule):
         kept: dict[str, pairs.Kept] = dict(view.zero_factors(structs))
         if self.inverse != "cg" and not self.inverts_always:
             kept = {n: pairs.zero_pairs(x) for n, x in view.zero_factors(structs).items()}
+        places = {name: view.places(name, len(x)) for name, x in structs.items()}
+        figures = zero_figures(structs)
         return ScaleByKFACState(
             **counters(),
             stacks=kept,
-            places={name: view.places(name, len(x)) for name, x in structs.items()},
+            places=places,
             moved=jnp.zeros([], bool),
             stale=jnp.zeros([], bool),
-            figures=zero_figures(structs),
+            figures=figures,
+            diagnostics=worst_of_layers(figures, places),
             fallback=(),
         )
 
@@ -208,11 +208,13 @@ class _KFAC(LayerRule):
 
     def held(self, step, grads, curvature):
         """The step within what its own rows say of it, where inverses are of earlier ones."""
-        if not self.has_rows or self.inverse == "cg" or self.inverts_always:
-            return step
-        given = step.directions, grads, curvature, step.state.figures
-        directions, figures = held_to_rows(self.seen, *given)
-        return step._replace(directions=directions, state=step.state._replace(figures=figures))
+        directions, state = step.directions, step.state
+        if self.has_rows and self.inverse != "cg" and not self.inverts_always:
+            given = directions, grads, curvature, state.figures
+            directions, figures = held_to_rows(self.seen, *given)
+            state = state._replace(figures=figures)
+        worst = worst_of_layers(state.figures, state.places)
+        return step._replace(directions=directions, state=state._replace(diagnostics=worst))
 
 
 def scale_by_kfac(
