@@ -111,11 +111,11 @@ class _AdamInBasis(LayerRule):
     def update_stacks(self, grads, state, sound, *, factors, **extra_args):
         """One step of Adam in the bases, which are renewed first where their period says so."""
         del extra_args
-        factors = self.averaged(
+        factors = self.when_due(
             state,
             sound,
             lambda: self.with_statistics(state.stacks, factors, state, sound)[0],
-            state.stacks,
+            lambda: state.stacks,
         )
 
         def renewed():

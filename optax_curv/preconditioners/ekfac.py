@@ -176,7 +176,7 @@ class _EKFAC(LayerRule):
             return new, each(_moved, state.moments_of_stacks, moments, how)
 
         kept = state.stacks, state.moments_of_stacks
-        factors, moments = self.averaged(state, sound, average, kept)
+        factors, moments = self.when_due(state, sound, average, lambda: kept)
         bases, moments = jax.lax.cond(
             sound & averages.is_due(state.count, self.invert_every),
             lambda: _with_new_bases(factors, state.bases, moments, state.count == 0),

@@ -76,7 +76,8 @@ class ScaleByKFACState(NamedTuple):
       moved: whether the factors have changed since they were inverted, bool [].
       stale: whether the next step inverts out of turn, bool [].
       figures: by stack the `LayerDiagnostics` of its rows; zeros under inverse="cg".
-      diagnostics: the worst of these of each layer, in the order of `layers`.
+      diagnostics: the worst of these of each layer, in the order of `layers`; a field, as
+        `optax.tree_utils.tree_get` finds no property.
       fallback: state of the transformation for uncovered leaves.
       total_notfinite: steps skipped, int32 [].
     """
@@ -171,7 +172,7 @@ class _KFAC(LayerRule):
             new, _ = self.with_statistics(old, factors, state, sound)
             return pairs.with_factors(state.stacks, new)
 
-        stacks = self.averaged(state, sound, average, state.stacks)
+        stacks = self.when_due(state, sound, average, lambda: state.stacks)
         # Numbers as they are: the factors decide in which dtype they are used.
         damping = value_at(self.damping, state.count, jnp.result_type(float))
 

@@ -149,9 +149,7 @@ class LayerRule(StackRule):
             zero = 0 * state.count
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) + zero, shapes), sound
 
-        if is_python_number(self.period, 1):
-            return measured()
-        return jax.lax.cond(sound & is_due(state.count, self.period), measured, nothing)
+        return self.when_due(state, sound, measured, nothing)
 
     def _clipped(
         self, directions: dict[str, jax.Array], grads: dict[str, jax.Array], count: jax.Array
@@ -171,11 +169,13 @@ class LayerRule(StackRule):
         """Steps between averaging statistics in; see `update_every`."""
         return self.update_every
 
-    def averaged(self, state: Any, sound: jax.Array, average: Callable[[], Any], kept: Any) -> Any:
-        """`average()` where the period says so and all is sound, else what is `kept`."""
+    def when_due(
+        self, state: Any, sound: jax.Array, due: Callable[[], Any], otherwise: Callable[[], Any]
+    ) -> Any:
+        """`due()` where the period says so and all is sound, else `otherwise()`."""
         if is_python_number(self.period, 1):
-            return average()
-        return jax.lax.cond(sound & is_due(state.count, self.period), average, lambda: kept)
+            return due()
+        return jax.lax.cond(sound & is_due(state.count, self.period), due, otherwise)
 
     def with_statistics(
         self, old: Mapping[str, LayerFactors], new: Mapping[str, Any], state: Any, sound: jax.Array

@@ -363,9 +363,9 @@ def move_factors(
     lipschitz: jax.Array,
     what: Seen,
     axis: jax.Array,
-    *,
     jumped: jax.Array,
     usual: jax.Array,
+    *,
     rate: jax.Array,
     lipschitz_decay: jax.Array,
 ) -> tuple[Factors, jax.Array]:

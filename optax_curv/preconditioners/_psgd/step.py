@@ -236,9 +236,7 @@ def _moved(kind: Kind, now: Numbers, group: Group, given: Given, applied_of: Any
         )
         # What has been too large for P moves no factor otherwise, and no bound.
         usual = again & what.exists & ~jumped & (count == 0)
-        kept = jax.vmap(lambda *args: move(*args[:4], jumped=args[4], usual=args[5]))(
-            old.factors, old.lipschitz, what, axes, jumped, usual
-        )
+        kept = jax.vmap(move)(old.factors, old.lipschitz, what, axes, jumped, usual)
         kept = balance(*kept) if always else jax.lax.cond(now.balances, balance, _as_is, *kept)
         factors, lipschitz = kept
         group = applied_of(old._replace(factors=factors, lipschitz=lipschitz))
