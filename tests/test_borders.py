@@ -23,6 +23,7 @@ PIECES = {"chain_pieces", "quadratic_model", "layer_factors"}
 # Private to the package and not to one folder of it, each with the reason.
 SHARED = {
     "optax_curv.linalg._compiler": "hints to XLA are needed wherever arrays are computed",
+    "optax_curv.linalg._chunks": "and bounds on what is held at a time",
     "optax_curv.linalg._lapack": "so are factorisations in calls that do not deadlock",
     "optax_curv.linalg._checks": "and the dtypes that the kernels compute in",
     "optax_curv.preconditioners._stacks.names": "diagnostics read the names of stacks in a state",

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxlib.version import __version_info__ as JAXLIB
 
+from optax_curv.linalg._chunks import in_chunks
 from optax_curv.linalg._compiler import full_matmul, per_platform, slice_of_stack
 
 SHARES_BATCHES = (0, 10) <= JAXLIB[:2] <= (0, 11)
@@ -246,12 +247,15 @@ def for_each(function: Kernel, *lists: Sequence[Any]) -> list:
       *lists: of equal lengths.
     """
 
+    def chunked(*arrays):
+        return in_chunks(function, *arrays)
+
     def one_by_one(*lists):
-        return [function(*arrays) for arrays in zip(*lists, strict=True)]
+        return [chunked(*arrays) for arrays in zip(*lists, strict=True)]
 
     def in_batches(*lists):
         found = joined(
-            function, *([x.reshape(-1, *x.shape[-2:]) for x in arrays] for arrays in lists)
+            chunked, *([x.reshape(-1, *x.shape[-2:]) for x in arrays] for arrays in lists)
         )
         stacks = [x.shape[:-2] for x in lists[0]]
         return [

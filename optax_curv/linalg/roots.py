@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from optax_curv.linalg import _lapack as lapack
 from optax_curv.linalg._checks import hermitian, per_matrix, require_choice, symmetric_part, widen
+from optax_curv.linalg._chunks import in_chunks
 from optax_curv.linalg._compiler import full_matmul, per_platform
 from optax_curv.typing import ROOT_METHODS, Number, RootMethod
 
@@ -150,7 +151,7 @@ def factor_roots(
         return *_power_in_basis(a, basis, *numbers(a), True), basis
 
     def one_by_one(*factors):
-        return list(map(root, factors))
+        return [in_chunks(root, a) for a in factors]
 
     def in_one_width(*factors):
         width = max(a.shape[-1] for a in factors)

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.layers import Layers
+from optax_curv.linalg._chunks import moved_in_chunks
 from optax_curv.linalg.roots import factor_roots
 from optax_curv.preconditioners._axes import kept as kept_axes
 from optax_curv.preconditioners._axes import moments, refresh
 from optax_curv.preconditioners._stacks.axes import LeafRule
-from optax_curv.preconditioners._stacks.chunks import in_chunks
 from optax_curv.preconditioners._stacks.owners import owners_of
 from optax_curv.preconditioners._transformation import averages
 from optax_curv.preconditioners._transformation.aliases import matrices_and_adam
@@ -70,7 +70,7 @@ class _Shampoo(LeafRule):
     """Shampoo's mathematics; `scale_by_shampoo` documents the options."""
 
     complex_leaves = True
-    guarded = ("factors", "bases", "energies")  # whose averages have weight zero, see `_weight`
+    guarded = ("momentum", "factors", "bases", "energies")  # whose averages have weight zero
 
     decay: Schedulable
     b1: Schedulable
@@ -139,10 +139,8 @@ class _Shampoo(LeafRule):
         axes = self.axes(grads)
         momentum, ahead = self._momentum(grads, state, sound)
         weight = averages.weight_at(self.decay, state.count, sound)
-        measure = functools.partial(self._measured, weight)
         measured = {
-            n: in_chunks(functools.partial(measure, x), grads[n], state.factors[n])
-            for n, x in axes.items()
+            n: self._measured(weight, x, state.factors[n], grads[n]) for n, x in axes.items()
         }
         period = value_at(self.root_every, state.count).astype(jnp.int32)
         due = sound & refresh.is_scheduled(state.count, state.since, period)
@@ -161,7 +159,7 @@ class _Shampoo(LeafRule):
             anywhere=self.anywhere,
             take_roots=take_roots,
         )
-        directions = {n: in_chunks(self._applied, ahead[n], kept[n]) for n in axes}
+        directions = {n: moved_in_chunks(self._applied, ahead[n], kept[n])[0] for n in axes}
         state = state._replace(
             since=jnp.where(due, 1, optax.safe_increment(state.since)),
             momentum=momentum,
@@ -171,15 +169,19 @@ class _Shampoo(LeafRule):
         )
         return Step({**ahead, **directions}, state)
 
-    def _measured(self, weight, axes, x, kept):
-        """A part of a stack with this step's moments averaged in; see `kept.Measured`."""
-        return kept_axes.measured(x, kept, self._moments(axes, x, kept), weight)
+    def _measured(self, weight, axes, kept, x):
+        """A stack with this step's moments averaged in; see `kept.Measured`."""
+
+        def of_part(kept, x):
+            return kept_axes.measured(x, kept, self._moments(axes, x, kept), weight)
+
+        return kept_axes.Measured(*moved_in_chunks(of_part, kept, x, read_once=True))
 
     def _applied(self, x, kept):
-        """The product ⊗R · x for a part of a stack."""
+        """The product ⊗R · x for a part of a stack, and nothing else."""
         # A root that could not be taken stops its own tensor only; the next step takes it anew.
         u = moments.apply_roots(kept_axes.roots_with(kept, self._diagonal_root), x)
-        return jnp.where(jnp.isfinite(u), u, jnp.zeros_like(u))
+        return jnp.where(jnp.isfinite(u), u, jnp.zeros_like(u)), ()
 
     def _momentum(self, grads, state, sound):
         """(new momentum, what is preconditioned), both free of the bias of their start."""

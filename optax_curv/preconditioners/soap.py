@@ -1,6 +1,7 @@
 """SOAP: Adam in the eigenbasis of Shampoo's factors."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import optax
 
 from optax_curv.layers import Layers
 from optax_curv.linalg import _lapack, kron_matvec
+from optax_curv.linalg._chunks import each_in_chunks
 from optax_curv.linalg._compiler import full_matmul
 from optax_curv.linalg.roots import eigenvectors, orthogonal_iteration
 from optax_curv.preconditioners._axes import moments
@@ -115,15 +117,29 @@ class _Soap(LeafRule):
         """One step of Adam in the bases, which are renewed where their period says so."""
         del extra_args
         axes = self.axes(grads)
-        tensors = {n: grads[n] for n in axes}
-        wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), state)
-        weight = averages.weight_at(self.decay, state.count, sound)
-        factors = {
-            n: self._averaged(weight, axes[n], x, wide.factors[n]) for n, x in tensors.items()
-        }
         seen = jnp.maximum(state.count - 1, 0)  # gradients in M and V, not the first one
         weights = [averages.weight_at(b, state.count, sound, seen) for b in (self.b1, self.b2)]
-        old = wide.momentum, wide.moments
+        weights.append(averages.weight_at(self.decay, state.count, sound))
+        due = jnp.where(averages.is_due(state.count, self.basis_every), 2, 0)
+        due = jnp.where(sound, jnp.where(state.count == 0, 1, due), 0)
+        step = functools.partial(self._step_of, axes, weights, due)
+        fields = "momentum", "moments", "factors", "bases"
+        # Directions take the place of gradients.
+        moved = {n: (*(getattr(state, field)[n] for field in fields), grads[n]) for n in axes}
+        new, _ = each_in_chunks(step, moved)
+        directions = {n: x[-1] for n, x in new.items()}
+        rest = {n: g for n, g in grads.items() if 0 in g.shape}
+        changes = {field: {n: x[i] for n, x in new.items()} for i, field in enumerate(fields)}
+        return Step({**directions, **rest}, state._replace(**changes))
+
+    def _step_of(self, axes, weights, due, moved):
+        """Momentum, moments, factors, bases and directions by stack, after the step."""
+        axes = {n: axes[n] for n in moved}
+        wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), moved)
+        *old, factors, bases, tensors = ({n: x[i] for n, x in wide.items()} for i in range(5))
+        factors = {
+            n: self._averaged(weights[2], axes[n], x, factors[n]) for n, x in tensors.items()
+        }
 
         def taken(bases, averages_there):
             steps = {
@@ -136,11 +152,11 @@ class _Soap(LeafRule):
 
         def first():
             # A gradient is diagonal in its own bases: off the diagonal V would be rounding.
-            bases = self._renewed(eigenvectors, axes, factors, wide.bases)
-            return jax.tree.map(jnp.zeros_like, tensors), bases, *old
+            renewed = self._renewed(eigenvectors, axes, factors, bases)
+            return jax.tree.map(jnp.zeros_like, tensors), renewed, *old
 
         def refreshed():
-            directions, bases, momentum, v = taken(wide.bases, old)
+            directions, _, momentum, v = taken(bases, old)
             find = eigenvectors if self.basis == "eigh" else orthogonal_iteration
             new = self._renewed(find, axes, factors, bases)
             turned = {n: _turned(x, bases[n], new[n], momentum[n], v[n]) for n, x in axes.items()}
@@ -148,15 +164,12 @@ class _Soap(LeafRule):
             return directions, new, momentum, v
 
         # The branches are whole, so that none copies the bases.
-        branches = lambda: taken(wide.bases, old), first, refreshed
-        due = jnp.where(averages.is_due(state.count, self.basis_every), 2, 0)
-        due = jnp.where(state.count == 0, 1, due)
-        directions, bases, momentum, v = jax.lax.switch(jnp.where(sound, due, 0), branches)
-        rest = {n: g for n, g in grads.items() if 0 in g.shape}
-        new = {"momentum": momentum, "moments": v, "factors": factors, "bases": bases}
-        like = {name: getattr(state, name) for name in new}
-        new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, like)
-        return Step({**directions, **rest}, state._replace(**new))
+        branches = lambda: taken(bases, old), first, refreshed
+        directions, new_bases, *new = jax.lax.switch(due, branches)
+        found = {
+            n: (new[0][n], new[1][n], factors[n], new_bases[n], u) for n, u in directions.items()
+        }
+        return jax.tree.map(lambda x, y: x.astype(y.dtype), found, moved), {}
 
     def _averaged(self, weight, axes, x, factors):
         """A stack's factors with this step's second moments averaged in, as they will be kept."""

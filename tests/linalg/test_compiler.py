@@ -126,3 +126,40 @@ def test_each_platform_has_its_own_function():
 def test_products_are_of_full_precision():
     jaxpr = str(jax.make_jaxpr(compiler.full_matmul)(jnp.ones((2, 2)), jnp.ones((2, 2))))
     assert "HIGHEST" in jaxpr
+
+
+def test_what_is_apart_keeps_its_values():
+    def function(x, y):
+        return {"sum": x + y, "is": x > 1}
+
+    x, y = jnp.arange(3.0), jnp.ones(3)
+    for call in (jax.jit(function), jax.vmap(function)):
+        found = jax.tree.map(np.asarray, compiler.apart(call, x, y))
+        jax.tree.map(np.testing.assert_array_equal, found, function(x, y))
+
+
+@seen_on_cpu
+@seen_from_0_10
+def test_a_loop_writes_where_it_has_read():
+    """Moments enter factors [2, 256, 256], of which a product with the old ones is asked, too."""
+
+    def copies(through):
+        def of_part(factor, x):
+            moment = x @ x.mT
+            return jnp.tril(factor) + moment, jnp.sum(moment * (factor + factor.mT), (1, 2))
+
+        def body(i, carry):
+            part, x = (jax.lax.dynamic_slice_in_dim(y, i, 1) for y in carry[:2])
+            new, size = through(of_part, part, x)
+            put = jax.lax.dynamic_update_slice_in_dim
+            return put(carry[0], new, i, 0), carry[1], put(carry[2], size, i, 0)
+
+        def loop(factors, x):
+            return jax.lax.fori_loop(0, 2, body, (factors, x, jnp.zeros(2)))[::2]
+
+        given = jnp.zeros((2, 256, 256)), jnp.ones((2, 256, 64))
+        step = jax.jit(loop, donate_argnums=0).lower(*given).compile()
+        return len(re.findall(r"f32\[2,256,256\]\S* copy\(", step.as_text()))
+
+    assert copies(lambda function, *arrays: function(*arrays)) > 0  # else `apart` may go
+    assert copies(compiler.apart) == 0

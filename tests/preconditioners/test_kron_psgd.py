@@ -162,7 +162,7 @@ def test_chunks_of_a_group_take_the_steps_of_one_batch(update_probability, monke
         return updates, state
 
     whole = steps_and_a_fault()
-    monkeypatch.setattr(kron_steps, "CHUNK", 48)  # two leaves
+    monkeypatch.setattr(kron_steps, "CHUNK", 250)  # two leaves
     assert whole[1].total_notfinite == 1
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=ROUNDING), steps_and_a_fault(), whole

@@ -18,13 +18,12 @@ class Measured(NamedTuple):
 
     Attributes:
       kept: factors with the roots that they had.
-      energies: of every dense axis tr(M R) of the new moment M and the old root R, [N].
-      squares: square norms of the gradients, [N].
+      sizes: of every dense axis tr(M R) of the new moment M and the old root R, [N], and the square
+        norms of the gradients, [N].
     """
 
     kept: Kept
-    energies: tuple[jax.Array, ...]
-    squares: jax.Array
+    sizes: tuple[tuple[jax.Array, ...], jax.Array]
 
 
 def zero_pairs(axes: Axes) -> Kept:
@@ -71,7 +70,7 @@ def measured(
         for old, moment in zip(kept, moments, strict=True)
         if not isinstance(old, Diagonal)
     )
-    return Measured(tuple(map(of_axis, kept, moments)), energies, square_norms(x))
+    return Measured(tuple(map(of_axis, kept, moments)), (energies, square_norms(x)))
 
 
 def roots_with(kept: Kept, diagonal_root: Any) -> tuple[jax.Array, ...]:

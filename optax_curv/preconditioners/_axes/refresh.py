@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_curv.linalg._checks import widen
+from optax_curv.linalg._chunks import each_in_chunks
 from optax_curv.preconditioners._axes.kept import Kept, Measured
 from optax_curv.preconditioners._axes.moments import Axes, axis_moment, rounded
 from optax_curv.preconditioners._transformation.averages import ROUNDINGS, averaged
@@ -17,6 +18,7 @@ EARLY = 4
 SMALL = 64  # elsewhere than on CPU a root of this width costs less than one more call
 
 Place = tuple[str, int]  # name of a stack, axis
+Refreshed = tuple[Any, Any, Any]  # a pair, its basis or None, its column of the energies
 
 
 def dense_places(axes: Mapping[str, Axes]) -> list[list[Place]]:
@@ -87,21 +89,17 @@ def refreshed(
             for column in [columns[name][axis]]
         ]
         moved = [
-            _has_moved(x, measured[name].squares, weight, limit)
+            _has_moved(x, measured[name].sizes[1], weight, limit)
             for x, (name, _) in zip(old, batch, strict=True)
         ]
         again = due | anywhere(jnp.any(jnp.concatenate(moved)))
-        pairs = [kept[name][axis] for name, axis in batch]
-        olds = [new_bases[name][axis] if bases else None for name, axis in batch]
-
-        def fresh(pairs, bases, energies, tensors, batch=batch):
-            silent = [_is_silent(x, axis) for x, (_, axis) in zip(tensors, batch, strict=True)]
-            return _fresh(pairs, bases, energies, silent, take_roots)
-
-        tensors = [multiplied[name] for name, _ in batch]
-        new = jax.lax.cond(again, fresh, lambda *x: x[:3], pairs, olds, old, tensors)
-        for (name, axis), pair, basis, energy in zip(batch, *new, strict=True):
-            kept[name][axis], columns[name][axis] = pair, energy
+        olds = {
+            (name, axis): (kept[name][axis], new_bases[name][axis] if bases else None, energy)
+            for (name, axis), energy in zip(batch, old, strict=True)
+        }
+        new = _refreshed_batch(again, olds, multiplied, take_roots)
+        for (name, axis), of_place in new.items():
+            kept[name][axis], basis, columns[name][axis] = of_place
             if bases:
                 new_bases[name][axis] = basis
     return (
@@ -111,11 +109,31 @@ def refreshed(
     )
 
 
+def _refreshed_batch(
+    again: jax.Array,
+    batch: Mapping[Place, Refreshed],
+    multiplied: Mapping[str, jax.Array],
+    take_roots: Callable,
+) -> dict[Place, Refreshed]:
+    """A batch after its refresh: what is longer than a chunk part by part, where it is kept."""
+
+    def refresh(moved, tensors):
+        def fresh(moved, tensors):
+            silent = [_is_silent(x, axis) for (_, axis), x in tensors.items()]
+            new = _fresh(list(moved.values()), silent, take_roots)
+            return dict(zip(moved, new, strict=True))
+
+        return jax.lax.cond(again, fresh, lambda moved, _: moved, moved, tensors), {}
+
+    tensors = {place: multiplied[place[0]] for place in batch}
+    return each_in_chunks(refresh, batch, tensors)[0]
+
+
 def _energy_of(axes: Mapping[str, Axes], measured: Mapping[str, Measured], place: Place) -> Any:
     """tr(M R) of one dense axis, [N]."""
     name, axis = place
     dense = [i for i, diagonal in enumerate(axes[name].diagonal) if not diagonal]
-    return measured[name].energies[dense.index(axis)]
+    return measured[name].sizes[0][dense.index(axis)]
 
 
 def _has_moved(energy: jax.Array, squares: jax.Array, weight: jax.Array, limit: Any) -> jax.Array:
@@ -147,13 +165,20 @@ def _as_others(root: jax.Array, silent: jax.Array) -> jax.Array:
     return jnp.where(among, root, fill)
 
 
-def _fresh(pairs: Any, bases: Any, energies: Any, silent: Any, take_roots: Callable) -> Any:
-    """(pairs with new roots, bases, energies) of a batch."""
-    factors = [widen(pair.factor) for pair in pairs]
-    wide_bases = [None if q is None else widen(q) for q in bases]
-    taken, now, found = zip(*take_roots(factors, wide_bases), strict=True)
+def _fresh(batch: Any, silent: Any, take_roots: Callable) -> list[Refreshed]:
+    """A batch with new roots."""
+    factors = [widen(pair.factor) for pair, *_ in batch]
+    bases = [None if q is None else widen(q) for _, q, _ in batch]
+    taken, now, found = zip(*take_roots(factors, bases), strict=True)
     taken = map(_as_others, taken, silent)
-    pairs = [p.replace(root=rounded(r, p.dtype)) for p, r in zip(pairs, taken, strict=True)]
-    bases = [q if q is None else x.astype(q.dtype) for q, x in zip(bases, found, strict=True)]
-    same = zip(now, energies, strict=True)
-    return pairs, bases, [jnp.stack([x, x], -1).astype(e.dtype) for x, e in same]
+
+    def of_one(old, root, trace, basis):
+        pair, old_basis, energy = old
+        kept = old_basis if old_basis is None else basis.astype(old_basis.dtype)
+        return (
+            pair.replace(root=rounded(root, pair.dtype)),
+            kept,
+            jnp.stack([trace, trace], -1).astype(energy.dtype),
+        )
+
+    return list(map(of_one, batch, taken, now, found))

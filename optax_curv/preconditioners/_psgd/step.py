@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_curv.linalg import kron_matvec
+from optax_curv.linalg._chunks import moved_in_chunks, rows_at_once
 from optax_curv.linalg._compiler import compiled_once, per_platform
 from optax_curv.preconditioners._psgd import geometries
 from optax_curv.preconditioners._psgd.geometries import Factors, array_of
@@ -22,7 +23,7 @@ from optax_curv.preconditioners._transformation.soundness import is_finite, kept
 from optax_curv.typing import Geometry, Number
 
 BALANCE_PROBABILITY = 0.01  # as in psgd_torch: the factors' scales drift slowly apart
-CHUNK = 2**17  # entries: 0.5 MiB of float32; a step holds several such arrays in a core's cache
+CHUNK = 2**19  # entries of all arrays of a part: 2 MiB of float32, what a core's cache holds
 WORD = 32  # bits
 REPEATS = 64  # of a step at most; each takes three quarters of the P that is too large
 
@@ -297,27 +298,11 @@ def _as_is(*kept: Any) -> Any:
 
 def _in_chunks(step: Any, group: Group, given: Given) -> tuple[Group, jax.Array]:
     """`step(group, given)`, on a CPU of as many tensors at a time as fit the cache."""
-    count, size = len(group.tensor), math.prod(group.tensor.shape[1:])
-    limit = max(1, CHUNK // size)
-    chunk = max(n for n in range(1, min(limit, count) + 1) if count % n == 0)
-    if chunk == count:
+    if rows_at_once((group, given), CHUNK) >= len(group.tensor):
         return step(group, given)
-
-    def by_chunks(group, given):
-        def body(i, carry):
-            part = functools.partial(
-                jax.lax.dynamic_slice_in_dim, start_index=i * chunk, slice_size=chunk
-            )
-            put = functools.partial(
-                jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0
-            )
-            parts = step(jax.tree.map(part, carry[0]), jax.tree.map(part, given))
-            return jax.tree.map(put, carry, parts)
-
-        sound = group.lipschitz[:, 0] < 0
-        return jax.lax.fori_loop(0, count // chunk, body, (group, sound))
-
-    return per_platform(group, given, cpu=by_chunks, other=step)
+    in_cache = functools.partial(moved_in_chunks, step, entries=CHUNK)
+    in_memory = functools.partial(moved_in_chunks, step)
+    return per_platform(group, given, cpu=in_cache, other=in_memory)
 
 
 @functools.partial(compiled_once, static_argnums=0)
