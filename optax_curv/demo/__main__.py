@@ -1,0 +1,5 @@
+"""``python -m optax_curv.demo``."""
+
+from optax_curv.demo import main
+
+main()
