@@ -172,7 +172,10 @@ class _LevenbergMarquardt(Rule):
         none = _Trial(zero, first, jnp.zeros_like(first), first < 0, jnp.int32(0))
         trial = jax.lax.while_loop(refused, attempt, none)
         poor = ~trial.accepted | (trial.ratio < POOR_RATIO)
-        factor = jnp.where(poor, RAISED, jnp.where(trial.ratio > GOOD_RATIO, 1 / LOWERED, 1))
+        # After a step that needed several trials the least damping is known, and trying a lower one
+        # at once would mostly cost these factorisations again.
+        good = (trial.ratio > GOOD_RATIO) & (trial.tries == 1)
+        factor = jnp.where(poor, RAISED, jnp.where(good, 1 / LOWERED, 1))
         step = jax.tree.map(lambda d: jnp.where(trial.accepted, d, 0), trial.direction)
         refusals = optax.safe_increment(state.refused)
         state = state._replace(
@@ -219,8 +222,8 @@ def levenberg_marquardt(
     and is taken where it lowers the loss. If not, λ is tripled and d solved for again, from the
     same rows and the same matrix F, up to `max_tries` times; after that the step is refused. ρ is
     the decrease of the loss over ⟨g, d⟩ - ½⟨d, F d⟩, which the rows foretell. The next step divides
-    λ by ten where ρ > 0.1, triples it where ρ < 0.01, and begins with it otherwise. So λ stays near
-    the least that still lowers the loss.
+    λ by ten where ρ > 0.1 and the first trial was taken, triples it where ρ < 0.01, and begins with
+    it otherwise. So λ stays near the least that still lowers the loss, at two trials a step.
 
     `update` takes the extra arguments
 

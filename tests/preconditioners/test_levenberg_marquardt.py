@@ -105,6 +105,21 @@ def test_dampings_are_raised_within_one_step_until_the_loss_falls(x64):
     assert int(state.tries) > 5 and int(state.refused) == 0
 
 
+def test_a_damping_that_was_found_by_raising_it_is_where_the_next_step_begins(x64):
+    params, batch = problem()
+    grads, extra = given(params, batch)
+    tx = optax_curv.levenberg_marquardt(1e-3)
+    longest = 0.5 * optax.tree.norm(tx.update(grads, tx.init(params), params, **extra)[0])
+
+    def walled(p):
+        moved = optax.tree.norm(optax.tree.sub(p, params))
+        return jnp.where(moved < longest, extra["value_fn"](p), jnp.inf)
+
+    _, state = tx.update(grads, tx.init(params), params, **(extra | {"value_fn": walled}))
+    assert int(state.tries) > 1 and float(state.reduction_ratio) > 0.5
+    np.testing.assert_allclose(state.damping, 1e-3 * 3.0 ** (int(state.tries) - 1), rtol=EXACT)
+
+
 def test_a_step_is_no_longer_than_its_bound(x64):
     params, batch = problem()
     grads, extra = given(params, batch)
