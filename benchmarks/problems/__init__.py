@@ -10,7 +10,15 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-NAMES = ("autoencoder", "mlp", "transformer", "xor", "poisson2d", "poisson5d")
+NAMES = (
+    "autoencoder",
+    "mlp",
+    "transformer",
+    "language_model",
+    "xor",
+    "poisson2d",
+    "poisson5d",
+)
 
 
 def is_vector(path, leaf) -> bool:
