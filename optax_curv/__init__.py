@@ -12,6 +12,8 @@ from optax_curv.layers import (
 from optax_curv.curvature import (
     EigenbasisMoments as EigenbasisMoments,
     FactorRows as FactorRows,
+    InputFactor as InputFactor,
+    InputRows as InputRows,
     KroneckerFactors as KroneckerFactors,
     MadeKernelStatistic as MadeKernelStatistic,
     RawSamples as RawSamples,
@@ -80,6 +82,10 @@ from optax_curv.preconditioners.kfac import (
     kfac as kfac,
     layer_diagnostics as layer_diagnostics,
     scale_by_kfac as scale_by_kfac,
+)
+from optax_curv.preconditioners.input_factor import (
+    ScaleByInputFactorState as ScaleByInputFactorState,
+    scale_by_input_factor as scale_by_input_factor,
 )
 from optax_curv.preconditioners.ekfac import (
     Eigenbasis as Eigenbasis,

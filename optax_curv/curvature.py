@@ -64,6 +64,35 @@ class FactorRows(NamedTuple):
     weights: jax.Array
 
 
+class InputFactor(NamedTuple):
+    """The input side alone of a layer's Fisher block.
+
+    Attributes:
+      input_factor: A = E[a aᵀ], float [*stack, in, in], or its diagonal [*stack, in].
+      count: number of batches averaged so far, int32 [].
+    """
+
+    input_factor: jax.Array
+    count: jax.Array  # type: ignore[override]
+
+
+class InputRows(NamedTuple):
+    """A layer's inputs, of which A = w Σ a aᵀ is made where it is asked for.
+
+    Attributes:
+      inputs: a, [*stack, R, in] with the bias's coordinate.
+      weight: w = 1 / R, float [].
+    """
+
+    inputs: jax.Array
+    weight: jax.Array
+
+    @property
+    def input_factor(self) -> jax.Array:
+        """A, float [*stack, in, in]."""
+        return self.weight * second_moment(self.inputs, full=True)
+
+
 class MadeKernelStatistic(NamedTuple):
     """The statistic of a layer whose kernel is made of a leaf entry by entry (`Layer.made`).
 

@@ -120,7 +120,7 @@ ComplexMetric: TypeAlias = Literal["real", "full"]
 """Which part of a complex metric `branch_fisher` inverts."""
 COMPLEX_METRICS: tuple[ComplexMetric, ...] = get_args(ComplexMetric)
 
-StatisticName: TypeAlias = Literal["kronecker", "diagonal", "eigenbasis", "raw", "rows"]
+StatisticName: TypeAlias = Literal["kronecker", "diagonal", "eigenbasis", "raw", "rows", "input"]
 """What `value_grad_and_curvature` captures of each layer."""
 STATISTIC_NAMES: tuple[StatisticName, ...] = get_args(StatisticName)
 

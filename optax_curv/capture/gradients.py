@@ -17,7 +17,14 @@ from optax_curv.capture._graph.trace import Trace, trace
 from optax_curv.capture._graph.uses import Use
 from optax_curv.capture.slopes import slopes, with_slopes
 from optax_curv.capture.statistics import STATISTICS
-from optax_curv.curvature import EigenbasisMoments, FactorRows, KroneckerFactors, RawSamples
+from optax_curv.curvature import (
+    EigenbasisMoments,
+    FactorRows,
+    InputFactor,
+    InputRows,
+    KroneckerFactors,
+    RawSamples,
+)
 from optax_curv.layers import Layer, Layers
 from optax_curv.objective import Objective
 from optax_curv.typing import (
@@ -262,6 +269,18 @@ def value_grad_and_curvature(
     loss_fn: LossFn,
     *,
     layers: Layers | None = ...,
+    statistic: Literal["input"],
+    fisher: Literal["empirical"] = ...,
+    samples: int = ...,
+    sharing: Literal["expand"] = ...,
+    batch_size: int | None = ...,
+    has_aux: Literal[False] = ...,
+) -> Measure[InputRows | InputFactor]: ...
+@overload
+def value_grad_and_curvature(
+    loss_fn: LossFn,
+    *,
+    layers: Layers | None = ...,
     statistic: Literal["kronecker"] = ...,
     fisher: Fisher = ...,
     samples: int = ...,
@@ -322,6 +341,18 @@ def value_grad_and_curvature(
     loss_fn: LossFn,
     *,
     layers: Layers | None = ...,
+    statistic: Literal["input"],
+    fisher: Literal["empirical"] = ...,
+    samples: int = ...,
+    sharing: Literal["expand"] = ...,
+    batch_size: int | None = ...,
+    has_aux: Literal[True],
+) -> MeasureWithAux[InputRows | InputFactor]: ...
+@overload
+def value_grad_and_curvature(
+    loss_fn: LossFn,
+    *,
+    layers: Layers | None = ...,
     statistic: StatisticName = ...,
     fisher: Fisher = ...,
     samples: int = ...,
@@ -362,7 +393,9 @@ def value_grad_and_curvature(
         "eigenbasis" (`EigenbasisMoments`; the call takes `basis=`, a dict from layer name to (U_A,
         U_G), None for the side of a diagonal factor), "raw" (`RawSamples`) or "rows" (`FactorRows`,
         of which `scale_by_kfac` makes the factors where its period asks for them: cheaper than
-        "kronecker" for periods above 1).
+        "kronecker" for periods above 1), or "input" for `scale_by_input_factor`: A alone, as
+        `InputRows`, of which it is made where it is asked for, and for embeddings, scales and
+        shifts as `InputFactor`.
       fisher: "empirical": gradients of the loss itself. The other two need an `Objective`, and A ⊗
         G is on the scale of its Gauss-Newton matrix, however many rows of outputs an example has:
         "sampled" takes gradients at targets drawn from the model (the call takes `key=`), "exact"
@@ -475,10 +508,15 @@ def _require_choices(
             raise ValueError(
                 f"value_grad_and_curvature: unknown {name}={given!r}; expected one of {expected}."
             )
-    if statistic == "rows" and sharing == "reduce":
+    if statistic in ("rows", "input") and sharing == "reduce":
         raise ValueError(
-            "value_grad_and_curvature: statistic='rows' needs sharing='expand'; 'reduce' sums rows "
+            f"value_grad_and_curvature: {statistic=} needs sharing='expand'; 'reduce' sums rows "
             "first."
+        )
+    if statistic == "input" and fisher != "empirical":
+        raise ValueError(
+            f"value_grad_and_curvature: statistic='input' takes no targets, got {fisher=}; take "
+            "fisher='empirical', whose inputs are the same."
         )
     if fisher != "empirical" and not isinstance(loss_fn, Objective):
         raise ValueError(

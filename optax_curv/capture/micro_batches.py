@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from optax_curv.curvature import FactorRows, RawSamples
+from optax_curv.curvature import FactorRows, InputFactor, InputRows, RawSamples
 from optax_curv.typing import Number, Tree
 
 
@@ -16,7 +16,8 @@ def average_curvature(mean: Tree, curvature: Tree, mini_step: Number) -> Tree:
 
     Args:
       mean: the mean so far, a tree like `curvature`; its values do not matter in mini-step 0.
-      curvature: factors, moments or diagonals of this micro-batch.
+      curvature: factors, moments or diagonals of this micro-batch. Of `InputRows` the factors are
+        averaged, as `InputFactor`.
       mini_step: how many micro-batches the mean has, `MultiStepsState.mini_step`.
 
     Returns:
@@ -47,6 +48,14 @@ def average_curvature(mean: Tree, curvature: Tree, mini_step: Number) -> Tree:
             'cannot be averaged; take statistic="kronecker".'
         )
 
+    def factors(tree):
+        is_rows = lambda x: isinstance(x, InputRows)  # noqa: E731
+
+        def of_layer(x):
+            return InputFactor(x.input_factor, jnp.ones([], jnp.int32)) if is_rows(x) else x
+
+        return jax.tree.map(of_layer, tree, is_leaf=is_rows)
+
     def average(old, new):
         if not jnp.issubdtype(new.dtype, jnp.inexact):
             return new
@@ -54,4 +63,4 @@ def average_curvature(mean: Tree, curvature: Tree, mini_step: Number) -> Tree:
         return jnp.where(step == 0, new, old + (new - old) * share)
 
     step = jnp.asarray(mini_step)
-    return jax.tree.map(average, mean, curvature)
+    return jax.tree.map(average, factors(mean), factors(curvature))

@@ -15,10 +15,14 @@ from optax_curv.capture._graph.uses import Use
 from optax_curv.curvature import (
     EigenbasisMoments,
     FactorRows,
+    InputFactor,
+    InputRows,
     KroneckerFactors,
     RawSamples,
+    counts_of_ids,
     factor_sums,
     moment_sums,
+    second_moment,
 )
 from optax_curv.layers import Layer
 from optax_curv.linalg._checks import widen
@@ -33,6 +37,10 @@ class Statistic(Protocol):
 
     def keeps_rows(self, layer: Layer) -> bool:
         """Whether the statistic of this layer is the rows of every use, which are not summed."""
+        ...
+
+    def kept(self, layer: Layer) -> tuple[str, ...]:
+        """What of the rows is kept, "inputs", "output_grads" or both."""
         ...
 
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
@@ -58,6 +66,10 @@ class Kronecker:
     def keeps_rows(self, layer: Layer) -> bool:
         """Returns False: rows are summed."""
         return False
+
+    def kept(self, layer: Layer) -> tuple[str, ...]:
+        """Returns the names of all parts of rows."""
+        return "inputs", "output_grads"
 
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of A and G."""
@@ -136,12 +148,39 @@ class Rows(Kronecker):
         return FactorRows(rows.inputs, rows.output_grads, weights)
 
 
+class Input(Kronecker):
+    """A = Σ a aᵀ / R alone: full ones as rows of which it is made later, diagonal ones at once."""
+
+    def keeps_rows(self, layer: Layer) -> bool:
+        """Returns True."""
+        return True
+
+    def kept(self, layer: Layer) -> tuple[str, ...]:
+        """Returns the inputs, or nothing of a scale or shift, whose A is the number 1."""
+        return () if layer.is_elementwise else ("inputs",)
+
+    def finish_rows(self, uses: list[Use], samples: list[Arrays]) -> Any:
+        """Returns the inputs of all uses and the weight 1 / R, or the factor."""
+        layer, one = uses[0].layer, jnp.ones([], jnp.int32)
+        if layer.is_elementwise:
+            return InputFactor(jnp.ones(layer.factor_shapes[0], jnp.float32), one)
+        inputs = _inputs_together(uses, samples)
+        if layer.input_factor == "full":
+            return InputRows(inputs, jnp.asarray(1 / uses[0].rows, inputs.dtype))
+        if inputs.dtype == jnp.int32:
+            sums = counts_of_ids(inputs, layer.in_dim, jnp.ones(inputs.shape, jnp.float32))
+        else:
+            sums = second_moment(inputs, full=False)
+        return InputFactor(sums / uses[0].rows, one)
+
+
 STATISTICS: dict[StatisticName, Statistic] = {
     "kronecker": Kronecker(),
     "diagonal": Diagonal(),
     "eigenbasis": Eigenbasis(),
     "raw": Raw(),
     "rows": Rows(),
+    "input": Input(),
 }
 
 
@@ -241,6 +280,7 @@ def probe(statistic: Statistic, reduces: bool, use: Use, dtype: Any) -> Arrays:
     layer = use.layer
     if statistic.keeps_rows(layer):
         shapes = _shapes_of_rows(use)
+        shapes = {name: shapes[name] for name in statistic.kept(layer)}
     elif sums_examples(layer, reduces):
         shapes = _shapes_by_example(use)
     else:
@@ -296,9 +336,9 @@ def contribution(
         rows = _flat(inputs, stack), _flat(grads, stack)
         found = statistic.sums(use.layer, *rows, (left, right))
     placed = {}
-    for name, value in found.items():
-        value = value.astype(zeros[name].dtype)
-        placed[name] = jnp.zeros_like(zeros[name]).at[use.slots].set(value) if use.slots else value
+    for name, zero in zeros.items():
+        value = found[name].astype(zero.dtype)
+        placed[name] = jnp.zeros_like(zero).at[use.slots].set(value) if use.slots else value
     return placed
 
 
@@ -337,26 +377,37 @@ def finish(statistic: Statistic, reduces: bool, use: Use, sums: Arrays, basis: B
 
 def rows_together(uses: list[Use], samples: list[Arrays]) -> RawSamples:
     """All rows of a layer [*stack, R, ·], from the samples of each of its uses."""
-    layer, stack = uses[0].layer, len(uses[0].layer.stack)
-    together: dict[str, list[jax.Array]] = {"inputs": [], "output_grads": []}
+    stack = len(uses[0].layer.stack)
+    grads = jnp.concatenate(_by_use(uses, samples, "output_grads"), axis=stack)
+    return RawSamples(_inputs_together(uses, samples), grads)
+
+
+def _by_use(uses: list[Use], samples: list[Arrays], name: str) -> list[jax.Array]:
+    """The inputs or output gradients of each use, [*stack, R, ·]."""
+    stack, found = len(uses[0].layer.stack), []
     for use, sample in zip(uses, samples, strict=True):
         own = [axis for axis, stacked in enumerate(use.loops) if stacked]
         shared = [axis for axis, stacked in enumerate(use.loops) if not stacked]
         first = len(use.loops)
         rows = first + stack - len(own)
-        for name, x in sample.items():
-            x = x.transpose([*own, *range(first, rows), *shared, *range(rows, x.ndim)])
-            last = x.shape[stack + len(shared) + 1 :]
-            together[name].append(x.reshape(*x.shape[:stack], -1, *last))
-    inputs, numbers = together["inputs"], [use.one_hot for use in uses]
+        x = sample[name]
+        x = x.transpose([*own, *range(first, rows), *shared, *range(rows, x.ndim)])
+        last = x.shape[stack + len(shared) + 1 :]
+        found.append(x.reshape(*x.shape[:stack], -1, *last))
+    return found
+
+
+def _inputs_together(uses: list[Use], samples: list[Arrays]) -> jax.Array:
+    """The inputs of all uses, [*stack, R, in], or row numbers, int32 [*stack, R]."""
+    layer, numbers = uses[0].layer, [use.one_hot for use in uses]
+    inputs = _by_use(uses, samples, "inputs")
     if any(numbers) and not all(numbers):  # a tied table: as rows, like those of its other uses
         inputs = [
             jax.nn.one_hot(x.astype(jnp.int32), layer.in_dim, dtype=x.dtype) if own else x
             for own, x in zip(numbers, inputs, strict=True)
         ]
-    joined = jnp.concatenate(inputs, axis=stack)
-    grads = jnp.concatenate(together["output_grads"], axis=stack)
-    return RawSamples(joined.astype(jnp.int32) if all(numbers) else joined, grads)
+    joined = jnp.concatenate(inputs, axis=len(layer.stack))
+    return joined.astype(jnp.int32) if all(numbers) else joined
 
 
 def joined(rows: Any) -> Any:

@@ -48,6 +48,7 @@ def everything(loss, params, args):
         "twice": value_grad_and_curvature(loss)(params, *twice)[2],
         "reduce": value_grad_and_curvature(loss, sharing="reduce")(params, *args)[2],
         "rows": value_grad_and_curvature(loss, statistic="rows")(params, *args)[2],
+        "input": value_grad_and_curvature(loss, statistic="input")(params, *args)[2],
         "single": jax.vmap(single)(*args),
         "single_grads": jax.vmap(lambda *x: jax.grad(loss)(params, *(y[None] for y in x)))(*args),
     }
@@ -119,6 +120,8 @@ def assert_factors(layer, measured, a, g, matrix, rounding):
     made = made[:2] if layer.kind in ELEMENTWISE else factors_of_rows(made, layer)
     for found, factor in zip(made, expand[:2], strict=True):
         assert_equal_up_to_rounding(found, factor, f"factors of the rows of {layer.name}", rounding)
+    alone = measured["input"][layer.name].input_factor
+    assert_equal_up_to_rounding(alone, expand.input_factor, f"A of {layer.name} alone", rounding)
     full_input, full_output = (len(shape) == len(layer.stack) + 2 for shape in layer.factor_shapes)
     if layer.kind in ELEMENTWISE:
         for factors in (expand, reduce):

@@ -73,6 +73,15 @@ def _adam_in_basis(learning_rate, layers, damping):
 adam_in_basis = with_curvature(_adam_in_basis, optax_curv.KroneckerFactors)
 
 
+def _input_factor(learning_rate, layers, damping):
+    del damping
+    method = optax_curv.scale_by_input_factor(layers)
+    return optax.chain(method, optax.scale_by_adam(), optax.scale_by_learning_rate(learning_rate))
+
+
+input_factor = with_curvature(_input_factor, optax_curv.KroneckerFactors)
+
+
 def gauss_newton(learning_rate: optax.ScalarOrSchedule, damping=100.0):
     """Gauss-Newton with F = g gᵀ of the gradients, which are all that the suites hand over."""
     tx = optax_curv.gauss_newton(learning_rate, damping, max_iters=3)

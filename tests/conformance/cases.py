@@ -190,6 +190,11 @@ def _basis_fault(damping):
     return optax.chain(method, optax.scale_by_learning_rate(FADING))
 
 
+def _input_fault(damping):
+    method = optax_curv.scale_by_input_factor(TREE.layers, ridge=damping)
+    return optax.chain(method, optax.scale_by_learning_rate(0.3))
+
+
 def _soap_fault(damping):
     return optax.chain(optax_curv.scale_by_soap(**ADAM), optax.scale_by_learning_rate(FADING))
 
@@ -275,6 +280,17 @@ METHODS = {
         devices={},
         divides=True,
         factors=2,
+    ),
+    "scale_by_input_factor": Case(
+        **_layered(optax_curv.scale_by_input_factor, "ridge", every=2),
+        value=0.15,
+        extras=problems.inputs,
+        inject={"layers": TREE.layers},
+        fault=Fault(_input_fault, regression.inputs_of),
+        suite=Suite(adapters.input_factor, {"learning_rate": 1e-2}),
+        devices={},
+        divides=True,
+        factors=1,
     ),
     "scale_by_branch_fisher": Case(
         **_of(fisher, "damping"),

@@ -180,6 +180,10 @@ def measure_division():
             lambda **x: optax_curv.scale_by_adam_in_basis(layers, basis_every=2, **x),
             *(grads, of_factors),
         ),
+        "scale_by_input_factor": (
+            lambda **x: optax_curv.scale_by_input_factor(layers, every=2, **x),
+            *(grads, of_factors),
+        ),
         "scale_by_kron_psgd": (
             lambda sharding: optax_curv.scale_by_kron_psgd(b1=0.9, factor_sharding=sharding),
             *(equal, {}),

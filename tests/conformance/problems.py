@@ -93,6 +93,12 @@ def factors(rng, rows=8):
     return {"curvature": {"dense": optax_curv.KroneckerFactors(*found)}}
 
 
+def inputs(rng, rows=8):
+    """The dense layer's inputs, of so many examples."""
+    found = optax_curv.InputRows(array(rng, rows, 5), jnp.float32(1 / rows))
+    return {"curvature": {"dense": found}}
+
+
 def factor_rows(rng, rows=8):
     """The rows that the layer's factors are made of."""
     found = array(rng, rows, 5), array(rng, rows, 2), jnp.full(2, 1 / rows)

@@ -53,6 +53,10 @@ def factors_of(params, x, y, errors):
     return {"curvature": {"dense": optax_curv.KroneckerFactors(*factors)}}
 
 
+def inputs_of(params, x, y, errors):
+    return {"curvature": {"dense": optax_curv.InputRows(with_ones(x), jnp.float32(1 / len(x)))}}
+
+
 def moments_of(params, x, y, errors):
     factors = factors_of(params, x, y, errors)["curvature"]["dense"]
     moments = jnp.square(with_ones(x)).T @ jnp.square(errors) / len(x)

@@ -64,6 +64,9 @@ optax_curv.scale_by_shampoo(schedule, root="newton", exponent=0.25, max_dim=1024
 optax_curv.scale_by_shampoo(root="qr", precond_dtype="bfloat16", block_size=256, kl=True)
 optax_curv.scale_by_soap(schedule, schedule, decay=None, stacked={"w": 1, "b": 0})
 optax_curv.scale_by_adam_in_basis(layers, fallback=adam)
+optax_curv.scale_by_input_factor(layers, 1.0, array, every=number, decay=schedule, sharding=mesh)
+_, _, inputs = optax_curv.value_grad_and_curvature(loss_fn, statistic="input")(params, x, y)
+a: jax.Array = inputs["dense"].input_factor
 
 # PSGD.
 optax_curv.kron_psgd(schedule, precond_lr=schedule, max_rms=None, key=key)

@@ -1,5 +1,6 @@
 """The running averages of Kronecker factors, by stack: the only ones of all layer-wise methods."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -90,14 +91,31 @@ def averaged(
     bound: Any,
     sound: jax.Array,
 ) -> tuple[LayerFactors, Averaging]:
-    """The factors of a stack with new ones averaged in, and how that was done.
+    """The factors of a stack with new ones averaged in, and how; see `averaged_sides`."""
+    sides = old.input_factor, old.output_factor
+    (a, g), count, held, how = averaged_sides(sides, new, old.count, old.held, decay, bound, sound)
+    return LayerFactors(a, g, count, held), how
+
+
+def averaged_sides(
+    old: Sequence[Factor],
+    new: Sequence[Factor],
+    count: jax.Array,
+    held: jax.Array,
+    decay: jax.Array,
+    bound: Any,
+    sound: jax.Array,
+) -> tuple[list[Any], jax.Array, jax.Array, Averaging]:
+    """(factors of each side with new ones averaged in, count, held, how that was done).
 
     Each slice has a count of its own: factors that are still zero start with what comes, and a
     statistic that is zero, as that of an expert without tokens, leaves them as they are.
 
     Args:
-      old: the averages before the step.
+      old: the averages of each side of a stack before the step.
       new: the factors of this step's statistics.
+      count: how many statistics have been averaged, int32 [N].
+      held: how many of them were held, and how many in a row just now, int32 [N, 2].
       decay: of the averages, [].
       bound: how many times an average's largest entry that of a new factor may be; a larger one
         is scaled down to it. A k-th one in a row may be bound^k times as large, so that an outlier
@@ -105,23 +123,24 @@ def averaged(
         slice are taken as they come. None: all are.
       sound: whether the step is; without that nothing is averaged in.
     """
-    sides = (old.input_factor, new[0]), (old.output_factor, new[1])
+    sides = list(zip(old, new, strict=True))
     sizes = [(peaks(array_of(x)), peaks(array_of(y))) for x, y in sides]
     silent, unseen = (
-        _is_too_small(sizes[0][which]) | _is_too_small(sizes[1][which]) for which in (0, 1)
+        functools.reduce(jnp.logical_or, [_is_too_small(size[which]) for size in sizes])
+        for which in (0, 1)
     )
-    seen = jnp.where(silent, 0, old.count)
+    seen = jnp.where(silent, 0, count)
     taken = sound & ~unseen
     weight = jnp.where(taken, averages.running_weight(decay, seen), 0)
-    scales, held = [jnp.ones_like(weight)] * 2, old.held
+    scales = [jnp.ones_like(weight)] * len(sides)
     if bound is not None:
-        limits = jnp.power(jnp.asarray(bound, weight.dtype), jnp.minimum(old.held[:, 1], 8) + 1)
+        limits = jnp.power(jnp.asarray(bound, weight.dtype), jnp.minimum(held[:, 1], 8) + 1)
         limits = jnp.where(seen < FREE, jnp.inf, limits)
         scales = [_scale(*size, limits) for size in sizes]
-        is_held = taken & ((scales[0] < 1) | (scales[1] < 1))
-        total = jnp.where(is_held, optax.safe_increment(old.held[:, 0]), old.held[:, 0])
-        row = jnp.where(is_held, optax.safe_increment(old.held[:, 1]), 0)
-        held = jnp.stack([total, jnp.where(taken, row, old.held[:, 1])], axis=1)
+        is_held = taken & functools.reduce(jnp.logical_or, [scale < 1 for scale in scales])
+        total = jnp.where(is_held, optax.safe_increment(held[:, 0]), held[:, 0])
+        row = jnp.where(is_held, optax.safe_increment(held[:, 1]), 0)
+        held = jnp.stack([total, jnp.where(taken, row, held[:, 1])], axis=1)
 
     # Else XLA on CPU would fuse them into the loops over the factors, once a factor.
     weight, scales = materialize(weight), [materialize(scale) for scale in scales]
@@ -132,9 +151,9 @@ def averaged(
 
         return jax.tree.map(of_array, old, new)
 
-    count = jnp.where(taken, jnp.asarray(optax.safe_increment(seen)), old.count)
-    a, g = (moved(*side, scale) for side, scale in zip(sides, scales, strict=True))
-    return LayerFactors(a, g, count, held), Averaging(weight, scales[0] * scales[1])
+    count = jnp.where(taken, jnp.asarray(optax.safe_increment(seen)), count)
+    factors = [moved(*side, scale) for side, scale in zip(sides, scales, strict=True)]
+    return factors, count, held, Averaging(weight, functools.reduce(jnp.multiply, scales))
 
 
 def _scale(old: jax.Array, new: jax.Array, limits: jax.Array) -> jax.Array:

@@ -128,10 +128,11 @@ class LayerRule(StackRule):
         step = rule.held(rule._stepped(ours, state, sound, given), ours, kernels)
         directions = self._clipped(step.directions, ours, state.count)
         directions = {name: u * inverse.get(name, 1) for name, u in directions.items()}
-        fallback = state.fallback
+        new = step.state
         if self.fallback is not None:
-            others, fallback = self.fallback.update(view, others, fallback, params, **extra_args)
-        new = step.state._replace(fallback=fallback)
+            given = others, state.fallback, params
+            others, fallback = self.fallback.update(view, *given, **extra_args)
+            new = new._replace(fallback=fallback)
         return step._replace(directions={**directions, **others}, state=new)
 
     def _when_due(

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_curv.curvature import FactorRows, MadeKernelStatistic, factors_of_rows
+from optax_curv.curvature import FactorRows, InputRows, MadeKernelStatistic, factors_of_rows
 from optax_curv.layers import Layers
 from optax_curv.preconditioners._layerwise.members import PresentLayer
 
@@ -50,7 +50,7 @@ def layer_factors(method: str, x: PresentLayer, statistic: Any) -> tuple[jax.Arr
     Which of the two follows from the layer; of a layer whose kernel or bias is masked, A has the
     coordinates of the leaves that are there.
     """
-    whole, stack = x.whole, x.whole.stack
+    whole = x.whole
     if isinstance(statistic, FactorRows):
         _require_rows(method, x, statistic)
         factors = factors_of_rows(statistic, whole)
@@ -62,20 +62,49 @@ def layer_factors(method: str, x: PresentLayer, statistic: Any) -> tuple[jax.Arr
             "expected one with input_factor and output_factor as "
             "optax_curv.value_grad_and_curvature makes."
         )
-    widths = {"input_factor": whole.rows_of_matrix, "output_factor": whole.out_dim}
-    dense = []
-    for (what, width), factor in zip(widths.items(), factors, strict=True):
-        shapes = (*stack, width, width), (*stack, width)
-        if jnp.shape(factor) not in shapes:
-            raise ValueError(
-                f"{method}: the {what} of layer {whole.name!r} has shape {jnp.shape(factor)}, "
-                f"expected {shapes[0]} or its diagonal {shapes[1]}."
-            )
-        dense.append(jnp.shape(factor) == shapes[0])
-    a, g = (jnp.asarray(factor, x.dtype) for factor in factors)
-    a = a[..., x.own_rows, x.own_rows] if dense[0] else a[..., x.own_rows]
-    kind = x.kind
-    return _as_kept(a, dense[0], kind.dense_input), _as_kept(g, dense[1], kind.dense_output)
+    a, g = factors
+    is_dense = _require_shape(method, x, "output_factor", g, whole.out_dim)
+    g = _as_kept(jnp.asarray(g, x.dtype), is_dense, x.kind.dense_output)
+    return _own_input_factor(method, x, a), g
+
+
+def input_factor(method: str, x: PresentLayer, statistic: Any) -> jax.Array:
+    """A of a layer's statistic, [*stack, d, d] or its diagonal [*stack, d]; see `layer_factors`."""
+    if isinstance(statistic, FactorRows):
+        return layer_factors(method, x, statistic)[0]
+    if not hasattr(statistic, "input_factor"):
+        raise ValueError(
+            f"{method}: the statistic of layer {x.whole.name!r} is a {type(statistic).__name__}, "
+            "expected one with input_factor. Make it with optax_curv.value_grad_and_curvature("
+            'loss_fn, statistic="input"); "kronecker" and "rows" have it, too.'
+        )
+    if isinstance(statistic, InputRows):  # whose factor would be made to see its shape
+        width = statistic.inputs.shape[-1]
+        shape = *statistic.inputs.shape[:-2], width, width
+        _require_shape(method, x, "input_factor", jax.ShapeDtypeStruct(shape, x.dtype))
+    return _own_input_factor(method, x, statistic.input_factor)
+
+
+def _own_input_factor(method: str, x: PresentLayer, a: Any) -> jax.Array:
+    """The coordinates of A whose leaves are there, as it is kept."""
+    is_dense = _require_shape(method, x, "input_factor", a)
+    a = jnp.asarray(a, x.dtype)
+    a = a[..., x.own_rows, x.own_rows] if is_dense else a[..., x.own_rows]
+    return _as_kept(a, is_dense, x.kind.dense_input)
+
+
+def _require_shape(
+    method: str, x: PresentLayer, what: str, factor: Any, width: int | None = None
+) -> bool:
+    """Refuses a factor of another width, and says whether it is dense."""
+    width = x.whole.rows_of_matrix if width is None else width
+    shapes = (*x.whole.stack, width, width), (*x.whole.stack, width)
+    if jnp.shape(factor) not in shapes:
+        raise ValueError(
+            f"{method}: the {what} of layer {x.whole.name!r} has shape {jnp.shape(factor)}, "
+            f"expected {shapes[0]} or its diagonal {shapes[1]}."
+        )
+    return jnp.shape(factor) == shapes[0]
 
 
 def _as_kept(factor: jax.Array, is_dense: bool, wanted_dense: bool) -> jax.Array:
