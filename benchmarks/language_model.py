@@ -6,7 +6,7 @@ by each piece alone; keeps every run, and writes the table.
     python -m benchmarks.language_model time                       # in one interleaved run
     python -m benchmarks.language_model table
 
-Each tuned method gets the same budget: at most four learning rates of the grid 1, 2, 5, …, then the
+Each tuned method gets the same budget: at most four learning rates of the grid, then the
 other weight decay. A piece has the settings of the method that it belongs to. Runs that are kept
 are not made again."""
 
@@ -30,7 +30,7 @@ from benchmarks.problems import Problem, language_model
 RESULTS = pathlib.Path(__file__).parent / "results"
 TUNING_SEED, RATES = 100, 4
 CHOICES = {"weight_decay": (0.0, 0.1)}
-START = {"learning_rate": 0.01, "weight_decay": 0.1, "adam_b2": 0.99}
+START = {"learning_rate": 0.005, "weight_decay": 0.1, "adam_b2": 0.99}
 
 
 class Recipe(NamedTuple):

@@ -40,7 +40,7 @@ class Statistic(Protocol):
         ...
 
     def kept(self, layer: Layer) -> tuple[str, ...]:
-        """What of the rows is kept, "inputs", "output_grads" or both."""
+        """Names of the parts of rows that are kept, of "inputs" and "output_grads"."""
         ...
 
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:

@@ -108,7 +108,7 @@ def _inverse_root(a, p, damping, relative, method):
             return orthogonal_iteration(a, basis)
 
         basis = jax.lax.fori_loop(0, QR_ITERATIONS, step, basis)
-        return hermitian(_power_in_basis(a, basis, -1 / p, damping, relative)[0])
+        return hermitian(power_in_basis(a, basis, -1 / p, damping, relative)[0])
     if relative:
         return hermitian(relative_power(a, -1 / p, damping)[0])
     return _power(a, -1 / p, damping)
@@ -120,6 +120,7 @@ def factor_roots(
     exponent: Number,
     damping: Number,
     method: RootMethod,
+    drop_below: Number | None = None,
 ) -> list[tuple[jax.Array, jax.Array, jax.Array | None]]:
     """Computes R = (a + damping λ_max I)^(-exponent) of each of several factors.
 
@@ -130,6 +131,8 @@ def factor_roots(
       exponent: a number.
       damping: a number, in units of the largest eigenvalue.
       method: as in `inverse_root`; "qr" takes one step of orthogonal iteration from the basis.
+      drop_below: None, or a share of the largest eigenvalue below which the power is 0; not for
+        "newton".
 
     Returns:
       For each factor R, tr(a R) and the basis after the step, or None for the other methods.
@@ -144,11 +147,11 @@ def factor_roots(
         if method == "newton":
             found = inverse_root(a, 1 / exponent, damping=damping, relative=True, method=method)
             return found, jnp.sum((a * found.conj()).real, axis=(-2, -1))
-        return relative_power(a, *numbers(a))
+        return relative_power(a, *numbers(a), drop_below)
 
     def tracked(a, basis):
         basis = orthogonal_iteration(a, basis.astype(a.dtype))
-        return *_power_in_basis(a, basis, *numbers(a), True), basis
+        return *power_in_basis(a, basis, *numbers(a), True, drop_below), basis
 
     def one_by_one(*factors):
         return [in_chunks(root, a) for a in factors]
@@ -207,16 +210,35 @@ def eigenvectors(a: jax.Array, basis: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="relative")
-def _power_in_basis(a, basis, exponent, damping, relative):
-    """Computes the power R as if the basis were of eigenvectors, and tr(a R)."""
+def power_in_basis(
+    a: jax.Array,
+    basis: jax.Array,
+    exponent: jax.Array,
+    damping: jax.Array,
+    relative: bool = True,
+    drop_below: Number | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes the power R as if the basis were of eigenvectors, and tr(a R).
+
+    Args:
+      a: Hermitian matrices [*batch, n, n].
+      basis: orthonormal columns [*batch, n, n].
+      exponent: real [*batch].
+      damping: real [*batch].
+      relative: whether the damping is in units of the largest of the values qᴴ a q.
+      drop_below: None, or a share of the largest value below which the power is 0.
+
+    Returns:
+      R [*batch, n, n], and tr(a R), real [*batch].
+    """
     values = jnp.maximum(jnp.sum((basis.conj() * full_matmul(a, basis)).real, axis=-2), 0)
     unit = jnp.max(values, axis=-1, keepdims=True, initial=0) if relative else 1
-    return _power_and_trace(values, basis, damping, unit, exponent)
+    return _power_and_trace(values, basis, damping, unit, exponent, drop_below)
 
 
 @jax.jit
 def relative_power(
-    a: jax.Array, exponent: jax.Array, damping: jax.Array
+    a: jax.Array, exponent: jax.Array, damping: jax.Array, drop_below: Number | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Computes R = (a + damping λ_max I)^exponent, symmetric up to rounding, and tr(a R).
 
@@ -224,6 +246,7 @@ def relative_power(
       a: Hermitian matrices [*batch, n, n]; negative eigenvalues count as zero.
       exponent: real [*batch].
       damping: real [*batch], in units of the largest eigenvalue.
+      drop_below: None, or a share of the largest eigenvalue below which the power is 0.
 
     Returns:
       R [*batch, n, n], and tr(a R), real [*batch].
@@ -231,11 +254,14 @@ def relative_power(
     # LAPACK stores by columns: the conjugate transpose, which is the same matrix, needs no copy.
     values, vectors = lapack.eigh(a.mT.conj())
     values = jnp.maximum(values, 0)
-    return _power_and_trace(values, vectors, damping, values[..., -1:], exponent)
+    return _power_and_trace(values, vectors, damping, values[..., -1:], exponent, drop_below)
 
 
-def _power_and_trace(values, vectors, damping, unit, exponent):
+def _power_and_trace(values, vectors, damping, unit, exponent, drop_below=None):
     halves = _raise(values + damping[..., None] * unit, exponent[..., None] / 2)
+    if drop_below is not None:
+        largest = jnp.max(values, axis=-1, keepdims=True, initial=0)
+        halves = jnp.where(values < drop_below * largest, 0, halves)
     vectors = vectors * halves[..., None, :]
     return full_matmul(vectors, vectors.mT.conj()), jnp.sum(values * jnp.square(halves), axis=-1)
 

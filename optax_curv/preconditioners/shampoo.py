@@ -10,7 +10,7 @@ import optax
 
 from optax_curv.layers import Layers
 from optax_curv.linalg._chunks import moved_in_chunks
-from optax_curv.linalg.roots import factor_roots
+from optax_curv.linalg.roots import factor_roots, power_in_basis
 from optax_curv.preconditioners._axes import kept as kept_axes
 from optax_curv.preconditioners._axes import moments, refresh
 from optax_curv.preconditioners._stacks.axes import LeafRule
@@ -81,13 +81,17 @@ class _Shampoo(LeafRule):
     root: Root
     refresh_growth: Number
     kl: bool
+    fresh_values: bool
+    drop_below: Number | None
     max_dim: int
     precond_dtype: Any
 
     def check_options(self):
         """Refuses options that cannot be, by name."""
         require_choice(self.method, ROOTS, root=self.root)
-        require_flags(self.method, nesterov=self.nesterov, kl=self.kl)
+        require_flags(
+            self.method, nesterov=self.nesterov, kl=self.kl, fresh_values=self.fresh_values
+        )
         require_dtype(self.method, precond_dtype=self.precond_dtype)
         fractions: Any = {"at_least": 0, "at_most": 1, "schedule": True}
         require_numbers(self.method, decay=self.decay, b1=self.b1, **fractions)
@@ -98,6 +102,18 @@ class _Shampoo(LeafRule):
         sizes = {"max_dim": self.max_dim, "block_size": self.block_size}
         structural(self.method, **sizes)
         require_numbers(self.method, **sizes, at_least=1, or_none=True)
+        drop_below = self.drop_below
+        require_numbers(self.method, drop_below=drop_below, at_least=0, below=1, or_none=True)
+        if self.fresh_values and self.root != "qr":
+            raise ValueError(
+                f'{self.method}: fresh_values=True needs the basis that root="qr" keeps, got '
+                f"root={self.root!r}."
+            )
+        if drop_below is not None and self.root == "newton":
+            raise ValueError(
+                f'{self.method}: root="newton" sees no eigenvalues and cannot drop any, got '
+                f'drop_below={drop_below!r}; use root="eigh" or "qr".'
+            )
         if self.kl and not is_python_number(self.exponent, 0.5):
             raise ValueError(
                 f"{self.method}: kl=True whitens by the roots and needs exponent=0.5, got "
@@ -145,7 +161,11 @@ class _Shampoo(LeafRule):
         period = value_at(self.root_every, state.count).astype(jnp.int32)
         due = sound & refresh.is_scheduled(state.count, state.since, period)
         take_roots = functools.partial(
-            factor_roots, exponent=self.exponent, damping=self.damping, method=self.root
+            factor_roots,
+            exponent=self.exponent,
+            damping=self.damping,
+            method=self.root,
+            drop_below=self.drop_below,
         )
         kept, bases, energies = refresh.refreshed(
             axes,
@@ -159,7 +179,8 @@ class _Shampoo(LeafRule):
             anywhere=self.anywhere,
             take_roots=take_roots,
         )
-        directions = {n: moved_in_chunks(self._applied, ahead[n], kept[n])[0] for n in axes}
+        own = bases if self.fresh_values else dict.fromkeys(axes, ())
+        directions = {n: moved_in_chunks(self._applied, ahead[n], kept[n], own[n])[0] for n in axes}
         state = state._replace(
             since=jnp.where(due, 1, optax.safe_increment(state.since)),
             momentum=momentum,
@@ -177,10 +198,14 @@ class _Shampoo(LeafRule):
 
         return kept_axes.Measured(*moved_in_chunks(of_part, kept, x, read_once=True))
 
-    def _applied(self, x, kept):
+    def _applied(self, x, kept, bases):
         """The product ⊗R · x for a part of a stack, and nothing else."""
         # A root that could not be taken stops its own tensor only; the next step takes it anew.
-        u = moments.apply_roots(kept_axes.roots_with(kept, self._diagonal_root), x)
+        roots = kept_axes.roots_with(kept, self._diagonal_root)
+        if self.fresh_values:
+            rows = zip(kept_axes.wide(kept), kept_axes.wide(bases), roots, strict=True)
+            roots = [root if root.ndim == 2 else self._fresh(*both) for *both, root in rows]
+        u = moments.apply_roots(roots, x)
         return jnp.where(jnp.isfinite(u), u, jnp.zeros_like(u)), ()
 
     def _momentum(self, grads, state, sound):
@@ -204,7 +229,17 @@ class _Shampoo(LeafRule):
 
     def _diagonal_root(self, factor):
         """The root of a diagonal factor, which is cheap and new at every step."""
-        return moments.diagonal_power(factor, self.exponent, self.damping)
+        return moments.diagonal_power(factor, self.exponent, self.damping, self.drop_below)
+
+    def _fresh(self, pair, basis):
+        """The root of a dense factor with the values that it has now in its basis."""
+        factor = pair.factor
+        dtype = jnp.finfo(factor.dtype).dtype
+        power, added = (
+            jnp.broadcast_to(jnp.asarray(x, dtype), factor.shape[:1])
+            for x in (-jnp.asarray(self.exponent, dtype), self.damping)
+        )
+        return power_in_basis(factor, basis, power, added, drop_below=self.drop_below)[0]
 
 
 def scale_by_shampoo(
@@ -218,6 +253,8 @@ def scale_by_shampoo(
     root: Root = "eigh",
     refresh_growth: Number = 20.0,
     kl: bool = False,
+    fresh_values: bool = False,
+    drop_below: Number | None = None,
     max_dim: int = static(8192),
     block_size: int | None = None,
     stacked: Stacked = None,
@@ -255,6 +292,11 @@ def scale_by_shampoo(
         Fᵢ = E[G₍ᵢ₎ (⊗ⱼ≠ᵢ Fⱼ)⁻¹ G₍ᵢ₎ᴴ] dᵢ/N, which brings N(0, ⊗F) nearest to the gradients in the
         Kullback-Leibler divergence. It needs exponent 1/2. A gradient that is more
         than ten times too large or small after all roots is shared among the factors.
+      fresh_values: whether the eigenvalues are those of the present factor at every step, in the
+        basis of the last refresh, R = Q (diag(Qᴴ F Q) + δ λ_max)⁻ᵉ Qᴴ; for root="qr", and two
+        products more a factor and step.
+      drop_below: None, or a share in [0, 1) of a factor's largest eigenvalue; what is below it is
+        left out (R is 0 there, a pseudo-inverse) and not damped.
       max_dim: longer axes have diagonal factors, as have axes of length 1.
       block_size: longer axes are cut into the fewest blocks of nearly equal length, each with
         factors of its own.
@@ -312,6 +354,8 @@ def scale_by_shampoo(
         root=root,
         refresh_growth=refresh_growth,
         kl=kl,
+        fresh_values=fresh_values,
+        drop_below=drop_below,
         max_dim=max_dim,
         block_size=block_size,
         precond_dtype=precond_dtype,
@@ -416,6 +460,8 @@ def shampoo(
         root="eigh",
         refresh_growth=20.0,
         kl=False,
+        fresh_values=False,
+        drop_below=None,
         max_dim=static(8192),
         block_size=None,
         precond_dtype="float32",

@@ -12,7 +12,7 @@ from optax_curv.layers import Layers
 from optax_curv.linalg import _lapack, kron_matvec
 from optax_curv.linalg._chunks import each_in_chunks
 from optax_curv.linalg._compiler import full_matmul
-from optax_curv.linalg.roots import eigenvectors, orthogonal_iteration
+from optax_curv.linalg.roots import eigenvectors, orthogonal_iteration, power_in_basis
 from optax_curv.preconditioners._axes import moments
 from optax_curv.preconditioners._stacks.axes import LeafRule
 from optax_curv.preconditioners._stacks.owners import owners_of
@@ -21,6 +21,7 @@ from optax_curv.preconditioners._transformation.aliases import matrices_and_adam
 from optax_curv.preconditioners._transformation.numbers import (
     require_choice,
     require_dtype,
+    require_flags,
     require_numbers,
     static,
     structural,
@@ -31,6 +32,8 @@ from optax_curv.preconditioners._transformation.transformation import (
     transformation,
 )
 from optax_curv.typing import BASES, AdamFor, Basis, Number, Schedulable, Sharding, Stacked, Tree
+
+KL_DAMPING = 1e-6  # of the roots by which `kl` whitens, as in `scale_by_shampoo`
 
 
 class ScaleBySoapState(NamedTuple):
@@ -72,6 +75,7 @@ class _Soap(LeafRule):
     decay: Schedulable
     basis_every: Number
     basis: Basis
+    kl: bool
     max_dim: int
     precond_dtype: Any
 
@@ -79,6 +83,7 @@ class _Soap(LeafRule):
         """Refuses options that cannot be, by name."""
         require_choice(self.method, BASES, basis=self.basis)
         require_dtype(self.method, precond_dtype=self.precond_dtype)
+        require_flags(self.method, kl=self.kl)
         fractions: Any = {"at_least": 0, "at_most": 1, "schedule": True}
         require_numbers(self.method, b1=self.b1, b2=self.b2, decay=self.decay, **fractions)
         require_numbers(self.method, eps=self.eps, at_least=0)
@@ -138,7 +143,8 @@ class _Soap(LeafRule):
         wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), moved)
         *old, factors, bases, tensors = ({n: x[i] for n, x in wide.items()} for i in range(5))
         factors = {
-            n: self._averaged(weights[2], axes[n], x, factors[n]) for n, x in tensors.items()
+            n: self._averaged(weights[2], axes[n], x, factors[n], bases[n])
+            for n, x in tensors.items()
         }
 
         def taken(bases, averages_there):
@@ -171,15 +177,18 @@ class _Soap(LeafRule):
         }
         return jax.tree.map(lambda x, y: x.astype(y.dtype), found, moved), {}
 
-    def _averaged(self, weight, axes, x, factors):
+    def _averaged(self, weight, axes, x, factors, bases):
         """A stack's factors with this step's second moments averaged in, as they will be kept."""
+        if self.kl:
+            roots = map(_whitening_root, axes.diagonal, factors, bases)
+            own = moments.whitened_moments(x, list(roots), axes.diagonal)
+        else:
+            own = [moments.axis_moment(x, axis, d) for axis, d in enumerate(axes.diagonal)]
 
-        def averaged(axis, diagonal, factor, struct):
-            moment = moments.axis_moment(x, axis, diagonal)
+        def averaged(factor, moment, struct):
             return moments.rounded(averages.averaged(factor, weight, moment), struct.dtype)
 
-        rows = zip(axes.diagonal, factors, axes.factors, strict=True)
-        return tuple(averaged(axis, *row) for axis, row in enumerate(rows))
+        return tuple(map(averaged, factors, own, axes.factors))
 
     def _adam(self, weights, axes, x, bases, momentum, v):
         """(direction within the basis, momentum, moments) of a stack."""
@@ -205,6 +214,17 @@ class _Soap(LeafRule):
         }
 
 
+def _whitening_root(diagonal, factor, basis):
+    """F^(-1/2) of one axis with the values that F has in the basis; before there are any, I."""
+    if diagonal:
+        root = moments.diagonal_power(factor, 0.5, KL_DAMPING)
+    else:
+        dtype = jnp.finfo(factor.dtype).dtype
+        power, damping = (jnp.full(len(factor), x, dtype) for x in (-0.5, KL_DAMPING))
+        root = power_in_basis(factor, basis, power, damping)[0]
+    return moments.root_or_identity(root, diagonal)
+
+
 def _turned(axes, old, new, momentum, v):
     """The momentum in the new bases, and the moments there as far as their diagonal says."""
     rows = zip(axes.diagonal, new, old, strict=True)
@@ -220,6 +240,7 @@ def scale_by_soap(
     decay: Schedulable | None = None,
     basis_every: Number = 10,
     basis: Basis = "qr",
+    kl: bool = False,
     max_dim: int = static(8192),
     block_size: int | None = None,
     stacked: Stacked = None,
@@ -250,6 +271,8 @@ def scale_by_soap(
       basis: how: "qr", one step of orthogonal iteration as above, or "eigh", the eigenvectors
         themselves. On CPU these take up to twice as long; on an H200, for 768 to 1024 rows, 1 ms a
         matrix, and a QR 19 ms.
+      kl: whether each factor is estimated from the gradient multiplied by the other factors' roots
+        in their bases, Fᵢ = E[G₍ᵢ₎ (⊗ⱼ≠ᵢ Fⱼ)⁻¹ G₍ᵢ₎ᴴ] dᵢ/N, as in `scale_by_shampoo`.
       max_dim: longer axes keep their own basis, as axes of length 1 do.
       block_size: longer axes are cut into the fewest blocks of nearly equal length, each with
         factors of its own.
@@ -288,9 +311,10 @@ def scale_by_soap(
       {'b': (3,), 'w': (4, 3)}
 
     References:
-      Vyas et al. 2024, arXiv:2409.11321, Algorithms 3 and 4. Deviations: they keep M outside the
-      basis, for two products more a step; and they sort V with the columns of an old basis without
-      turning it, so that where gradients have one direction M is divided by what V had of rounding.
+      Vyas et al. 2024, arXiv:2409.11321, Algorithms 3 and 4. Lin et al. 2025, arXiv:2509.03378:
+      `kl`. Deviations from the former: they keep M outside the basis, for two products more a step;
+      and they sort V with the columns of an old basis without turning it, so that where gradients
+      have one direction M is divided by what V had of rounding.
     """
     rule = _Soap(
         method="scale_by_soap",
@@ -302,6 +326,7 @@ def scale_by_soap(
         decay=b2 if decay is None else decay,
         basis_every=basis_every,
         basis=basis,
+        kl=kl,
         max_dim=max_dim,
         block_size=block_size,
         precond_dtype=precond_dtype,
@@ -397,6 +422,7 @@ def soap(
         decay=b2,
         basis_every=basis_every,
         basis=basis,
+        kl=False,
         max_dim=static(8192),
         block_size=None,
         precond_dtype="float32",

@@ -714,6 +714,15 @@ VARIANTS = {
     "shampoo_qr": _options(
         SHAMPOO, optax_curv.scale_by_shampoo, "damping", root_every=2, root="qr"
     ),
+    "shampoo_fresh": _options(
+        SHAMPOO,
+        optax_curv.scale_by_shampoo,
+        "drop_below",
+        root_every=2,
+        root="qr",
+        fresh_values=True,
+    )._replace(value=1e-6),
+    "soap_kl": _options(SOAP, optax_curv.scale_by_soap, "eps", basis_every=2, kl=True),
     "soap_eigh": _options(SOAP, optax_curv.scale_by_soap, "eps", basis_every=2, basis="eigh"),
     "ekfac_seldom": _layered_variant(
         EKFAC,

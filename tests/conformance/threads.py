@@ -65,6 +65,9 @@ EXTRAS = {
     problems.factors: lambda rng: {
         "curvature": {"dense": optax_curv.KroneckerFactors(*factors(rng))}
     },
+    problems.inputs: lambda rng: {
+        "curvature": {"dense": optax_curv.InputFactor(factors(rng)[0], jnp.int32(1))}
+    },
     problems.moments: lambda rng: {"curvature": {"dense": moments(rng)}},
     problems.batch: batch,
 }

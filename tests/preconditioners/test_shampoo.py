@@ -103,6 +103,60 @@ def test_roots_by_orthogonal_iteration_are_those_of_the_tracked_basis(x64):
     np.testing.assert_allclose(basis.T @ basis, np.eye(6), atol=1e-12)
 
 
+def root_in_basis(factor, basis, exponent=0.5, drop_below=0.0):
+    """R = Q (diag(Qᴴ F Q) + δ λ_max)⁻ᵉ Qᴴ, 0 where a value is below its share of the largest."""
+    values = np.diag(basis.T @ factor @ basis)
+    powers = np.where(
+        values < drop_below * values.max(), 0, (values + DAMPING * values.max()) ** -exponent
+    )
+    return (basis * powers) @ basis.T
+
+
+def test_fresh_values_are_those_of_the_present_factor_in_the_last_basis(x64):
+    steps = gradients(*[(4, 6)] * 8)
+    options = {"nesterov": False, "root": "qr", "damping": DAMPING, "refresh_growth": np.inf}
+    tx = optax_curv.scale_by_shampoo(fresh_values=True, root_every=3, **options)
+    state, update, stale = tx.init(steps[0]), quick_jit(tx.update), 0
+    for g in steps:
+        u, state = update(g, state)
+        left, right = (
+            root_in_basis(np.asarray(pair.factor[0]), np.asarray(basis[0]))
+            for pair, basis in zip(state.factors[ROOT], state.bases[ROOT], strict=True)
+        )
+        np.testing.assert_allclose(u, left @ state.momentum[ROOT][0] @ right, rtol=ROUNDING)
+        stale += not np.allclose(left, state.factors[ROOT][0].root[0], rtol=1e-3)
+    assert stale > 1  # the roots that are kept are older
+    always = {"root_every": 1, **options}
+    same = [
+        run(optax_curv.scale_by_shampoo(fresh_values=x, **always), steps) for x in (False, True)
+    ]
+    np.testing.assert_allclose(*(updates for updates, _ in same), rtol=ROUNDING)
+
+
+@pytest.mark.parametrize("root", ["eigh", "qr"])
+def test_values_below_the_tolerance_are_dropped_and_not_damped(root, x64):
+    steps = gradients((4, 6), (4, 6))
+    tx = optax_curv.scale_by_shampoo(
+        nesterov=False, root=root, damping=DAMPING, drop_below=0.1, root_every=1
+    )
+    updates, state = run(tx, steps)
+    pairs, roots = state.factors[ROOT], []
+    for axis, pair in enumerate(pairs):
+        factor = np.asarray(pair.factor[0])
+        basis = (
+            np.linalg.eigh(factor)[1] if root == "eigh" else np.asarray(state.bases[ROOT][axis][0])
+        )
+        roots.append(root_in_basis(factor, basis, drop_below=0.1))
+    expected = roots[0] @ state.momentum[ROOT][0] @ roots[1]
+    np.testing.assert_allclose(updates[-1], expected, rtol=ROUNDING, atol=ROUNDING)
+    ranks = [np.linalg.matrix_rank(x) for x in roots]
+    assert ranks[0] <= 4 and ranks[1] < 6  # two gradients of rank four leave little of the rest
+    # Of an axis with a diagonal factor what is small is left out alike.
+    vector = optax_curv.scale_by_shampoo(nesterov=False, drop_below=0.1, max_dim=1, b1=0.0)
+    u, _ = vector.update(jnp.array([3.0, 0.5, 1.0]), vector.init(jnp.zeros(3)))
+    np.testing.assert_allclose(u, [1.0, 0.0, 1.0], rtol=1e-4)
+
+
 def test_a_bad_gradient_changes_nothing_but_the_counter():
     tx = optax_curv.shampoo(0.1)
     params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
@@ -213,6 +267,10 @@ def test_gradients_of_every_fault_leave_all_finite(root):
         ({"root": "newton", "exponent": 0.7}, r"whose inverse is whole, got exponent=0.7"),
         ({"block_size": 0}, r"block_size >= 1, got block_size=0"),
         ({"kl": True, "exponent": 0.25}, r"needs exponent=0.5, got 0.25"),
+        ({"drop_below": 1.0}, r"expected drop_below < 1, got drop_below=1.0"),
+        ({"drop_below": -0.1}, r"expected drop_below >= 0"),
+        ({"drop_below": 0.1, "root": "newton"}, r"cannot drop any"),
+        ({"fresh_values": True}, r"needs the basis that root=\"qr\" keeps"),
     ],
 )
 def test_bad_options_are_refused(options, message):

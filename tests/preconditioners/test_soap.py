@@ -73,6 +73,29 @@ def test_every_step_is_that_of_the_published_recursion(basis, x64):
         np.testing.assert_allclose(q[0].T @ q[0], np.eye(4), atol=1e-12)
 
 
+def test_kl_factors_are_of_gradients_whitened_by_the_other_side(x64):
+    """L ← b2 L + (1 - b2) G R⁻¹ Gᵀ / n and R likewise, with R's values in its present basis."""
+    steps = gradients(6, (4, 6))
+    tx = optax_curv.scale_by_soap(B1, B2, basis_every=EVERY, kl=True)
+    state, update = tx.init(steps[0]), quick_jit(tx.update)
+    for count, g in enumerate(steps):
+        inverses = []
+        for factor, basis in zip(state.factors["the root"], state.bases["the root"], strict=True):
+            factor, basis = np.asarray(factor[0]), np.asarray(basis[0])
+            values = np.diag(basis.T @ factor @ basis)
+            values = values + 1e-6 * values.max() if count else np.ones(len(values))
+            inverses.append((basis / values) @ basis.T)
+        before = [np.asarray(f[0]) for f in state.factors["the root"]]
+        _, state = update(g, state)
+        weight = (1 - B2) / (1 - B2 ** (count + 1))
+        g = np.asarray(g)
+        omega = np.sqrt(np.trace(inverses[0] @ g @ inverses[1] @ g.T) / g.size)
+        g = g * (omega / np.clip(omega, 0.1, 10)) ** -0.5  # what is too much both sides share
+        new = g @ inverses[1] @ g.T / g.shape[1], g.T @ inverses[0] @ g / g.shape[0]
+        for found, old, moment in zip(state.factors["the root"], before, new, strict=True):
+            np.testing.assert_allclose(found[0], old + weight * (moment - old), rtol=ROUNDING)
+
+
 def test_in_the_basis_of_a_constant_diagonal_factor_it_is_adam(x64):
     """Gradients with one entry have coordinate axes for a basis, whatever their order."""
     mask = jnp.zeros((3, 5)).at[1, 2].set(1.0)

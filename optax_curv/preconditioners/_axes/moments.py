@@ -137,10 +137,17 @@ def root_or_identity(root: jax.Array, diagonal: bool) -> jax.Array:
     return jnp.where((sizes > 0) & jnp.isfinite(sizes), root, eye)
 
 
-def diagonal_power(values: jax.Array, exponent: Any, damping: Any) -> jax.Array:
-    """(v + damping max v)^(-exponent) of non-negative numbers [N, d], zero where all are zero."""
-    damped = values + damping * jnp.max(values, axis=-1, keepdims=True)
-    return jnp.where(damped > 0, jnp.where(damped > 0, damped, 1) ** -exponent, 0)
+def diagonal_power(
+    values: jax.Array, exponent: Any, damping: Any, drop_below: Any = None
+) -> jax.Array:
+    """(v + damping max v)^(-exponent) of non-negative numbers [N, d], zero where all are zero.
+
+    It is zero, too, where v is below the share `drop_below` of the largest one.
+    """
+    largest = jnp.max(values, axis=-1, keepdims=True)
+    damped = values + damping * largest
+    root = jnp.where(damped > 0, jnp.where(damped > 0, damped, 1) ** -exponent, 0)
+    return root if drop_below is None else jnp.where(values < drop_below * largest, 0, root)
 
 
 def rounded(x: jax.Array, dtype: Any) -> jax.Array:

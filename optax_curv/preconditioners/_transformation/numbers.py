@@ -48,6 +48,7 @@ def require_numbers(
     method: str,
     *,
     above: float | None = None,
+    below: float | None = None,
     at_least: float | None = None,
     at_most: float | None = None,
     schedule: bool = False,
@@ -61,6 +62,7 @@ def require_numbers(
     """
     limits: Any = (
         (above, ">", operator.gt),
+        (below, "<", operator.lt),
         (at_least, ">=", operator.ge),
         (at_most, "<=", operator.le),
     )
