@@ -101,14 +101,14 @@ def alias(method, **options):
     return make
 
 
-def pieces(*parts, decay=None, size=True):
+def pieces(*parts, decay=None, size=True, last=()):
     """Pieces for the matrices, `parts` being functions of the layers or transformations."""
 
     def make(context, rate, values):
         chain = [part(context.layers) if callable(part) else part for part in parts]
         chain += [optax_curv.normalize_by_rms(methods.RMS)] if size else []
         decayed = decay or optax.add_decayed_weights
-        chain += [decayed(values["weight_decay"]), optax.scale_by_learning_rate(rate)]
+        chain += [decayed(values["weight_decay"]), optax.scale_by_learning_rate(rate), *last]
         adam = optax.scale_by_adam(0.9, values["adam_b2"]), optax.scale_by_learning_rate(rate)
         parted = {"matrices": optax.chain(*chain), "adam": optax.chain(*adam)}
         return optax.partition(parted, context.labels)
@@ -131,6 +131,22 @@ def shampoo_with(**options):
     return of_layers(optax_curv.scale_by_shampoo, **({"damping": 1e-5} | options))
 
 
+def orthogonal(layers):
+    """Newton-Schulz as Muon has it, without Muon's momentum."""
+    numbers = optax_curv.muon_dimension_numbers(layers)
+    return optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=numbers)
+
+
+def before(make):
+    """The input side of K-FAC before another method."""
+
+    def made(context, rate, values):
+        first = optax_curv.scale_by_input_factor(context.layers)
+        return optax.chain(first, make(context, rate, values))
+
+    return made
+
+
 RECIPES = {
     "adamw": Recipe(adamw),
     "muon": Recipe(muon),
@@ -142,6 +158,28 @@ RECIPES = {
     "exponent 0.75": Recipe(pieces(shampoo_with(exponent=0.75)), "shampoo"),
     "roots every 5 steps": Recipe(alias(optax_curv.shampoo, root_every=5), "shampoo"),
     "kl": Recipe(pieces(shampoo_with(kl=True)), "shampoo"),
+    "fresh eigenvalues": Recipe(pieces(shampoo_with(root="qr", fresh_values=True)), "shampoo"),
+    "pseudo-inverse roots": Recipe(pieces(shampoo_with(drop_below=1e-3)), "shampoo"),
+    "refresh by the criterion alone": Recipe(
+        pieces(shampoo_with(root_every=500, refresh_growth=2.0)), "shampoo"
+    ),
+    "cautious decay": Recipe(
+        pieces(shampoo_with(), decay=optax_curv.add_cautious_weight_decay), "shampoo"
+    ),
+    "norm kept": Recipe(
+        pieces(
+            shampoo_with(), decay=lambda _: optax.identity(), last=[optax_curv.keep_params_norm()]
+        ),
+        "shampoo",
+    ),
+    "shampoo, then Newton-Schulz": Recipe(pieces(shampoo_with(), orthogonal), "shampoo"),
+    "soap, then Newton-Schulz": Recipe(
+        pieces(of_layers(optax_curv.scale_by_soap), orthogonal), "shampoo"
+    ),
+    "soap, kl, rms": Recipe(pieces(of_layers(optax_curv.scale_by_soap, kl=True)), "shampoo"),
+    "input factor, muon": Recipe(before(muon), "muon", "input"),
+    "input factor, adamw": Recipe(before(adamw), "adamw", "input"),
+    "input factor, shampoo": Recipe(before(alias(optax_curv.shampoo)), "shampoo", "input"),
 }
 
 

@@ -136,10 +136,12 @@ from optax_curv.preconditioners.quadratic_model import (
 # Pieces to chain with any of them.
 from optax_curv.preconditioners.chain_pieces import (
     BoundByRunningNormState as BoundByRunningNormState,
+    add_cautious_weight_decay as add_cautious_weight_decay,
     bound_by_running_norm as bound_by_running_norm,
     clip_by_max_abs as clip_by_max_abs,
     estimate_gradients as estimate_gradients,
     keep_params_in_box as keep_params_in_box,
+    keep_params_norm as keep_params_norm,
     normalize_by_reference as normalize_by_reference,
     normalize_by_rms as normalize_by_rms,
 )

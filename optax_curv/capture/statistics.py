@@ -171,7 +171,7 @@ class Input(Kronecker):
             sums = counts_of_ids(inputs, layer.in_dim, jnp.ones(inputs.shape, jnp.float32))
         else:
             sums = second_moment(inputs, full=False)
-        return InputFactor(sums / uses[0].rows, one)
+        return InputFactor(sums.astype(samples[0]["inputs"].dtype) / uses[0].rows, one)
 
 
 STATISTICS: dict[StatisticName, Statistic] = {

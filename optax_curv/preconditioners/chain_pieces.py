@@ -262,6 +262,93 @@ def keep_params_in_box(bound: Number) -> optax.GradientTransformationExtraArgs:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _AddCautiousDecay(PassingRule):
+    method: str
+    weight_decay: Number
+
+    def update(self, updates, state, params, **extra_args):
+        require_params(self.method, params)
+
+        def decayed(u, p):
+            if u is None:
+                return None
+            both = (u.conj() * p).real if jnp.iscomplexobj(u) else u * p
+            return jnp.where(both > 0, u + (self.weight_decay * p).astype(u.dtype), u)
+
+        return jax.tree.map(decayed, updates, params, is_leaf=lambda x: x is None), state
+
+
+def add_cautious_weight_decay(weight_decay: Number) -> optax.GradientTransformationExtraArgs:
+    """Adds weight decay where the update already takes a parameter towards zero: λ θ [u θ > 0].
+
+    With the step -η u that follows, an entry decays only while its own step lessens it, so that
+    decay never works against the loss. It takes the place of `optax.add_decayed_weights`, before
+    the learning rate; let `optax.masked` leave out what is not to decay.
+
+    Args:
+      weight_decay: λ ≥ 0, a number (or array, tracer).
+
+    Returns:
+      A stateless transformation; `update` needs `params`. A zero update stays zero.
+
+    Raises:
+      ValueError: for a Python number out of range, and in `update` without `params`.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_curv
+      >>> tx = optax_curv.add_cautious_weight_decay(0.5)
+      >>> params, updates = jnp.array([2.0, 2.0]), jnp.array([1.0, -1.0])
+      >>> print(tx.update(updates, tx.init(params), params)[0])
+      [ 2. -1.]
+
+    References:
+      Chen et al. 2025, arXiv:2510.12402, Algorithm 1, where u θ = 0 decays, too.
+    """
+    require_numbers("add_cautious_weight_decay", weight_decay=weight_decay, at_least=0)
+    return transformation(
+        _AddCautiousDecay(method="add_cautious_weight_decay", weight_decay=weight_decay)
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _KeepParamsNorm(PassingRule):
+    method: str
+
+    def update(self, updates, state, params, **extra_args):
+        require_params(self.method, params)
+
+        def kept(u, p):
+            if u is None:
+                return None
+            total = p + u
+            norm, moved = leaves.norm_of(p), leaves.norm_of(total)
+            back = (leaves.scaled(total, norm, moved) - p).astype(u.dtype)
+            return jnp.where((norm > 0) & (moved > 0) & (leaves.norm_of(u) > 0), back, u)
+
+        return jax.tree.map(kept, updates, params, is_leaf=lambda x: x is None), state
+
+
+def keep_params_norm() -> optax.GradientTransformationExtraArgs:
+    """Adjusts updates so that each leaf keeps its norm; place it last in a chain.
+
+    The update becomes (θ + u) ‖θ‖ / ‖θ + u‖ - θ. It takes the place of weight decay where a layer's
+    scale does not matter, as before a normalisation; let `optax.masked` choose the matrices. A leaf
+    that is zero moves freely.
+
+    Returns:
+      A stateless transformation; `update` needs `params`. A zero update stays zero.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_curv
+      >>> params, tx = jnp.array([3.0, 4.0]), optax_curv.keep_params_norm()
+      >>> updates, _ = tx.update(jnp.array([-3.0, 0.0]), tx.init(params), params)
+      >>> print(params + updates)
+      [0. 5.]
+    """
+    return transformation(_KeepParamsNorm(method="keep_params_norm"))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class _EstimateGradients(PassingRule):
     method: str
     estimator: Estimator

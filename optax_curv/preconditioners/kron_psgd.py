@@ -55,6 +55,7 @@ def scale_by_kron_psgd(
     stacked: Stacked = None,
     layers: Layers | None = None,
     block_size: int | None = None,
+    update_last: bool = False,
     sharding: Sharding = None,
     transport_dtype: Any = None,
     factor_sharding: Sharding = None,
@@ -131,6 +132,8 @@ def scale_by_kron_psgd(
         None: a factor for every axis of a leaf.
       block_size: longer axes are cut into the fewest blocks of nearly equal length, each with
         factors of its own.
+      update_last: whether P is applied before Q moves, so that no gradient is whitened by what it
+        has taught itself. A gradient that jumps then meets the P of the ones before it.
       sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
         of whose axes count, or a `NamedSharding` whose first entry names mesh axes. Each device
         owns equally many tensors of every shape, keeps what belongs to them, and alone computes
@@ -186,6 +189,7 @@ def scale_by_kron_psgd(
         max_skew=max_skew,
         precond_dtype=precond_dtype,
         block_size=block_size,
+        update_last=update_last,
         owners=owners_of("scale_by_kron_psgd", sharding, factor_sharding, transport_dtype),
         eps=eps,
         key=key,
@@ -292,6 +296,7 @@ def kron_psgd(
         lipschitz_decay=0.9,
         max_dense_dim=max_dense_dim,
         max_skew=1.0,
+        update_last=False,
         precond_dtype=precond_dtype,
         block_size=None,
         owners=owners_of("kron_psgd", sharding, transport_dtype=transport_dtype),

@@ -547,6 +547,27 @@ PIECES = {
         suite="it runs within branch_kfac, as param_bound",
         devices=BY_LEAF,
     ),
+    "add_cautious_weight_decay": Case(
+        **_of(optax_curv.add_cautious_weight_decay, "weight_decay"),
+        complex=True,
+        inject={"weight_decay": 0.1},
+        fault=NO_CURVATURE,
+        suite=Suite(
+            adapters.with_learning_rate(
+                optax.scale_by_adam(), optax_curv.add_cautious_weight_decay(1e-3)
+            ),
+            {"learning_rate": 1e-2},
+        ),
+        devices=BY_LEAF,
+    ),
+    "keep_params_norm": Case(
+        **_of(optax_curv.keep_params_norm, None),
+        complex=True,
+        inject=NO_NUMBERS,
+        fault=NO_CURVATURE,
+        suite="the suites' minima have other norms than their starts",
+        devices=BY_LEAF,
+    ),
     "estimate_gradients": Case(
         **_of(optax_curv.estimate_gradients, None, estimator=_doubled),
         complex=True,

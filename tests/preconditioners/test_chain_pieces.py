@@ -28,6 +28,8 @@ PIECES = {
     "normalize_by_rms": lambda: optax_curv.normalize_by_rms(0.2),
     "normalize_by_reference": lambda: optax_curv.normalize_by_reference(optax.scale_by_adam()),
     "keep_params_in_box": lambda: optax_curv.keep_params_in_box(0.25),
+    "add_cautious_weight_decay": lambda: optax_curv.add_cautious_weight_decay(0.1),
+    "keep_params_norm": optax_curv.keep_params_norm,
     "estimate_gradients": lambda: optax_curv.estimate_gradients(lambda params: params),
 }
 
@@ -409,3 +411,40 @@ class TestEstimateGradients:
             optax_curv.estimate_gradients(lambda params: params).update(
                 jnp.ones(2), optax.EmptyState()
             )
+
+
+@pytest.mark.parametrize("kind", ["float64", "complex128"])
+def test_cautious_decay_is_that_of_entries_whose_own_step_lessens_them(kind, x64):
+    rng = np.random.default_rng(0)
+    u, p = rng.normal(size=(2, 4, 3))
+    if kind == "complex128":
+        u, p = u + 1j * rng.normal(size=u.shape), p + 1j * rng.normal(size=p.shape)
+    tx = optax_curv.add_cautious_weight_decay(0.3)
+    found, _ = tx.update(jnp.asarray(u), tx.init(p), jnp.asarray(p))
+    lessens = np.abs(p - 1e-6 * u) < np.abs(p)  # a short step of the update alone
+    np.testing.assert_allclose(found, np.where(lessens, u + 0.3 * p, u), rtol=1e-12)
+    zero, _ = tx.update(jnp.zeros_like(p), tx.init(p), jnp.asarray(p))
+    assert not np.any(zero)
+    with pytest.raises(ValueError, match="expected weight_decay >= 0"):
+        optax_curv.add_cautious_weight_decay(-0.1)
+    with pytest.raises(ValueError, match="params"):
+        tx.update(jnp.asarray(u), tx.init(p))
+
+
+def test_parameters_keep_their_norm_and_their_direction_is_that_of_the_step(x64):
+    rng = np.random.default_rng(0)
+    p, u = (jnp.asarray(x) for x in rng.normal(size=(2, 5, 4)))
+    tx = optax.chain(optax.scale(-0.1), optax_curv.keep_params_norm())
+    state, q = tx.init(p), p
+    for _ in range(20):
+        updates, state = tx.update(u, state, q)
+        wanted = q - 0.1 * u
+        q = optax.apply_updates(q, updates)
+        unit = np.linalg.norm(q)
+        np.testing.assert_allclose(unit, np.linalg.norm(p), rtol=1e-12)
+        np.testing.assert_allclose(q / unit, wanted / np.linalg.norm(wanted), rtol=1e-9, atol=1e-12)
+    free, _ = tx.update(u, tx.init(p), jnp.zeros_like(p))
+    np.testing.assert_allclose(free, -0.1 * u)
+    assert not np.any(tx.update(jnp.zeros_like(u), tx.init(p), p)[0])
+    with pytest.raises(ValueError, match="params"):
+        tx.update(u, tx.init(p))

@@ -104,6 +104,23 @@ def test_each_axis_is_whitened_where_the_covariance_is_no_kronecker_product(x64)
     assert jnp.linalg.norm(jnp.einsum("aiaj->ij", by_axis) / 5 - jnp.eye(7), 2) < WHITENING_ERROR
 
 
+@pytest.mark.parametrize("options", [{}, {"geometry": "quad4p"}, {"update_probability": 0.5}])
+def test_updated_last_each_gradient_meets_the_preconditioner_of_the_ones_before(options, x64):
+    steps = [gradients((4, 3), seed=seed)[0] for seed in range(6)]
+    plain = optax_curv.scale_by_kron_psgd(0.5, max_skew=np.inf, **options)
+    last = optax_curv.scale_by_kron_psgd(0.5, max_skew=np.inf, update_last=True, **options)
+    state, same, update = last.init(steps[0]), plain.init(steps[0]), quick_jit(last.update)
+    for count, g in enumerate(steps):
+        before = optax_curv.axis_factors(state, g)
+        updates, state = update(g, state)
+        _, same = plain.update(g, same)
+        if count:
+            p = full_preconditioner(before, options.get("geometry", "q0.5eq1.5"))
+            np.testing.assert_allclose(updates.reshape(-1), p @ g.reshape(-1), rtol=ROUNDING)
+        for kept, other in zip(jax.tree.leaves(state), jax.tree.leaves(same), strict=True):
+            np.testing.assert_allclose(kept, other, rtol=ROUNDING, atol=ROUNDING)
+
+
 def test_the_original_rule_never_leaves_the_identity():
     """Its probe is the gradient: at Q = I, A = B, so S = 0 for ever: no preconditioner."""
     tx = optax_curv.scale_by_kron_psgd(geometry="right_triangular")

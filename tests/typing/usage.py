@@ -75,7 +75,7 @@ optax_curv.kron_psgd(schedule, precond_lr=schedule, max_rms=None, key=key)
 optax_curv.kron_psgd(1e-3, b1=array, geometry="quad4p", update_probability=schedule)
 optax_curv.kron_psgd(1e-3, key=jax.random.PRNGKey(0), weight_decay=number)
 optax_curv.kron_psgd(1e-3, key=2**63, stacked=lambda params: {"w": 1, "b": 0})
-optax_curv.scale_by_kron_psgd(schedule, criterion="newton", init_scale=None)
+optax_curv.scale_by_kron_psgd(schedule, criterion="newton", init_scale=None, update_last=True)
 optax_curv.scale_by_kron_psgd(whiten="momentum", b1=0.9, block_size=256, max_skew=float("inf"))
 optax_curv.scale_by_kron_psgd(damping=array, lipschitz_decay=0.9, precond_dtype="bfloat16")
 optax_curv.dense_psgd(schedule, precond_lr=schedule, criterion="newton", key=key)
@@ -118,7 +118,9 @@ tx = optax.chain(
     optax_curv.scale_by_shampoo(),
     optax_curv.normalize_by_rms(0.2),
     optax_curv.clip_by_max_abs(array),
+    optax_curv.add_cautious_weight_decay(array),
     optax_curv.keep_params_in_box(20.0),
+    optax_curv.keep_params_norm(),
     optax_curv.normalize_by_reference(adam),
     optax_curv.estimate_gradients(lambda params, **extra_args: params),
 )

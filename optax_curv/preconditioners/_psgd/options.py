@@ -10,6 +10,7 @@ from optax_curv.preconditioners._transformation.numbers import (
     is_python_number,
     require_choice,
     require_dtype,
+    require_flags,
     require_numbers,
     structural,
 )
@@ -78,6 +79,7 @@ class PsgdOptions(FitOptions):
     precond_dtype: Any
     block_size: int | None
     eps: Number
+    update_last: bool
 
     @property
     def keeps_preconditioners(self) -> bool:
@@ -89,6 +91,7 @@ class PsgdOptions(FitOptions):
         require_choice(method, GEOMETRIES, geometry=self.geometry)
         self.check_fit(method)
         require_dtype(method, precond_dtype=self.precond_dtype)
+        require_flags(method, update_last=self.update_last)
         limits = {"max_dense_dim": self.max_dense_dim, "max_skew": self.max_skew}
         structural(method, **limits, block_size=self.block_size)
         require_numbers(method, max_dense_dim=self.max_dense_dim, above=0)

@@ -202,7 +202,7 @@ class KronRule(LeafRule, PsgdOptions):
         return Step(layout.give(products, direction), state, sound)
 
     def _step(self, layout, now, bits, kept, given):
-        """(products, what is kept, whether all is sound); P is applied after Q has moved.
+        """(products, what is kept, whether all is sound); P is applied before or after Q moves.
 
         `bits` may be the key to draw them from.
         """
@@ -222,7 +222,8 @@ class KronRule(LeafRule, PsgdOptions):
                 bits[name],
             )
             dtypes = tuple(array_of(x).dtype for x in layout.structs[name])
-            kind = step.Kind(self.geometry, self.always_updates, self.keeps_preconditioners, dtypes)
+            flags = self.always_updates, self.keeps_preconditioners, self.update_last
+            kind = step.Kind(self.geometry, *flags, dtypes)
             groups[name], fine = step.step_of_stack(kind, now, group, read)
             products[name], sound = groups[name].tensor, sound & fine
         new = (

@@ -54,15 +54,17 @@ class Kind(NamedTuple):
     """Everything that decides how a step is traced; equal kinds of equal shapes share a trace.
 
     Attributes:
-      geometry: of the options, and so are the next two.
+      geometry: of the options, and so are the next three.
       always_updates: whether the factors move at every step.
       keeps_preconditioners: whether P is kept.
+      updates_last: whether P is applied before the factors move.
       dtypes: in which the factor of each axis is kept.
     """
 
     geometry: Geometry
     always_updates: bool
     keeps_preconditioners: bool
+    updates_last: bool
     dtypes: tuple[Any, ...]
 
 
@@ -276,7 +278,8 @@ def _step(kind: Kind, now: Numbers, group: Group, given: Given) -> tuple[Group, 
 
     new = group._replace(factors=factors, preconditioners=applied)
     new = moved(new) if kind.always_updates else jax.lax.cond(now.moves, moved, lambda x: x, new)
-    product = kron_matvec(applied_by(new), group.tensor)
+    used = applied if kind.updates_last else applied_by(new)
+    product = kron_matvec(used, group.tensor)
     # A bound is not finite wherever a second moment is not, so the factors need not be read.
     sound = now.sound & is_finite(new.lipschitz, product)
     if not kind.keeps_preconditioners:
