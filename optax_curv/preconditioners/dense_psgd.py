@@ -22,6 +22,7 @@ class _DensePsgd(KronRule):
     max_dense_dim: int = 2**31
     max_skew: float = float("inf")
     eps: Number = 1e-8
+    update_last: bool = False
 
     def check_options(self, method: str):
         """Refuses options that cannot be, by name."""
