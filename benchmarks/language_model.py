@@ -6,9 +6,9 @@ by each piece alone; keeps every run, and writes the table.
     python -m benchmarks.language_model time                       # in one interleaved run
     python -m benchmarks.language_model table
 
-Each tuned method gets the same budget: at most four learning rates of the grid, then the
-other weight decay. A piece has the settings of the method that it belongs to. Runs that are kept
-are not made again."""
+Each tuned method gets the same budget: at most four learning rates of the grid 1, 2, 5, …, then
+the other weight decay, then four times the rate for what is no matrix. A piece has the settings of
+the method that it belongs to. Runs that are kept are not made again."""
 
 import argparse
 import json
@@ -29,8 +29,8 @@ from benchmarks.problems import Problem, language_model
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 TUNING_SEED, RATES = 100, 4
-CHOICES = {"weight_decay": (0.0, 0.1)}
-START = {"learning_rate": 0.005, "weight_decay": 0.1, "adam_b2": 0.99}
+CHOICES = {"weight_decay": (0.0, 0.1), "adam_factor": (1.0, 4.0)}
+START = {"learning_rate": 0.005, "weight_decay": 0.1, "adam_b2": 0.99, "adam_factor": 1.0}
 
 
 class Recipe(NamedTuple):
@@ -68,10 +68,22 @@ class Context(NamedTuple):
         return jax.tree.map(lambda label: label == "matrices", self.labels(params))
 
 
+def adam(rate, values):
+    """Adam of all that is no matrix, at a rate of its own."""
+    return optax.chain(adam_direction(values), optax.scale_by_learning_rate(rate))
+
+
+def adam_direction(values):
+    """Adam of all that is no matrix, before the rate of the matrices."""
+    return optax.chain(
+        optax.scale_by_adam(0.9, values["adam_b2"]), optax.scale(values["adam_factor"])
+    )
+
+
 def adamw(context, rate, values):
     """AdamW, the matrices alone decayed."""
-    decay = {"weight_decay": values["weight_decay"], "mask": context.is_matrix}
-    return optax.adamw(rate, 0.9, values["adam_b2"], **decay)
+    decayed = optax.adamw(rate, 0.9, values["adam_b2"], weight_decay=values["weight_decay"])
+    return optax.partition({"matrices": decayed, "adam": adam(rate, values)}, context.labels)
 
 
 def muon(context, rate, values):
@@ -81,6 +93,7 @@ def muon(context, rate, values):
         consistent_rms=methods.RMS,
         weight_decay=values["weight_decay"],
         adam_b2=values["adam_b2"],
+        adam_learning_rate=lambda count: values["adam_factor"] * rate(count),
         muon_weight_dimension_numbers=optax_curv.muon_dimension_numbers(context.layers),
     )
 
@@ -94,7 +107,7 @@ def alias(method, **options):
             layers=context.layers,
             weight_decay=values["weight_decay"],
             weight_decay_mask=context.is_matrix,
-            adam=optax.scale_by_adam(0.9, values["adam_b2"]),
+            adam=adam_direction(values),
             **options,
         )
 
@@ -109,8 +122,7 @@ def pieces(*parts, decay=None, size=True, last=()):
         chain += [optax_curv.normalize_by_rms(methods.RMS)] if size else []
         decayed = decay or optax.add_decayed_weights
         chain += [decayed(values["weight_decay"]), optax.scale_by_learning_rate(rate), *last]
-        adam = optax.scale_by_adam(0.9, values["adam_b2"]), optax.scale_by_learning_rate(rate)
-        parted = {"matrices": optax.chain(*chain), "adam": optax.chain(*adam)}
+        parted = {"matrices": optax.chain(*chain), "adam": adam(rate, values)}
         return optax.partition(parted, context.labels)
 
     return make
