@@ -5,17 +5,18 @@ from typing import Any
 
 import optax
 
-from optax_curv.preconditioners._psgd.flat import flat_members
+from optax_curv.preconditioners._psgd.flat import FlatRule, flat_members
 from optax_curv.preconditioners._psgd.pieces import descending
 from optax_curv.preconditioners._psgd.rule import KronRule
+from optax_curv.preconditioners._stacks.owners import owners_of
 from optax_curv.preconditioners._transformation.aliases import decayed
 from optax_curv.preconditioners._transformation.numbers import static
 from optax_curv.preconditioners._transformation.transformation import transformation
-from optax_curv.typing import Criterion, Geometry, Key, Number, Schedulable, Tree, Whiten
+from optax_curv.typing import Criterion, Geometry, Key, Number, Schedulable, Sharding, Tree, Whiten
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class _DensePsgd(KronRule):
+class _DensePsgd(FlatRule, KronRule):
     """Kronecker PSGD of the vector of all leaves, whose only factor is dense."""
 
     stacked: Any = None
@@ -34,7 +35,7 @@ class _DensePsgd(KronRule):
 
     def members(self, tree):
         """The vector of all leaves."""
-        return flat_members(self.method, tree, self.weight_decay_mask)
+        return flat_members(self.method, tree, self.weight_decay_mask, self.owners)
 
 
 def scale_by_dense_psgd(
@@ -50,6 +51,7 @@ def scale_by_dense_psgd(
     lipschitz_decay: Number = 0.9,
     precond_dtype: Any = "float32",
     key: Key = 0,
+    sharding: Sharding = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions a small whole tree by one matrix P = QᵀQ of its n parameters.
 
@@ -78,6 +80,9 @@ def scale_by_dense_psgd(
       precond_dtype: in which Q is kept where no leaf is float64. "bfloat16" halves the memory; the
         arithmetic stays float32.
       key: an integer seed from 0 to 2**64 - 1, or a PRNG key of any kind.
+      sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. The vector of
+        all leaves and what is kept of it are divided along n where the devices divide n.
 
     Returns:
       A `GradientTransformationExtraArgs` with `update(grads, state, params=None, *, probe=None,
@@ -101,6 +106,7 @@ def scale_by_dense_psgd(
     """
     rule = _DensePsgd(
         method="scale_by_dense_psgd",
+        owners=owners_of("scale_by_dense_psgd", sharding),
         precond_lr=precond_lr,
         geometry=geometry,
         criterion=criterion,
@@ -131,6 +137,7 @@ def dense_psgd(
     init_scale: Number | None = None,
     precond_dtype: Any = "float32",
     key: Key = 0,
+    sharding: Sharding = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Dense PSGD of a small whole tree with momentum, decoupled weight decay and a learning rate.
 
@@ -160,6 +167,9 @@ def dense_psgd(
       precond_dtype: in which Q is kept where no leaf is float64. "bfloat16" halves the memory; the
         arithmetic stays float32.
       key: an integer seed from 0 to 2**64 - 1, or a PRNG key of any kind.
+      sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. The vector of
+        all leaves and what is kept of it are divided along n where the devices divide n.
 
     Returns:
       A `GradientTransformationExtraArgs` with `update(grads, state, params, *, probe=None,
@@ -182,6 +192,7 @@ def dense_psgd(
     """
     rule = _DensePsgd(
         method="dense_psgd",
+        owners=owners_of("dense_psgd", sharding),
         weight_decay_mask=weight_decay_mask,
         precond_lr=precond_lr,
         geometry=geometry,

@@ -10,12 +10,12 @@ import optax
 from optax_curv.linalg import _lapack as lapack
 from optax_curv.linalg._compiler import full_matmul
 from optax_curv.linalg.factors import Diagonal
-from optax_curv.preconditioners._psgd.flat import WHOLE_TREE, flat_members
+from optax_curv.preconditioners._psgd.flat import WHOLE_TREE, FlatRule, flat_members
 from optax_curv.preconditioners._psgd.geometries import Sizes, scale_of
 from optax_curv.preconditioners._psgd.options import FitOptions, checked_probes
 from optax_curv.preconditioners._psgd.pieces import descending
 from optax_curv.preconditioners._psgd.step import BALANCE_PROBABILITY
-from optax_curv.preconditioners._stacks.rule import StackRule
+from optax_curv.preconditioners._stacks.owners import owners_of
 from optax_curv.preconditioners._transformation import averages
 from optax_curv.preconditioners._transformation.aliases import decayed
 from optax_curv.preconditioners._transformation.numbers import (
@@ -32,7 +32,7 @@ from optax_curv.preconditioners._transformation.transformation import (
     counters,
     transformation,
 )
-from optax_curv.typing import Criterion, Key, Number, Schedulable, Tree, Whiten
+from optax_curv.typing import Criterion, Key, Number, Schedulable, Sharding, Tree, Whiten
 
 # Factors common to d and the columns of I + U Vᵀ would drift apart until float32 no longer holds
 # their product: columns of a squared norm beyond these are drawn back. 1 % of μ outweighs the drift
@@ -168,7 +168,7 @@ def _balanced(u, v):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class _LowRankPsgd(StackRule, FitOptions):
+class _LowRankPsgd(FlatRule, FitOptions):
     """Low-rank PSGD's mathematics; `scale_by_lra_psgd` documents the options."""
 
     like_gradients = ("probe", "hvp")
@@ -184,7 +184,7 @@ class _LowRankPsgd(StackRule, FitOptions):
 
     def members(self, tree):
         """The vector of all leaves."""
-        return flat_members(self.method, tree, self.weight_decay_mask)
+        return flat_members(self.method, tree, self.weight_decay_mask, self.owners)
 
     def check(self, updates, params, extra_args):
         """Refuses missing probes and those of other trees."""
@@ -272,6 +272,7 @@ def scale_by_lra_psgd(
     damping: Schedulable = 1e-9,
     lipschitz_decay: Number = 0.99,
     key: Key = 0,
+    sharding: Sharding = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions the whole tree by P = QᵀQ, Q = (I + U Vᵀ) diag(d), learned on a group.
 
@@ -296,6 +297,9 @@ def scale_by_lra_psgd(
         it bounds P by 1/damping.
       lipschitz_decay: β, the decay of the running bounds on the steps, in [0, 1].
       key: an integer seed from 0 to 2**64 - 1, or a PRNG key of any kind.
+      sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. The vector of
+        all leaves and what is kept of it are divided along n where the devices divide n.
 
     Returns:
       A `GradientTransformationExtraArgs` with `update(grads, state, params=None, *, probe=None,
@@ -319,6 +323,7 @@ def scale_by_lra_psgd(
     """
     rule = _LowRankPsgd(
         method="scale_by_lra_psgd",
+        owners=owners_of("scale_by_lra_psgd", sharding),
         precond_lr=precond_lr,
         rank=rank,
         criterion=criterion,
@@ -347,6 +352,7 @@ def lra_psgd(
     update_probability: Schedulable = 1.0,
     init_scale: Number | None = None,
     key: Key = 0,
+    sharding: Sharding = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Low-rank PSGD of the whole tree with momentum, decoupled weight decay and a learning rate.
 
@@ -372,6 +378,9 @@ def lra_psgd(
       init_scale: d at the start; None: (mean|g|⁴ + damping⁴)^(-1/8) of the first gradient that is
         not zero. Until then d is zero, and so is the update.
       key: an integer seed from 0 to 2**64 - 1, or a PRNG key of any kind.
+      sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. The vector of
+        all leaves and what is kept of it are divided along n where the devices divide n.
 
     Returns:
       A `GradientTransformationExtraArgs` with `update(grads, state, params, *, probe=None,
@@ -394,6 +403,7 @@ def lra_psgd(
     """
     rule = _LowRankPsgd(
         method="lra_psgd",
+        owners=owners_of("lra_psgd", sharding),
         weight_decay_mask=weight_decay_mask,
         precond_lr=precond_lr,
         rank=rank,

@@ -789,4 +789,6 @@ OWNED = {
     "shampoo": {"learning_rate": 0.1, "root_every": 2},
     "soap": {"learning_rate": 0.1, "eps": 1.0},
     "scale_by_kron_psgd": {"b1": 0.9, "update_probability": 0.5, "block_size": 5},
+    "dense_psgd": {"learning_rate": 0.1},
+    "lra_psgd": {"learning_rate": 0.1, "rank": 3},
 }

@@ -392,6 +392,41 @@ def read_explicit_states():
     report("read", "explicit", all("w" in table for table in tables))
 
 
+def count_compilations():
+    """Of three steps on explicit axes, of equal leaves that are sharded in two ways."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    specs = {"w": P("data", "model"), "v": P("model", "data"), "b": P("model")}
+    place = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    arrays = {"w": jnp.ones((8, 8)), "v": jnp.eye(8), "b": jnp.ones(8)}
+    params = jax.device_put(arrays, place)
+    layers = optax_curv.Layers(
+        [optax_curv.Layer(x, "dense", f"['{x}']", None, 8, 8) for x in ("w", "v")]
+        + [optax_curv.Layer("b", "shift", None, "['b']", 0, 8)]
+    )
+    statistics = {
+        x: optax_curv.KroneckerFactors(jnp.eye(1 if x == "b" else 8), jnp.eye(8), jnp.int32(1))
+        for x in specs
+    }
+    makers = {
+        "scale_by_kfac": lambda **x: optax_curv.scale_by_kfac(layers, **x),
+        "shampoo": lambda **x: optax_curv.shampoo(0.1, **x),
+        "scale_by_kron_psgd": optax_curv.scale_by_kron_psgd,
+        "scale_by_lra_psgd": optax_curv.scale_by_lra_psgd,
+    }
+    for name, make in makers.items():
+        for sharding in (None, mesh):
+            tx = make(sharding=sharding)
+            state, step = tx.init(params), jax.jit(tx.update)
+            given = {"curvature": jax.device_put(statistics, NamedSharding(mesh, P()))}
+            for _ in range(3):
+                _, state = step(params, state, params, **given)
+            report("compiled", f"{name},{sharding is not None}", step._cache_size())
+            alone = make(sharding=None)
+            expected, _ = alone.update(arrays, alone.init(arrays), arrays, curvature=statistics)
+            first, _ = step(params, tx.init(params), params, **given)
+            report("typed", f"{name},{sharding is not None}", difference(first, expected))
+
+
 COMPARED = [x for x, case in cases.CASES.items() if not isinstance(case.devices, str)]
 
 if __name__ == "__main__":
@@ -399,7 +434,7 @@ if __name__ == "__main__":
     jax.config.update("jax_disable_most_optimizations", True)
     others = {"division": measure_division, "capture": compare_capture, "owners": compare_owners}
     others |= {"lazy": compare_lazy_rows, "resumed": compare_resumed, "refused": compare_refusals}
-    others["read"] = read_explicit_states
+    others |= {"read": read_explicit_states, "compiled": count_compilations}
     for name in sys.argv[1:] or [*COMPARED, *others]:
         if name in others:
             others[name]()

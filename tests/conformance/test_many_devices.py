@@ -62,10 +62,15 @@ def test_owners_compute_what_one_device_does(figures, name):
     assert figures["owned", name] < EXACT
 
 
-@pytest.mark.parametrize("name", [x for x in OWNED if "block_size" not in OWNED[x]])
+@pytest.mark.parametrize("name", OWNED)
+def test_updates_come_back_to_where_their_gradients_are(figures, name):
+    assert figures["kept", name] == 1
+
+
+@pytest.mark.parametrize("name", ["shampoo", "soap"])
 def test_rows_travel_and_are_never_gathered(figures, name):
+    """Blocks are cut out of leaves, and a vector of all is put together, as XLA does it."""
     assert figures["gathers", name] == 0
-    assert figures["kept", name] == 1  # each update comes back to where its gradient is
 
 
 @pytest.mark.parametrize("name", OWNED)
@@ -91,3 +96,11 @@ def test_what_cannot_be_divided_is_refused_by_name(figures):
 
 def test_states_with_sharding_types_can_be_read(figures):
     assert figures["read", "explicit"] == 1
+
+
+def test_a_step_on_explicit_axes_is_compiled_once(figures):
+    """After an eager `init`, with `sharding=` and without; equal leaves are sharded in two ways."""
+    counts = {name: figure for (check, name), figure in figures.items() if check == "compiled"}
+    assert len(counts) == 8 and set(counts.values()) == {1}, counts
+    errors = {name: figure for (check, name), figure in figures.items() if check == "typed"}
+    assert all(error < SAME for error in errors.values()), errors

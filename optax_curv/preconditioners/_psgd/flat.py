@@ -1,5 +1,6 @@
 """A whole tree as one vector: what dense and low-rank PSGD see."""
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -7,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_curv.preconditioners._stacks.rule import METHOD
+from optax_curv.preconditioners._stacks.owners import Owners
+from optax_curv.preconditioners._stacks.rule import METHOD, StackRule
 from optax_curv.preconditioners._stacks.stacks import Member
 from optax_curv.preconditioners._transformation.trees import (
     by_prefix,
@@ -35,7 +37,9 @@ class FlatKind(NamedTuple):
         return True if mask.all() else mask
 
 
-def flat_members(method: str, tree: Any, weight_decay_mask: Any) -> list[tuple[Member, Any]]:
+def flat_members(
+    method: str, tree: Any, weight_decay_mask: Any, owners: Owners | None
+) -> list[tuple[Member, Any]]:
     """The vector of all leaves, in flattening order, as the only member; none for an empty tree."""
     mask = weight_decay_mask(tree) if is_function(weight_decay_mask) else weight_decay_mask
     leaves = jax.tree.leaves(tree)
@@ -54,10 +58,38 @@ def flat_members(method: str, tree: Any, weight_decay_mask: Any) -> list[tuple[M
     def give(array, leaves):
         ends = np.cumsum(sizes)
         rows = zip(ends, sizes, shapes, leaves, strict=True)
-        return {
+        found = {
             place: array[0, end - size : end].reshape(shape).astype(jnp.result_type(like))
             for place, (end, size, shape, like) in enumerate(rows)
         }
+        return found if owners is None else {i: owners.like(leaves[i], x) for i, x in found.items()}
 
     member = Member(WHOLE_TREE, 1, (sum(sizes),), dtype, take, give)
     return [(member, FlatKind(METHOD, tuple(zip(sizes, decays, strict=True))))]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class FlatRule(StackRule):
+    """A method of one vector [1, n] of all leaves, whose work has no rows to divide.
+
+    With `owners` vector and state are divided along n, and XLA divides the step as they are.
+    """
+
+    def _split(self, structs):
+        return {} if self.owners is None else dict.fromkeys(structs, 1)
+
+    def with_owners(self, state, split):
+        """The state, each array divided along the first axis that the devices divide."""
+        del split
+        assert self.owners is not None
+        return jax.tree.map(self.owners.kept, state)
+
+    def _stepped(self, tensors, state, sound, given):
+        owners = self.owners
+        if owners is None or not tensors:
+            return self.update_stacks(tensors, state, sound, **given)
+        alone = dataclasses.replace(self, owners=None)
+        given = {key: owners.sent(trees, 1) for key, trees in given.items()}
+        step = alone.update_stacks(owners.sent(tensors, 1), state, sound, **given)
+        directions = owners.returned(step.directions, tensors, 1)
+        return step._replace(directions=directions, state=self.with_owners(step.state, {}))

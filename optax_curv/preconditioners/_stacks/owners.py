@@ -133,7 +133,7 @@ class Owners(NamedTuple):
             is_factor = x.ndim < 3 or x.shape[-1] in (x.shape[-2], x.shape[-2] + 1)
             if is_factor:
                 return self.whole(x)
-            return self.sent(x, axis) if within else self._kept(self._back(x, axis))
+            return self.sent(x, axis) if within else self.kept(self._back(x, axis))
 
         def of_field(field: Any) -> Any:
             if not _is_by_stack(field):
@@ -154,20 +154,38 @@ class Owners(NamedTuple):
         def of_leaf(path: Any, x: jax.Array) -> jax.Array:
             for own, leaf in leaves:
                 if path[len(path) - len(own) :] == own and leaf.shape == x.shape:
+                    if EXPLICIT in jax.typeof(leaf).sharding.mesh.axis_types:
+                        return jax.sharding.reshard(x, jax.typeof(leaf).sharding)
                     found: Any = shard_alike(leaf, x)
                     return found[1]
             return self.whole(x)
 
         return jax.tree.map_with_path(of_leaf, state)
 
+    def like(self, leaf: Any, x: jax.Array) -> jax.Array:
+        """The array x sharded as a leaf is; as it is where there is no leaf."""
+        found: Any = (
+            shard_alike(leaf, x.astype(leaf.dtype)) if isinstance(leaf, jax.Array) else (0, x)
+        )
+        return found[1]
+
     def whole(self, x: jax.Array) -> jax.Array:
         """The array on every device."""
         return _constrained(x, NamedSharding(self.here(), PartitionSpec()))
 
-    def _kept(self, x: jax.Array) -> jax.Array:
+    def turned(self, rows: jax.Array) -> jax.Array:
+        """Rows [K, n] that were divided over K, divided over n: one mesh axis after the other."""
+        axes = self.axes[::-1]
+        for count in reversed(range(len(axes) + 1)):
+            spec = PartitionSpec(axes[:count] or None, axes[count:][::-1] or None)
+            rows = _constrained(rows, NamedSharding(self.here(), spec))
+        return rows
+
+    def kept(self, x: jax.Array) -> jax.Array:
         """The array divided along the first axis that the devices divide, or whole."""
-        even = [i for i, length in enumerate(x.shape) if length and length % self.size == 0]
-        return self._divided_over(x, self.axes, None, even[0]) if even else self.whole(x)
+        return _constrained(
+            x, NamedSharding(self.here(), divided_spec(x.shape, self.mesh, self.axes))
+        )
 
     def _specs(self, tree: Any) -> Any:
         def of_part(x: Any) -> PartitionSpec:
@@ -223,6 +241,13 @@ def _is_by_stack(x: Any) -> bool:
 
 def _is_spec(x: Any) -> bool:
     return isinstance(x, PartitionSpec)
+
+
+def divided_spec(shape: tuple[int, ...], mesh: Any, axes: tuple[str, ...]) -> PartitionSpec:
+    """How an array is divided along the first axis that the devices divide, or that it is whole."""
+    size = math.prod(mesh.shape[axis] for axis in axes)
+    even = [i for i, length in enumerate(shape) if length and length % size == 0]
+    return PartitionSpec(*[None] * even[0], axes) if even else PartitionSpec()
 
 
 def _constrained(x: jax.Array, sharding: NamedSharding) -> jax.Array:
@@ -290,31 +315,83 @@ def with_sharding_types(update: Callable) -> Callable:
 
     @functools.wraps(update)
     def typed(updates, state, params=None, **extra_args):
-        leaves, treedef = jax.tree.flatten((updates, state, params, extra_args))
-        mesh = _explicit_mesh(leaves)
-        if mesh is None:
-            return update(updates, state, params, **extra_args)
-        arrays = {i: jnp.asarray(x) for i, x in enumerate(leaves) if hasattr(x, "dtype")}
+        given = updates, state, params, extra_args
 
-        def of_arrays(arrays):
-            given = [arrays.get(i, x) for i, x in enumerate(leaves)]
-            updates, state, params, extra_args = jax.tree.unflatten(treedef, given)
+        def of_tree(given):
+            updates, state, params, extra_args = given
             return update(updates, state, params, **extra_args)
 
-        def type_of(x):
+        def type_of(x, mesh):
             kept = jax.typeof(x).sharding
             return NamedSharding(mesh, PartitionSpec()) if kept.mesh.empty else kept
 
-        shardings = jax.tree.map(type_of, (updates, state))
-        explicit = [
-            a for a, k in zip(mesh.axis_names, mesh.axis_types, strict=True) if k == EXPLICIT
-        ]
-        of_all = jax.sharding.auto_axes(of_arrays, axes=tuple(explicit), out_sharding=shardings)
-        if jax.sharding.get_abstract_mesh().empty:
-            of_all = compiled_once(of_all)  # called eagerly it would look for a mesh around it
-        return of_all(arrays)
+        def types(mesh):
+            return jax.tree.map(functools.partial(type_of, mesh=mesh), (updates, state))
+
+        return _by_compiler(of_tree, given, types)
 
     return typed
+
+
+def evenly_divided(function: Callable, tree: Any) -> Any:
+    """`function(tree)`, also of leaves whose shardings are part of their types.
+
+    Then what it returns is divided along the first axis that the devices divide.
+    """
+
+    def types(mesh):
+        axes = _explicit_axes(mesh)
+        structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+        return jax.tree.map(
+            lambda x: NamedSharding(mesh, divided_spec(x.shape, mesh, axes)),
+            jax.eval_shape(function, structs),
+        )
+
+    return _by_compiler(function, tree, types)
+
+
+def on_mesh_of(params: Any, state: Any) -> Any:
+    """A new state; eagerly made for parameters with explicit axes, all of it on their mesh.
+
+    There the first update would put what is on one device, and so be compiled twice.
+    """
+    leaves = jax.tree.leaves(params)
+    if any(isinstance(x, Tracer) for x in [*leaves, *jax.tree.leaves(state)]):
+        return state
+    meshes = [getattr(x.sharding, "mesh", None) for x in leaves if isinstance(x, jax.Array)]
+    mesh = next((m for m in meshes if m is not None and EXPLICIT in m.axis_types), None)
+    if mesh is None:
+        return state
+
+    def of_array(x: jax.Array) -> jax.Array:
+        is_there = not jax.typeof(x).sharding.mesh.empty
+        whole = PartitionSpec(*[None] * x.ndim)  # as the types of an update's results are written
+        return x if is_there else jax.device_put(x, NamedSharding(mesh, whole))
+
+    return jax.tree.map(of_array, state)
+
+
+def _by_compiler(function: Callable, tree: Any, types: Callable[[Any], Any]) -> Any:
+    """`function(tree)`; on a mesh of explicit axes with results of these types, a tree of them."""
+    leaves, treedef = jax.tree.flatten(tree)
+    mesh = _explicit_mesh(leaves)
+    if mesh is None:
+        return function(tree)
+    arrays = {i: jnp.asarray(x) for i, x in enumerate(leaves) if hasattr(x, "dtype")}
+
+    def of_arrays(arrays):
+        return function(treedef.unflatten([arrays.get(i, x) for i, x in enumerate(leaves)]))
+
+    axes = _explicit_axes(mesh)
+    of_all = jax.sharding.auto_axes(of_arrays, axes=axes, out_sharding=types(mesh))
+    if jax.sharding.get_abstract_mesh().empty:
+        of_all = compiled_once(of_all)  # called eagerly it would look for a mesh around it
+    return of_all(arrays)
+
+
+def _explicit_axes(mesh: Any) -> tuple[str, ...]:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(axis for axis, kind in kinds if kind == EXPLICIT)
 
 
 def without_types(tree: Any) -> Any:

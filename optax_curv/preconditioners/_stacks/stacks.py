@@ -14,6 +14,7 @@ import optax
 
 from optax_curv.linalg._compiler import slice_of_stack
 from optax_curv.preconditioners._stacks.names import member_name, stack_name
+from optax_curv.preconditioners._stacks.owners import evenly_divided
 from optax_curv.preconditioners._transformation.trees import path_of, wide_dtype
 
 
@@ -105,11 +106,15 @@ class Stacks(Mapping[str, Stack]):
         """The leaves of `tree` as stacks [N, *shape], those of `wanted` kinds, float32 at least."""
         leaves = self._treedef.flatten_up_to(tree)
 
-        def joined(stack: Stack) -> jax.Array:
+        def joined(stack: Stack, leaves: Sequence[Any]) -> jax.Array:
             parts = [member.take(leaves).astype(stack.dtype) for member in stack.members]
             return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
-        return {name: joined(stack) for name, stack in self.items() if wanted(stack.kind)}
+        def of_leaves(leaves: Sequence[Any]) -> dict[str, jax.Array]:
+            chosen = self.of_kind(wanted).items()
+            return {name: joined(stack, leaves) for name, stack in chosen}
+
+        return evenly_divided(of_leaves, leaves)
 
     def give(self, stacks: Mapping[str, jax.Array], like: Any) -> Any:
         """The tree of these stacks' tensors, in the dtypes of `like`, whose other leaves stay."""

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.linalg._compiler import equally_varying, materialize, not_recomputed
-from optax_curv.preconditioners._stacks.owners import with_sharding_types
+from optax_curv.preconditioners._stacks.owners import on_mesh_of, with_sharding_types
 from optax_curv.preconditioners._transformation.numbers import is_key_data
 from optax_curv.preconditioners._transformation.soundness import (
     is_finite,
@@ -206,7 +206,7 @@ def transformation(
 
     def init(params):
         require_parameters(rule.method, params, complex_leaves=rule.complex_leaves)
-        state = rule.made(all_states)(params)
+        state = on_mesh_of(params, rule.made(all_states)(params))
         return state if jax.tree.leaves(params) else _with_leaves(state)
 
     def update(updates, state, params=None, **extra_args):
