@@ -2,11 +2,13 @@
 benchmarks/two_processes.py``.
 
 Two processes join by `jax.distributed` on the loopback address and train a network on handwritten
-digits, each on its half of every batch, with K-FAC or Kronecker PSGD. Once without a disturbance;
-once until one of them is killed in the middle of the run, after which both start again from the
-last Orbax checkpoint. Both runs end with the same parameters, bit for bit."""
+digits, each on its half of every batch, with K-FAC, Kronecker PSGD, or Shampoo and SOAP, whose
+state they divide by `sharding=`. Once without a disturbance; once until one of them is killed in
+the middle of the run, after which both start again from the last Orbax checkpoint. Both runs end
+with the same parameters, bit for bit."""
 
 import argparse
+import functools
 import os
 import pathlib
 import signal
@@ -16,16 +18,20 @@ import sys
 import tempfile
 import time
 
-METHODS = ("kfac", "kron_psgd")
+METHODS = ("kfac", "kron_psgd", "kfac_divided", "kron_psgd_divided", "shampoo", "soap")
 STEPS, SAVE_EVERY, KILLED_AT = 12, 4, 10
 BATCH_SIZE = 64
 PATIENCE = 240  # seconds for one pair of processes, mostly for their compilation on a busy machine
 
 
-def make_state(method, images, labels):
-    """The training state, its loss, and the layers that it has, the same in every process."""
+def make_state(method, mesh, images, labels):
+    """The training state, its loss, and the layers that it has, the same in every process.
+
+    The state of all methods but `kfac` and `kron_psgd` is divided over the processes.
+    """
     import flax.linen as nn
     import jax
+    import numpy as np
     import optax
 
     import optax_curv
@@ -40,11 +46,21 @@ def make_state(method, images, labels):
         ).mean()
 
     layers = optax_curv.find_layers(loss_fn, params, images, labels)
+    options = {"sharding": None if method in ("kfac", "kron_psgd") else mesh}
     tx = {
-        "kfac": lambda: optax_curv.kfac(0.1, layers, damping=0.01, invert_every=3),
-        "kron_psgd": lambda: optax_curv.kron_psgd(0.01),
-    }[method]()
-    return TrainState.create(apply_fn=model.apply, params=params, tx=tx), loss_fn, layers
+        "kfac": lambda: optax_curv.kfac(0.1, layers, damping=0.01, invert_every=3, **options),
+        "kron_psgd": lambda: optax_curv.kron_psgd(0.01, **options),
+        "shampoo": lambda: optax_curv.shampoo(0.01, root_every=3, **options),
+        "soap": lambda: optax_curv.soap(0.01, basis_every=3, **options),
+    }[method.removesuffix("_divided")]()
+    whole = jax.NamedSharding(mesh, jax.P())
+    params = jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(whole, np.asarray(x)), params
+    )
+    state = jax.jit(functools.partial(TrainState.create, apply_fn=model.apply, tx=tx))(
+        params=params
+    )
+    return state, loss_fn, layers
 
 
 def train(method, rank, port, folder, killed_at, steps):
@@ -68,11 +84,12 @@ def train(method, rank, port, folder, killed_at, steps):
     mesh = jax.make_mesh(
         (2,), ("data",), devices=jax.devices(), axis_types=(jax.sharding.AxisType.Auto,)
     )
-    whole, halves = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-    state, loss_fn, layers = make_state(method, images[:BATCH_SIZE], labels[:BATCH_SIZE])
-    state = jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(whole, np.asarray(x)), state
-    )
+    halves = NamedSharding(mesh, PartitionSpec("data"))
+    state, loss_fn, layers = make_state(method, mesh, images[:BATCH_SIZE], labels[:BATCH_SIZE])
+    held = [
+        (x.addressable_shards[0].data.nbytes, x.nbytes) for x in jax.tree.leaves(state.opt_state)
+    ]
+    share = sum(own for own, _ in held) / sum(all_of_it for _, all_of_it in held)
     capture = optax_curv.value_grad_and_curvature(loss_fn, layers=layers)
 
     @jax.jit
@@ -99,7 +116,7 @@ def train(method, rank, port, folder, killed_at, steps):
             checkpoints.save(count + 1, args=ocp.args.StandardSave(state))
     if rank == 0:
         leaves = [np.asarray(x) for x in jax.tree.leaves(state.params)]
-        np.savez(folder / "end.npz", *leaves, loss=np.asarray(value), first=first)
+        np.savez(folder / "end.npz", *leaves, loss=np.asarray(value), first=first, share=share)
     jax.distributed.shutdown()
 
 
@@ -143,8 +160,8 @@ def run_pair(method, folder, steps, killed_at=None):
 
 
 def compare(method, steps=STEPS, killed_at=KILLED_AT):
-    """(loss, loss, whether all parameters are equal) of an undisturbed and of an interrupted
-    run."""
+    """(loss, loss, whether all parameters are equal, what of the state one process holds) of an
+    undisturbed and of an interrupted run."""
     import numpy as np
 
     with tempfile.TemporaryDirectory() as parent:
@@ -169,7 +186,8 @@ def compare(method, steps=STEPS, killed_at=KILLED_AT):
         "no checkpoint was restored"
     )
     equal = all(np.array_equal(undisturbed[name], interrupted[name]) for name in undisturbed)
-    return float(undisturbed["loss"]), float(interrupted["loss"]), equal
+    share = float(interrupted["share"])
+    return float(undisturbed["loss"]), float(interrupted["loss"]), equal, share
 
 
 def main():
@@ -192,12 +210,13 @@ def main():
             options.steps,
         )
         return
-    print(f"{'method':12} {'undisturbed':>12} {'interrupted':>12}  parameters")
+    print(f"{'method':18} {'undisturbed':>12} {'interrupted':>12}  parameters  share of the state")
     for method in [options.method] if options.method else METHODS:
-        undisturbed, interrupted, equal = compare(method, options.steps)
+        undisturbed, interrupted, equal, share = compare(method, options.steps)
         print(
-            f"{method:12} {undisturbed:12.6f} {interrupted:12.6f}  "
-            f"{'equal' if equal else 'DIFFERENT'}"
+            f"{method:18} {undisturbed:12.6f} {interrupted:12.6f}  "
+            f"{'equal' if equal else 'DIFFERENT':10}  {share:.2f}",
+            flush=True,
         )
 
 

@@ -16,6 +16,9 @@ def two_processes():
     return module
 
 
-def test_a_killed_process_and_a_restart_leave_no_trace(two_processes):
-    undisturbed, interrupted, equal = two_processes.compare("kfac", steps=6, killed_at=5)
+@pytest.mark.parametrize("method", ["kfac", "kfac_divided", "shampoo"])
+def test_a_killed_process_and_a_restart_leave_no_trace(two_processes, method):
+    """With a state that both processes hold, and with one of which each holds a half."""
+    undisturbed, interrupted, equal, share = two_processes.compare(method, steps=6, killed_at=5)
     assert equal and undisturbed == interrupted
+    assert share == 1 if method == "kfac" else share < 0.6
