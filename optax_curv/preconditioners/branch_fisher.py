@@ -22,6 +22,7 @@ from optax_curv.preconditioners._branches.parameter_space import (
 from optax_curv.preconditioners._branches.rows import are_sound_weights
 from optax_curv.preconditioners._branches.solve import cheaper, solve_metric
 from optax_curv.preconditioners._branches.state_space import StateBranches, descent
+from optax_curv.preconditioners._stacks.owners import owners_of
 from optax_curv.preconditioners._transformation.numbers import (
     require_choice,
     require_numbers,
@@ -37,6 +38,7 @@ from optax_curv.typing import (
     Number,
     ProjectionKind,
     Schedulable,
+    Sharding,
     Solver,
     Tree,
 )
@@ -179,7 +181,7 @@ class _BranchFisher(StateBranches):
 
     def _parameter_step(self, grads, state, branches, weights):
         """Steps along M⁻¹ (g - μ BᵀB d₋) + μ d₋ for rows of the parameters themselves."""
-        gradient, metric = geometry(grads, branches, weights, self.centered, self.ddof)
+        gradient, metric = geometry(grads, branches, weights, self.centered, self.ddof, self.owners)
         wide = jnp.result_type(metric.scale)
         damping = value_at(self.damping, state.count, wide)
         limits = {"max_iters": self.max_iters, "tol": self.tol}
@@ -195,7 +197,7 @@ class _BranchFisher(StateBranches):
                 gradient,
             )
             rest, converged = solve(optax.tree.sub(gradient, metric.product(start)))
-            direction = optax.tree.add(start, rest)
+            direction = self.like(gradient, optax.tree.add(start, rest))
             kept = jax.tree.map(lambda d, p: d.astype(p.dtype), direction, state.previous)
             state = state._replace(previous=kept)
         return self.step(state, direction, are_sound_weights(weights), converged)
@@ -214,6 +216,7 @@ def scale_by_branch_fisher(
     momentum: Number | None = None,
     complex_metric: ComplexMetric | None = None,
     key: Key = 0,
+    sharding: Sharding = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Natural gradient in the metric of K samples ("branches") of a state, or of the parameters.
 
@@ -290,6 +293,10 @@ def scale_by_branch_fisher(
       momentum: SPRING's decay μ, in parameter space only; None: none.
       complex_metric: None chooses as above; "real" refuses complex parameters and "full" real ones.
       key: a seed from 0 to 2⁶⁴ - 1, or a PRNG key.
+      sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. What is kept
+        like the parameters is sharded as they are. Rows in parameter space may lie on all
+        devices by examples; the K × K matrix is made of them without gathering them.
 
     Returns:
       A transformation with state `ScaleByBranchFisherState`. Arithmetic is float32 at least,
@@ -319,6 +326,7 @@ def scale_by_branch_fisher(
     """
     rule = _BranchFisher(
         method="scale_by_branch_fisher",
+        owners=owners_of("scale_by_branch_fisher", sharding),
         damping=damping,
         max_iters=max_iters,
         tol=tol,
@@ -349,6 +357,7 @@ def branch_fisher(
     momentum: Number | None = None,
     complex_metric: ComplexMetric | None = None,
     key: Key = 0,
+    sharding: Sharding = None,
     weight_decay: Number = 0.0,
     gradient_bound: Number | None = 3.0,
     param_bound: Number | None = None,
@@ -381,6 +390,10 @@ def branch_fisher(
       momentum: SPRING's decay μ, in parameter space only; None: none.
       complex_metric: None chooses as above; "real" refuses complex parameters and "full" real ones.
       key: a seed from 0 to 2⁶⁴ - 1, or a PRNG key.
+      sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. What is kept
+        like the parameters is sharded as they are. Rows in parameter space may lie on all
+        devices by examples; the K × K matrix is made of them without gathering them.
       weight_decay: decoupled weight decay, added after preconditioning.
       gradient_bound: b ≥ 1, or None. After ten steps the norm of each leaf's gradient is held to b
         times its own running mean, so that an outlier moves and teaches no more than a few ordinary
@@ -411,6 +424,7 @@ def branch_fisher(
     """
     rule = _BranchFisher(
         method="branch_fisher",
+        owners=owners_of("branch_fisher", sharding),
         damping=damping,
         max_iters=max_iters,
         tol=tol,

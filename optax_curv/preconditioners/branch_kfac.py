@@ -13,9 +13,10 @@ from optax_curv import linalg
 from optax_curv.linalg import _lapack as lapack
 from optax_curv.linalg._compiler import full_matmul
 from optax_curv.preconditioners._branches.state_space import StateBranches, descent
+from optax_curv.preconditioners._stacks.owners import owners_of
 from optax_curv.preconditioners._transformation.numbers import static
 from optax_curv.preconditioners._transformation.transformation import counters, transformation
-from optax_curv.typing import Key, Number, ProjectionKind, Schedulable
+from optax_curv.typing import Key, Number, ProjectionKind, Schedulable, Sharding
 
 
 class ScaleByBranchKFACState(NamedTuple):
@@ -102,6 +103,7 @@ def scale_by_branch_kfac(
     centered: bool = True,
     ddof: int | None = None,
     key: Key = 0,
+    sharding: Sharding = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Natural gradient in the block-diagonal metric of K samples ("branches") of a state.
 
@@ -141,6 +143,9 @@ def scale_by_branch_kfac(
       centered: whether the mean of the branches is removed; False divides by K.
       ddof: centred branches are divided by max(1, K - ddof); None is 1, the original's.
       key: a seed from 0 to 2⁶⁴ - 1, or a PRNG key.
+      sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. What is kept
+        like the parameters is sharded as they are.
 
     Returns:
       A transformation with state `ScaleByBranchKFACState`. Arithmetic is float32 at least, float64
@@ -168,6 +173,7 @@ def scale_by_branch_kfac(
     """
     rule = _BranchKFAC(
         method="scale_by_branch_kfac",
+        owners=owners_of("scale_by_branch_kfac", sharding),
         damping=damping,
         projection=projection,
         complement=complement,
@@ -190,6 +196,7 @@ def branch_kfac(
     centered: bool = True,
     ddof: int | None = None,
     key: Key = 0,
+    sharding: Sharding = None,
     weight_decay: Number = 0.0,
     gradient_bound: Number | None = 3.0,
     param_bound: Number | None = None,
@@ -210,6 +217,9 @@ def branch_kfac(
       centered: whether the mean of the branches is removed; False divides by K.
       ddof: centred branches are divided by max(1, K - ddof); None is 1, the original's.
       key: a seed from 0 to 2⁶⁴ - 1, or a PRNG key.
+      sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. What is kept
+        like the parameters is sharded as they are.
       weight_decay: decoupled weight decay, added after preconditioning.
       gradient_bound: b ≥ 1, or None. After ten steps the norm of each leaf's gradient is held to b
         times its own running mean, so that an outlier moves and teaches no more than a few ordinary
@@ -239,6 +249,7 @@ def branch_kfac(
     """
     rule = _BranchKFAC(
         method="branch_kfac",
+        owners=owners_of("branch_kfac", sharding),
         damping=damping,
         projection=projection,
         complement=complement,

@@ -26,6 +26,7 @@ from optax_curv.preconditioners._layerwise.factors import (
 )
 from optax_curv.preconditioners._layerwise.preconditioner import layer_preconditioner, layer_view
 from optax_curv.preconditioners._layerwise.statistics import require_curvature
+from optax_curv.preconditioners._stacks.owners import owners_of
 from optax_curv.preconditioners._transformation.aliases import decayed
 from optax_curv.preconditioners._transformation.averages import is_due
 from optax_curv.preconditioners._transformation.bounds import bounded
@@ -40,9 +41,9 @@ from optax_curv.preconditioners._transformation.objectives import (
     require_objective,
     require_whole,
 )
+from optax_curv.preconditioners._transformation.placement import PlacedRule
 from optax_curv.preconditioners._transformation.soundness import is_finite
 from optax_curv.preconditioners._transformation.transformation import (
-    Rule,
     Step,
     counters,
     transformation,
@@ -53,7 +54,7 @@ from optax_curv.preconditioners._transformation.trees import (
     wide_zeros,
 )
 from optax_curv.preconditioners.quadratic_model import adapt_damping
-from optax_curv.typing import Number, Schedulable, Tree
+from optax_curv.typing import Number, Schedulable, Sharding, Tree
 
 
 class ScaleByGaussNewtonState(NamedTuple):
@@ -90,7 +91,7 @@ class ScaleByGaussNewtonState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class _GaussNewton(Rule):
+class _GaussNewton(PlacedRule):
     """The solve of `scale_by_gauss_newton`, which documents the options."""
 
     # A solve that is not sound ends at its start: no second copy need be kept to go back to.
@@ -212,7 +213,7 @@ class _GaussNewton(Rule):
             stacks=stacks,
             sketch=sketch,
         )
-        return Step(direction, state, good)
+        return self.kept(Step(direction, state, good), grads)
 
     def _sketch(self, product, state, like):
         """The sketch of this step, made anew where that is due."""
@@ -302,6 +303,7 @@ def scale_by_gauss_newton(
     decay: Schedulable = 0.95,
     nystrom_rank: int | None = None,
     refresh_every: Number = 10,
+    sharding: Sharding = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The direction d = (F + λI)⁻¹ g of a curvature that is known only by its products v ↦ F v.
 
@@ -348,6 +350,9 @@ def scale_by_gauss_newton(
         other curvatures whose largest eigenvalues stand out; None: none. Its basis takes r products
         at once, and r vectors of the parameters' size.
       refresh_every: steps after which the sketch is made anew, from the last one.
+      sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. What is kept
+        like the parameters is sharded as they are.
 
     Returns:
       A transformation with state `ScaleByGaussNewtonState`. Arithmetic is float32 at least. With a
@@ -379,6 +384,7 @@ def scale_by_gauss_newton(
     """
     rule = _GaussNewton(
         method="scale_by_gauss_newton",
+        owners=owners_of("scale_by_gauss_newton", sharding),
         damping=damping,
         max_iters=max_iters,
         tol=tol,
@@ -411,6 +417,7 @@ def gauss_newton(
     decay: Schedulable = 0.95,
     nystrom_rank: int | None = None,
     refresh_every: Number = 10,
+    sharding: Sharding = None,
     weight_decay: Number = 0.0,
     gradient_bound: Number | None = 3.0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -443,6 +450,9 @@ def gauss_newton(
         other curvatures whose largest eigenvalues stand out; None: none. Its basis takes r products
         at once, and r vectors of the parameters' size.
       refresh_every: steps after which the sketch is made anew, from the last one.
+      sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. What is kept
+        like the parameters is sharded as they are.
       weight_decay: decoupled weight decay, added after preconditioning; 0 with adaptive damping.
       gradient_bound: b ≥ 1, or None. After ten steps the norm of each leaf's gradient is held to b
         times its own running mean, so that an outlier moves and teaches no more than a few ordinary
@@ -480,6 +490,7 @@ def gauss_newton(
     def rule(damping):
         made = _GaussNewton(
             method="gauss_newton",
+            owners=owners_of("gauss_newton", sharding),
             damping=damping,
             max_iters=max_iters,
             tol=tol,

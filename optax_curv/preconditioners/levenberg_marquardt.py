@@ -16,16 +16,17 @@ from optax_curv.preconditioners._branches.parameter_space import (
 )
 from optax_curv.preconditioners._branches.rows import are_sound_weights
 from optax_curv.preconditioners._branches.solve import cheaper, dense_solver
+from optax_curv.preconditioners._stacks.owners import owners_of
 from optax_curv.preconditioners._transformation.numbers import require_numbers
 from optax_curv.preconditioners._transformation.objectives import require_whole
+from optax_curv.preconditioners._transformation.placement import PlacedRule
 from optax_curv.preconditioners._transformation.transformation import (
-    Rule,
     Step,
     counters,
     transformation,
 )
 from optax_curv.preconditioners._transformation.trees import require_params, wide_zeros
-from optax_curv.typing import Number, Tree
+from optax_curv.typing import Number, Sharding, Tree
 
 FIRST_DAMPING = 1e-3  # of the trace of the metric
 # Falling fast and rising slowly, the damping stays near the least that still lowers the loss, which
@@ -73,7 +74,7 @@ class _Trial(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class _LevenbergMarquardt(Rule):
+class _LevenbergMarquardt(PlacedRule):
     """The steps of `levenberg_marquardt`, which documents the options."""
 
     complex_leaves = True  # pyright: ignore[reportAssignmentType]
@@ -146,7 +147,7 @@ class _LevenbergMarquardt(Rule):
     ):
         """The best of the trials at this batch, or none; and the next damping."""
         del view, extra_args
-        gradient, metric = geometry(grads, branches, weights, False, None)
+        gradient, metric = geometry(grads, branches, weights, False, None, self.owners)
         size = optax.tree.size(gradient)
         solve, trace = dense_solver(metric, cheaper(metric.rows.count, size))
         wide = state.damping.dtype
@@ -187,7 +188,8 @@ class _LevenbergMarquardt(Rule):
         if self.momentum is not None:
             state = state._replace(previous=step)
         step = jax.tree.map(jnp.negative, step)
-        return Step(step, state, jnp.isfinite(value) & are_sound_weights(weights))
+        made = Step(step, state, jnp.isfinite(value) & are_sound_weights(weights))
+        return self.kept(made, grads)
 
     def _direction(self, solve, metric, gradient, start, damping):
         """The direction, of a bounded norm, and the decrease ⟨g, d⟩ - ½⟨d, F d⟩ it foretells."""
@@ -211,6 +213,7 @@ def levenberg_marquardt(
     max_tries: Number = 10,
     max_norm: Number | None = None,
     momentum: Number | None = None,
+    sharding: Sharding = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Least squares by Gauss-Newton steps, with nothing to tune: Levenberg and Marquardt's method.
 
@@ -243,6 +246,10 @@ def levenberg_marquardt(
       max_norm: longest step in the Euclidean norm; None: no bound.
       momentum: SPRING's decay μ, for fresh points at every step: with the last step d₋ the
         direction is d = (F + λI)⁻¹ (g - μ F d₋) + μ d₋. None: none, for points that stay.
+      sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
+        of whose axes count, or a `NamedSharding` whose first entry names mesh axes. What is kept
+        like the parameters is sharded as they are. Rows in parameter space may lie on all
+        devices by examples; the K × K matrix is made of them without gathering them.
 
     Returns:
       A `GradientTransformationExtraArgs` with state `LevenbergMarquardtState`, whose updates are
@@ -275,6 +282,7 @@ def levenberg_marquardt(
     """
     rule = _LevenbergMarquardt(
         method="levenberg_marquardt",
+        owners=owners_of("levenberg_marquardt", sharding),
         damping=damping,
         max_tries=max_tries,
         max_norm=max_norm,

@@ -272,6 +272,54 @@ def compare_lazy_rows():
     jax.config.update("jax_enable_x64", False)
 
 
+def compare_rows():
+    """Three steps with rows of examples that lie on all devices, against one device in float64."""
+    jax.config.update("jax_enable_x64", True)
+    rng = np.random.default_rng(0)
+    shapes, specs = {"w": (16, 24), "v": (8,)}, {"w": P("data", "model"), "v": P("model")}
+    params = {x: rng.normal(size=shape) for x, shape in shapes.items()}
+    rows = {x: rng.normal(size=(64, *shape)) for x, shape in shapes.items()}
+    place = {x: NamedSharding(MESH, spec) for x, spec in specs.items()}
+    examples = NamedSharding(MESH, P(("data", "model")))
+    loss = lambda p: sum(jnp.sum(x**2) for x in p.values())  # noqa: E731
+    fisher = {"damping": 0.1, "momentum": 0.5}
+    makers = {
+        "woodbury": lambda **x: optax_curv.scale_by_branch_fisher(**fisher, solver="woodbury", **x),
+        "auto": lambda **x: optax_curv.branch_fisher(0.1, **fisher, solver="auto", **x),
+        "cholesky": lambda **x: optax_curv.scale_by_branch_fisher(0.1, solver="cholesky", **x),
+        "cg": lambda **x: optax_curv.scale_by_branch_fisher(0.1, solver="cg", **x),
+        "levenberg": lambda **x: optax_curv.levenberg_marquardt(momentum=0.5, **x),
+        "gauss_newton": lambda **x: optax_curv.gauss_newton(0.1, max_iters=5, **x),
+        "branch_kfac": lambda **x: optax_curv.branch_kfac(0.1, **x),
+    }
+    for name, make in makers.items():
+        found = []
+        for mesh in (None, MESH):
+            own = make(sharding=mesh)
+            there = jax.device_put(params, mesh and place)
+            given = jax.device_put(rows, mesh and examples)
+            of_state = jax.device_put(rows["v"], mesh and examples)
+
+            @jax.jit
+            def step(params, state, given, of_state, tx=own, name=name):
+                extras = {"branches": of_state if name == "branch_kfac" else given}
+                extras |= {"value": loss(params), "value_fn": loss}
+                extras |= {"curvature_product": lambda v: v}
+                return tx.update(params, state, params, **extras)
+
+            state = own.init(there)
+            compiled, steps = step.lower(there, state, given, of_state).compile(), []
+            for _ in range(3):  # which a state that lies elsewhere would end
+                updates, state = compiled(there, state, given, of_state)
+                steps.append(updates)
+            found.append(steps)
+        report("rows", name, difference(found[1], found[0]))
+        gathers = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", compiled.as_text())
+        largest = max([math.prod(map(int, x.split(","))) for x in gathers], default=0)
+        report("row_gathers", name, largest)
+    jax.config.update("jax_enable_x64", False)
+
+
 def compare_resumed():
     """Micro-batches with donated state on 8 devices, resumed on 4 and on 1, against 1 alone."""
     jax.config.update("jax_enable_x64", True)
@@ -346,7 +394,11 @@ def compare_refusals():
     def manual():
         jax.shard_map(lambda p: tx.init(p), mesh=MESH, in_specs=P(), out_specs=P())(params)
 
-    refusals = {
+    def wrong(name):
+        return lambda: getattr(optax_curv, name)(0.1, sharding=P("data"))
+
+    others = "dense_psgd", "lra_psgd", "branch_fisher", "branch_kfac", "gauss_newton"
+    refusals = {name: (wrong(name), [name, "sharding", "Mesh", "'data'"]) for name in others} | {
         "axis": (lambda: optax_curv.soap(0.1, sharding=NamedSharding(MESH, P("x"))), ["x", "data"]),
         "spec": (lambda: optax_curv.soap(0.1, sharding=P("data")), ["sharding", "Mesh", "'data'"]),
         "mesh": (elsewhere, ["sharding=", "data", "rows"]),
@@ -435,6 +487,7 @@ if __name__ == "__main__":
     others = {"division": measure_division, "capture": compare_capture, "owners": compare_owners}
     others |= {"lazy": compare_lazy_rows, "resumed": compare_resumed, "refused": compare_refusals}
     others |= {"read": read_explicit_states, "compiled": count_compilations}
+    others["rows"] = compare_rows
     for name in sys.argv[1:] or [*COMPARED, *others]:
         if name in others:
             others[name]()

@@ -79,6 +79,16 @@ def test_a_state_lies_with_its_owners_from_the_start(figures, name):
     assert figures["known", name] == 1
 
 
+ROWS = ("woodbury", "auto", "cholesky", "cg", "levenberg", "gauss_newton", "branch_kfac")
+LARGEST_LEAF = 16 * 24  # of `compare_rows`, where there are 64 rows of it
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_examples_on_all_devices_are_never_gathered(figures, name):
+    assert figures["rows", name] < EXACT
+    assert figures["row_gathers", name] <= LARGEST_LEAF
+
+
 def test_lazy_rows_of_examples_on_all_devices_are_those_of_one_and_share_the_work(figures):
     assert figures["lazy", "difference"] < EXACT
     assert figures["lazy", "flops"] <= DIVIDED

@@ -81,6 +81,7 @@ optax_curv.scale_by_kron_psgd(damping=array, lipschitz_decay=0.9, precond_dtype=
 optax_curv.dense_psgd(schedule, precond_lr=schedule, criterion="newton", key=key)
 optax_curv.scale_by_dense_psgd(schedule, geometry="quad")
 optax_curv.lra_psgd(schedule, rank=10, update_probability=schedule, key=key)
+optax_curv.lra_psgd(0.1, sharding=None)
 optax_curv.scale_by_lra_psgd(0.1, rank=5, init_scale=1.0)
 
 # K-FAC and its relatives.

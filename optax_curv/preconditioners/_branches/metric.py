@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from optax_curv.curvature import SplitRows
 from optax_curv.linalg._compiler import FULL, full_matmul, gram
+from optax_curv.preconditioners._stacks.owners import Owners
 from optax_curv.rows import LazyRows, complex_again, real_parts
 
 # Numbers in a chunk of rows that is centred and copied for a product, 4 MiB of float32.
@@ -39,11 +40,13 @@ class StoredRows:
       entries: by leaf the rows [K, *shape], or `SplitRows` of a complex leaf.
       like: the leaves of the gradient.
       treedef: their structure.
+      owners: the devices over which the rows are divided, if they are.
     """
 
     entries: list[Any]
     like: list[jax.Array]
     treedef: Any
+    owners: Owners | None = None
 
     @property
     def hermitian(self) -> bool:
@@ -90,6 +93,11 @@ class StoredRows:
         """AAᴴ of the rows less their mean, [K, K]; of real and imaginary ones, [2K, 2K]."""
         count, kernels = self.count, []
         for i, (a, holomorphic) in enumerate(self._matrices):
+            if self.owners is not None:
+                # Each device has some columns of all rows, and what it sums over these is K × K.
+                columns = self.owners.turned(a if mean is None else a - mean[i])
+                kernels.append(_whole_gram(self._expanded(columns, holomorphic)))
+                continue
             if mean is None and (not self.is_complex or self.hermitian):
                 kernels.append(gram(a))
                 continue
@@ -108,6 +116,7 @@ class StoredRows:
     ) -> jax.Array:
         """Σ_k s_k A_kᴴ A_k of the rows less their mean, [n, n], for shares s [K]."""
         size = sum(a.shape[1] for a, _ in self._matrices)
+        width = max(1, CHUNK // size) if self.owners is None else self.count
 
         def of_rows(start, length):
             joined = []
@@ -120,7 +129,7 @@ class StoredRows:
                 joined.append(self._expanded(rows, holomorphic))
             return gram(jnp.concatenate(joined, 1).conj().T)
 
-        return _summed(of_rows, self.count, max(1, CHUNK // size))
+        return _summed(of_rows, self.count, width)
 
     @property
     def _arrays(self) -> list[tuple[jax.Array, bool]]:
@@ -262,3 +271,7 @@ def _times(a: jax.Array, x: jax.Array) -> jax.Array:
 
 def _adjoint(a: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.tensordot(y, a.conj(), 1, precision=FULL)
+
+
+def _whole_gram(a: jax.Array) -> jax.Array:
+    return full_matmul(a, a.conj().T)

@@ -13,12 +13,18 @@ from optax_curv.preconditioners._branches.metric import (
     metric_of,
 )
 from optax_curv.preconditioners._branches.rows import is_array, require_weights
+from optax_curv.preconditioners._stacks.owners import Owners
 from optax_curv.preconditioners._transformation.trees import require_same_leaves
 from optax_curv.rows import LazyRows
 
 
 def geometry(
-    grads: Any, branches: Any, weights: Any, centered: bool, ddof: int | None
+    grads: Any,
+    branches: Any,
+    weights: Any,
+    centered: bool,
+    ddof: int | None,
+    owners: Owners | None = None,
 ) -> tuple[Any, Metric]:
     """The gradient and the metric, in one precision."""
     lazy = isinstance(branches, LazyRows)
@@ -33,7 +39,7 @@ def geometry(
     if not lazy:
         leaves, treedef = jax.tree.flatten(gradient)
         entries = treedef.flatten_up_to(jax.tree.map(lambda x: cast(jnp.asarray(x)), branches))
-        rows = StoredRows(entries, leaves, treedef)
+        rows = StoredRows(entries, leaves, treedef, owners)
     return gradient, metric_of(rows, centered, ddof or 0, weights, wide)
 
 

@@ -30,13 +30,14 @@ from optax_curv.preconditioners._transformation.numbers import (
     typed_key,
     value_at,
 )
-from optax_curv.preconditioners._transformation.transformation import Rule, Step, transformation
+from optax_curv.preconditioners._transformation.placement import PlacedRule
+from optax_curv.preconditioners._transformation.transformation import Step, transformation
 from optax_curv.preconditioners._transformation.trees import require_params
 from optax_curv.typing import PROJECTION_KINDS, Key, Number, ProjectionKind, Schedulable
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class StateBranches(Rule):
+class StateBranches(PlacedRule):
     """The direction d = P M⁻¹ Pᵀ g, or λ (λI + P cov Pᵀ)⁻¹ g, for branches [K, D].
 
     A subclass says how it solves with M = BᵀB + λI, or with the part of it that it keeps (`solve`),
@@ -153,7 +154,7 @@ class StateBranches(Rule):
         del converged
         # A norm beyond float32 is recorded as its largest number: the state stays finite.
         norm = jnp.nan_to_num(jnp.asarray(optax.tree.norm(direction), jnp.float32))
-        return Step(direction, state._replace(precond_norm=norm), sound)
+        return self.kept(Step(direction, state._replace(precond_norm=norm), sound), direction)
 
     def _basis(self, given, gradient, rows, key):
         """The Projection of this step, and the key's data for the next."""
