@@ -6,10 +6,12 @@ Each line is one compiled `update` with a donated state, of one of the devices o
 
 * state: what the state takes there, and that times the devices over the whole state of one device;
 * temporaries: the largest that a step holds beside its arguments and results;
-* moved: bytes of all results of collectives, over the bytes of the parameters a device holds;
+* moved: bytes of all results of collectives, over the bytes of the parameters a device holds, for
+  each mesh axis over which these are split;
 * gathered: the largest result of an all-gather;
-* factorised: the matrices that a device decomposes where a step renews all of them;
-* instructions of the optimised program.
+* factorised: the matrices that a device decomposes where a step renews all of them, and the least
+  number, were those of every width divided evenly;
+* instructions of the optimised program, and these over those on the fewest devices of several.
 
 Meshes are ``fsdp``, every leaf split over all devices, and ``megatron``, kernels split in rows and
 columns over (devices / 2, 2). Gradients are float32; embeddings and output layers go to Adam.
@@ -36,7 +38,7 @@ BYTES = {"f64": 8, "f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 FACTORISES = re.compile(r'custom_call_target="\w*(?:syevd|geqrf|potrf|Eigh|Qr|Cholesky)')
 COLUMNS = ("method", "model", "mesh", "devices", "state MB", "of its share", "temporaries MB")
-COLUMNS += ("moved", "gathered MB", "factorised", "instructions", "compile s")
+COLUMNS += ("moved", "gathered MB", "factorised", "at least", "instructions", "growth", "compile s")
 
 
 def gpt2():
@@ -134,6 +136,17 @@ def held(structs):
     )
 
 
+def least_factorised(method, state, devices):
+    """The matrices that a device decomposes where those of every width are divided evenly."""
+    if method == "kron_psgd":
+        return 0
+    counts = {}
+    for x in jax.tree.leaves(state[0].factors):
+        if x.ndim == 3:  # a factor, or a pair of a factor and its root
+            counts[x.shape[1]] = counts.get(x.shape[1], 0) + x.shape[0]
+    return sum(-(-count // devices) for count in counts.values())
+
+
 def measured(method, model, kind):
     """One line of the table, on the devices of this process."""
     devices = jax.device_count()
@@ -157,10 +170,8 @@ def measured(method, model, kind):
     compiled = jax.jit(tx.update, donate_argnums=1).lower(params, state, params).compile()
     seconds = time.perf_counter() - start
     moved, gathered, factorised = counted(*parsed(compiled.as_text()))
-    alone = sum(
-        x.size * x.dtype.itemsize
-        for x in jax.tree.leaves(jax.eval_shape(made(method).init, params))
-    )
+    of_one = jax.eval_shape(made(method).init, params)
+    alone = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(of_one))
     return {
         "method": method,
         "model": model,
@@ -169,9 +180,10 @@ def measured(method, model, kind):
         "state MB": round(held(state) / 1e6),
         "of its share": round(held(state) * devices / alone, 2),
         "temporaries MB": round(compiled.memory_analysis().temp_size_in_bytes / 1e6),
-        "moved": round(moved / held(params), 2),
+        "moved": round(moved / held(params) / len(shape), 2),
         "gathered MB": round(gathered / 1e6, 1),
         "factorised": factorised,
+        "at least": least_factorised(method, of_one, devices),
         "instructions": compiled.as_text().count(" = "),
         "compile s": round(seconds),
     }
@@ -202,8 +214,12 @@ def main():
     for model in options.models:
         for kind in options.meshes:
             for method in options.methods:
+                first = None
                 for devices in options.devices:
                     line = in_process(devices, method, model, kind)
+                    if devices > 1:
+                        first = first or line["instructions"]
+                    line["growth"] = "-" if devices == 1 else round(line["instructions"] / first, 2)
                     print("| " + " | ".join(str(line[x]) for x in COLUMNS) + " |", flush=True)
 
 
