@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from optax_curv.linalg._checks import widen
 from optax_curv.linalg.factors import Diagonal, SymmetricPair
 from optax_curv.preconditioners._axes.moments import Axes, square_norms
-from optax_curv.preconditioners._transformation.averages import averaged
+from optax_curv.preconditioners._transformation.averages import averaged, is_silent
 
 Kept = tuple[SymmetricPair | Diagonal, ...]
 
@@ -58,11 +58,14 @@ def measured(
     fine = jnp.isfinite(sum(jnp.sum(d, axis=-1) for d in diagonals))
     weights = jnp.where(fine, weight, 0)
 
-    def of_axis(old, moment):
+    def of_axis(old, moment, diagonal):
         factor = wide(old)
         if isinstance(factor, Diagonal):
+            moment = _begun(factor.vector, moment, diagonal, weights)
             vector = averaged(factor.vector, weights[:, None], moment)
             return Diagonal(vector.astype(old.dtype))
+        kept = jnp.diagonal(factor.lower, axis1=1, axis2=2).real
+        moment = _begun(kept, moment, diagonal, weights)
         return old.replace(factor=averaged(factor.lower, weights[:, None, None], moment))
 
     energies = tuple(
@@ -70,7 +73,34 @@ def measured(
         for old, moment in zip(kept, moments, strict=True)
         if not isinstance(old, Diagonal)
     )
-    return Measured(tuple(map(of_axis, kept, moments)), (energies, square_norms(x)))
+    factors = tuple(map(of_axis, kept, moments, diagonals))
+    return Measured(factors, (energies, square_norms(x)))
+
+
+def _begun(
+    kept: jax.Array, moment: jax.Array, diagonal: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """The moments, those of rows that wake so that their average begins with one of a diagonal.
+
+    A row that had no gradient for as long as its average remembers begins a new one. With the
+    weight w, its step would be √(1/w) times that of the others until it has been seen 1/w times;
+    with a moment of rank one and the weight one, so would be its steps in all other directions.
+
+    Args:
+      kept: the diagonals of factors, [N, d].
+      moment: of the gradients, [N, d, d] or [N, d].
+      diagonal: that of the moment, [N, d].
+      weights: w, [N].
+    """
+    weights = weights[:, None]
+    silent = is_silent(kept)
+    others = ~jnp.all(silent, axis=1, keepdims=True)  # at the start there are none
+    wakes = silent & ~is_silent(diagonal) & others & (weights > 0)
+    begun = jnp.where(wakes, diagonal / jnp.where(wakes, weights, 1), 0)
+    if moment.ndim == 2:
+        return jnp.where(wakes, begun, moment)
+    eye = jnp.eye(moment.shape[-1], dtype=moment.dtype)
+    return jnp.where(wakes[:, :, None] | wakes[:, None], begun[:, None] * eye, moment)
 
 
 def roots_with(kept: Kept, diagonal_root: Any) -> tuple[jax.Array, ...]:

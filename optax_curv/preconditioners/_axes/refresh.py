@@ -10,7 +10,7 @@ from optax_curv.linalg._checks import widen
 from optax_curv.linalg._chunks import each_in_chunks
 from optax_curv.preconditioners._axes.kept import Kept, Measured
 from optax_curv.preconditioners._axes.moments import Axes, axis_moment, rounded
-from optax_curv.preconditioners._transformation.averages import ROUNDINGS, averaged
+from optax_curv.preconditioners._transformation.averages import averaged, is_silent
 
 # Between refreshes of the roots lie 1 + steps / EARLY steps, as far as the period allows, because
 # the gradients change most at the start.
@@ -119,7 +119,7 @@ def _refreshed_batch(
 
     def refresh(moved, tensors):
         def fresh(moved, tensors):
-            silent = [_is_silent(x, axis) for (_, axis), x in tensors.items()]
+            silent = [is_silent(axis_moment(x, axis, True)) for (_, axis), x in tensors.items()]
             new = _fresh(list(moved.values()), silent, take_roots)
             return dict(zip(moved, new, strict=True))
 
@@ -142,13 +142,6 @@ def _has_moved(energy: jax.Array, squares: jax.Array, weight: jax.Array, limit: 
     wakes = (weight > 0) & (reference == 0) & (squares > 0)
     lost = ~jnp.isfinite(reference)  # where LAPACK has found no root
     return wakes | lost | (running > limit * reference)
-
-
-def _is_silent(x: jax.Array, axis: int) -> jax.Array:
-    """Which rows of an axis of tensors x have nothing but rounding of the whole, bool [N, d]."""
-    energy = axis_moment(x, axis, True)
-    rounding = jnp.square(ROUNDINGS * jnp.finfo(energy.dtype).eps)
-    return energy <= rounding * jnp.mean(energy, axis=1, keepdims=True)
 
 
 def _as_others(root: jax.Array, silent: jax.Array) -> jax.Array:

@@ -42,6 +42,12 @@ def averaged(old: jax.Array, weight: jax.Array, new: jax.Array) -> jax.Array:
     return jnp.where(weight > 0, old + weight * (new - old), old)
 
 
+def is_silent(energies: jax.Array) -> jax.Array:
+    """Which rows, of sums of squares [N, d], have only rounding of the whole, bool [N, d]."""
+    rounding = jnp.square(ROUNDINGS * jnp.finfo(energies.dtype).eps)
+    return energies <= rounding * jnp.mean(energies, axis=1, keepdims=True)
+
+
 def root_of_moments(moments: jax.Array, eps: Any) -> jax.Array:
     """The divisor of Adam's rule for a stack of moments v [N, *shape]: √v + eps + ρ² max v / √v.
 
