@@ -123,7 +123,7 @@ for options, colour, text in (
     right.annotate(
         text, place, (-4, 4), textcoords="offset points", color=colour, ha="right", weight="bold"
     )
-right.set(
+_ = right.set(
     xlabel="cosine between direction and gradient",
     ylabel="draws",
     title="50 parameters, a state of 4",
@@ -200,7 +200,7 @@ for axes, natural in zip(panels, (False, True), strict=True):
     axes.set(xlim=(-1.6, 4.4), ylim=(0.25, 3.1), xlabel="mean μ of the state")
     axes.set(title="natural gradient, P = Jᵀ" if natural else "gradient descent")
 panels[0].set_ylabel("standard deviation σ of the state")
-panels[0].legend(frameon=False, title="parameters")
+_ = panels[0].legend(frameon=False, title="parameters")
 
 # %% [markdown]
 # What to see: from a dot, gradient descent takes another way to the star in every parametrisation,

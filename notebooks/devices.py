@@ -147,7 +147,7 @@ right.semilogy(losses_8, color=BLUE, lw=1.5)
 right.semilogy(np.abs(path_8 - path_1).max(axis=1) + 1e-10, color=GREY, lw=1.5)
 right.text(STEPS / 2, 4, "loss on 1 (orange) and 8 devices (blue)", ha="center")
 right.text(STEPS / 2, 1e-7, "largest difference of any parameter", ha="center", color=GREY)
-right.set(
+_ = right.set(
     xlabel="step",
     ylabel="nats, or units of the parameters",
     title="Equal up to rounding",

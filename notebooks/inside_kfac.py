@@ -195,7 +195,7 @@ right.set(
     xlabel="K-FAC: product of eigenvalues",
     ylabel="EKFAC: measured moment",
 )
-right.set_title("Second moments, hidden layer")
+_ = right.set_title("Second moments, hidden layer")
 
 # %% [markdown]
 # What to see. Left: the spectra fall over many decades, down to pixels that are always white.

@@ -74,7 +74,7 @@ for axes, step in zip(panels, moments, strict=True):
     axes.plot(*(2 * circle), color="black", lw=1, ls=":")
     axes.set(xlim=(-6, 6), ylim=(-6, 6), aspect="equal", xlabel="first entry of P g")
     axes.set_title(f"after {step} steps" if step else "the gradients, P = I")
-panels[0].set_ylabel("second entry of P g")
+_ = panels[0].set_ylabel("second entry of P g")
 
 # %% [markdown]
 # What to see: the ellipse of two standard deviations becomes the dotted circle. Each point keeps
@@ -161,7 +161,7 @@ right.set(
     ylabel="largest over smallest variance of P g",
     title="Condition number, all geometries",
 )
-right.legend(frameon=False, loc="lower left")
+_ = right.legend(frameon=False, loc="lower left")
 
 # %% [markdown]
 # What to see. Left: the directions of a gradient differ by six decades in variance; a few steps

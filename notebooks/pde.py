@@ -184,7 +184,7 @@ for axes, picture, title, label, shades, limits in (
 for name, (seconds, history, color) in curves.items():
     panels[3].semilogy(seconds, history, color=color, lw=2, label=name)
 panels[3].set(xlabel="seconds on this machine", ylabel="relative L2 error", title="At equal time")
-panels[3].legend(frameon=False)
+_ = panels[3].legend(frameon=False)
 
 # %% [markdown]
 # What to see: both maps have one scale of colours, five decades of it. In the same time, without

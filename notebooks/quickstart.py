@@ -175,7 +175,7 @@ for name, curve in curves.items():
 left.grid(alpha=0.25)
 right.grid(alpha=0.25)
 left.set(xlabel="step", ylabel="cross-entropy of a batch (nats)", title="By step")
-right.set(xlabel="seconds (steps × median step, without compilation)", title="By time")
+_ = right.set(xlabel="seconds (steps × median step, without compilation)", title="By time")
 
 # %% [markdown]
 # What to see: lower is better; the curves are geometric means over 15 batches, from the same

@@ -116,7 +116,7 @@ for k, axes in enumerate(panels):
     axes.set_yticks(range(4), [f"{x:g}" for x in dampings])
     axes.set(xlabel="learning rate", title=f"precond_lr {precond_lrs[k]:g}")
 panels[0].set_ylabel("damping")
-figure.colorbar(picture, ax=panels, shrink=0.75, label="log10 of the loss (nats)")
+_ = figure.colorbar(picture, ax=panels, shrink=0.75, label="log10 of the loss (nats)")
 
 # %% [markdown]
 # What to see: lighter is better, and the frame is the best of all 64 runs. Along a row the learning
@@ -148,7 +148,7 @@ for axes, title, times in zip(
     axes.set(title=f"64 training runs: {title}", xlabel="seconds on this machine", xscale="log")
     axes.set_xlim(min(times) / 3, max(times) * 3)
 panels[0].set_yticks(range(3), bars)
-panels[0].invert_yaxis()
+_ = panels[0].invert_yaxis()
 
 # %% [markdown]
 # What to see (the axes are logarithmic): the sweep compiles once, for little more than a single run
