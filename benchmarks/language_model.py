@@ -297,7 +297,7 @@ class Kept:
         self.data["tuned"][name] = best
         self.write()
 
-    def time(self, names: list[str], rounds: int = 6, steps: int = 40):
+    def time(self, names: list[str], rounds: int = 4, steps: int = 20):
         """The median step of every method, in one interleaved run."""
         problem = self.context.problem
         batches = list(problem.batches(TUNING_SEED, steps))

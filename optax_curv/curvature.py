@@ -80,17 +80,28 @@ class InputRows(NamedTuple):
     """A layer's inputs, of which A = w Σ a aᵀ is made where it is asked for.
 
     Attributes:
-      inputs: a, [*stack, R, in] with the bias's coordinate.
+      inputs: a, [*stack, R, in].
       weight: w = 1 / R, float [].
+      last: the bias's coordinate of every row, [*stack, R], which is not copied to the inputs; None
+        where they have it already, or there is none.
     """
 
     inputs: jax.Array
     weight: jax.Array
+    last: jax.Array | None = None
+
+    @property
+    def width(self) -> int:
+        """The width of A."""
+        return self.inputs.shape[-1] + (self.last is not None)
 
     @property
     def input_factor(self) -> jax.Array:
-        """A, float [*stack, in, in]."""
-        return self.weight * second_moment(self.inputs, full=True)
+        """A, float [*stack, width, width]."""
+        rows = self.inputs
+        if self.last is not None:
+            rows = jnp.concatenate([rows, self.last[..., None].astype(rows.dtype)], axis=-1)
+        return self.weight * second_moment(rows, full=True)
 
 
 class MadeKernelStatistic(NamedTuple):

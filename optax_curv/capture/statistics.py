@@ -40,7 +40,10 @@ class Statistic(Protocol):
         ...
 
     def kept(self, layer: Layer) -> tuple[str, ...]:
-        """Names of the parts of rows that are kept, of "inputs" and "output_grads"."""
+        """Names of the parts of rows that are kept.
+
+        They are of "inputs", "features" (inputs without the bias's coordinate) and "output_grads".
+        """
         ...
 
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
@@ -156,22 +159,34 @@ class Input(Kronecker):
         return True
 
     def kept(self, layer: Layer) -> tuple[str, ...]:
-        """Returns the inputs, or nothing of a scale or shift, whose A is the number 1."""
-        return () if layer.is_elementwise else ("inputs",)
+        """Returns the features, or nothing of a scale or shift, whose A is the number 1."""
+        return () if layer.is_elementwise else ("features",)
 
     def finish_rows(self, uses: list[Use], samples: list[Arrays]) -> Any:
         """Returns the inputs of all uses and the weight 1 / R, or the factor."""
         layer, one = uses[0].layer, jnp.ones([], jnp.int32)
         if layer.is_elementwise:
             return InputFactor(jnp.ones(layer.factor_shapes[0], jnp.float32), one)
-        inputs = _inputs_together(uses, samples)
+        inputs, last = _inputs_together(uses, samples, "features"), None
+        if layer.bias is not None:
+            ones = [{"last": _last_coordinate(*both)} for both in zip(uses, samples, strict=True)]
+            last = jnp.concatenate(_by_use(uses, ones, "last"), axis=len(layer.stack))
         if layer.input_factor == "full":
-            return InputRows(inputs, jnp.asarray(1 / uses[0].rows, inputs.dtype))
+            return InputRows(inputs, jnp.asarray(1 / uses[0].rows, inputs.dtype), last)
+        if last is not None:
+            inputs = jnp.concatenate([inputs, last[..., None].astype(inputs.dtype)], axis=-1)
         if inputs.dtype == jnp.int32:
             sums = counts_of_ids(inputs, layer.in_dim, jnp.ones(inputs.shape, jnp.float32))
         else:
             sums = second_moment(inputs, full=False)
-        return InputFactor(sums.astype(samples[0]["inputs"].dtype) / uses[0].rows, one)
+        return InputFactor(sums.astype(samples[0]["features"].dtype) / uses[0].rows, one)
+
+
+def _last_coordinate(use: Use, sample: Arrays) -> jax.Array:
+    """The bias's coordinate of the rows of one use: 1 where it adds the bias, in its own slices."""
+    zeros = jnp.zeros_like(sample["features"][..., 0])
+    own = (*(slice(None) for _ in use.loops), *use.slots)
+    return zeros.at[own].set(1) if use.bias else zeros
 
 
 STATISTICS: dict[StatisticName, Statistic] = {
@@ -299,7 +314,8 @@ def _shapes_of_rows(use: Use) -> dict[str, tuple[int, ...]]:
     )
     numbers = use.one_hot or layer.is_elementwise
     inputs = lead if numbers else (*lead, layer.rows_of_matrix)
-    return {"inputs": inputs, "output_grads": (*lead, layer.out_dim)}
+    features = lead if numbers else (*lead, layer.in_dim)
+    return {"inputs": inputs, "features": features, "output_grads": (*lead, layer.out_dim)}
 
 
 def _shapes_by_example(use: Use) -> dict[str, tuple[int, ...]]:
@@ -329,6 +345,8 @@ def contribution(
             grads = jnp.sum(grads, axis=-2, keepdims=True)
             inputs = jnp.ones(grads.shape[:-1], grads.dtype)
         found = {"inputs": _flat(inputs, stack), "output_grads": widen(_flat(grads, stack))}
+        numbers = use.one_hot or use.layer.is_elementwise
+        found["features"] = found["inputs"][..., slice(None if numbers else use.layer.in_dim)]
     elif inputs is None or sums_examples(use.layer, reduces):
         found = _example_sums(use, inputs, grads)
     else:
@@ -379,7 +397,7 @@ def rows_together(uses: list[Use], samples: list[Arrays]) -> RawSamples:
     """All rows of a layer [*stack, R, ·], from the samples of each of its uses."""
     stack = len(uses[0].layer.stack)
     grads = jnp.concatenate(_by_use(uses, samples, "output_grads"), axis=stack)
-    return RawSamples(_inputs_together(uses, samples), grads)
+    return RawSamples(_inputs_together(uses, samples, "inputs"), grads)
 
 
 def _by_use(uses: list[Use], samples: list[Arrays], name: str) -> list[jax.Array]:
@@ -397,10 +415,10 @@ def _by_use(uses: list[Use], samples: list[Arrays], name: str) -> list[jax.Array
     return found
 
 
-def _inputs_together(uses: list[Use], samples: list[Arrays]) -> jax.Array:
+def _inputs_together(uses: list[Use], samples: list[Arrays], name: str) -> jax.Array:
     """The inputs of all uses, [*stack, R, in], or row numbers, int32 [*stack, R]."""
     layer, numbers = uses[0].layer, [use.one_hot for use in uses]
-    inputs = _by_use(uses, samples, "inputs")
+    inputs = _by_use(uses, samples, name)
     if any(numbers) and not all(numbers):  # a tied table: as rows, like those of its other uses
         inputs = [
             jax.nn.one_hot(x.astype(jnp.int32), layer.in_dim, dtype=x.dtype) if own else x

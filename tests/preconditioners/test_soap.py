@@ -96,6 +96,17 @@ def test_kl_factors_are_of_gradients_whitened_by_the_other_side(x64):
             np.testing.assert_allclose(found[0], old + weight * (moment - old), rtol=ROUNDING)
 
 
+def test_newton_schulz_after_the_basis_is_the_polar_factor_of_soaps_direction(x64):
+    """With coefficients that converge; Muon's own end between 0.7 and 1.2."""
+    steps = gradients(4, (4, 6))
+    exact = {"ns_coeffs": (1.5, -0.5, 0.0), "ns_steps": 60}
+    newton_schulz = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, **exact)
+    alone, _ = run(optax_curv.scale_by_soap(B1, B2), steps)
+    after, _ = run(optax.chain(optax_curv.scale_by_soap(B1, B2), newton_schulz), steps)
+    left, _, right = np.linalg.svd(alone[-1], full_matrices=False)
+    np.testing.assert_allclose(after[-1], left @ right, atol=1e-6)
+
+
 def test_in_the_basis_of_a_constant_diagonal_factor_it_is_adam(x64):
     """Gradients with one entry have coordinate axes for a basis, whatever their order."""
     mask = jnp.zeros((3, 5)).at[1, 2].set(1.0)

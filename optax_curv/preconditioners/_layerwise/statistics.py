@@ -79,8 +79,7 @@ def input_factor(method: str, x: PresentLayer, statistic: Any) -> jax.Array:
             'loss_fn, statistic="input"); "kronecker" and "rows" have it, too.'
         )
     if isinstance(statistic, InputRows):  # whose factor would be made to see its shape
-        width = statistic.inputs.shape[-1]
-        shape = *statistic.inputs.shape[:-2], width, width
+        shape = *statistic.inputs.shape[:-2], statistic.width, statistic.width
         _require_shape(method, x, "input_factor", jax.ShapeDtypeStruct(shape, x.dtype))
     return _own_input_factor(method, x, statistic.input_factor)
 
