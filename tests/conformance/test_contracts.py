@@ -1,6 +1,7 @@
 """What every transformation keeps, whatever its method: programs that are compiled and run."""
 
 import functools
+import pathlib
 import re
 
 import chex
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conformance import cases, problems
+from conformance import cases, problems, released
 
 import optax_curv
 from optax_curv import diagnostics
@@ -19,6 +20,8 @@ STEPS = 3
 ROUNDING = {"rtol": 2e-3, "atol": 1e-5}
 SHORT = 0.02  # of an update whose leaves have fewer digits, relative
 COUNTER_LIMIT = 2**31 - 1
+# The states that each alias had in the newest release, see `released`.
+RELEASED = pathlib.Path(__file__).parents[1] / "data" / "states_0_1.npz"
 
 # A method whose alias runs the same rule on every leaf is compiled as its alias only.
 SAME_RULE = {
@@ -206,6 +209,23 @@ def test_counters_stay_at_the_largest_number(name):
     for field, path, leaf in named(state):
         if field in ("count", "total_notfinite"):
             assert leaf in (COUNTER_LIMIT, COUNTER_LIMIT - 1), path
+
+
+@pytest.mark.parametrize("name", cases.ALIASES)
+def test_a_state_that_a_release_has_saved_goes_on_as_it_did(name):
+    """Leaves have the paths, shapes and dtypes they had, and the next update has its value."""
+    tx, update = compiled(name)
+    params = cases.tree(0)
+    fresh = tx.init(params)
+    with np.load(RELEASED) as arrays:
+        saved, expected = (released.recorded(arrays, name, kind) for kind in ("state", "update"))
+    found = {path: (x.shape, x.dtype) for path, x in released.by_path(fresh).items()}
+    assert found == {path: (x.shape, x.dtype) for path, x in saved.items()}
+    state = jax.tree.map_with_path(lambda path, _: saved[jax.tree_util.keystr(path)], fresh)
+    new, _ = update(cases.tree(1), jax.tree.map(jnp.asarray, state), params, extras(name))
+    for path, u in released.by_path(new).items():
+        largest = np.max(np.abs(expected[path]))
+        np.testing.assert_allclose(u, expected[path], atol=ROUNDING["rtol"] * largest)
 
 
 def states_of_ours(state):
