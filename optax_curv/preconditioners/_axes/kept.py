@@ -96,11 +96,18 @@ def _begun(
     silent = is_silent(kept)
     others = ~jnp.all(silent, axis=1, keepdims=True)  # at the start there are none
     wakes = silent & ~is_silent(diagonal) & others & (weights > 0)
-    begun = jnp.where(wakes, diagonal / jnp.where(wakes, weights, 1), 0)
-    if moment.ndim == 2:
-        return jnp.where(wakes, begun, moment)
-    eye = jnp.eye(moment.shape[-1], dtype=moment.dtype)
-    return jnp.where(wakes[:, :, None] | wakes[:, None], begun[:, None] * eye, moment)
+
+    def begun(wakes, moment, diagonal):
+        own = jnp.where(wakes, diagonal / jnp.where(wakes, weights, 1), 0)
+        if moment.ndim == 2:
+            return jnp.where(wakes, own, moment)
+        eye = jnp.eye(moment.shape[-1], dtype=moment.dtype)
+        return jnp.where(wakes[:, :, None] | wakes[:, None], own[:, None] * eye, moment)
+
+    # Rows wake hardly ever; where none does, moments are neither touched nor rounded otherwise.
+    return jax.lax.cond(
+        jnp.any(wakes), begun, lambda _, moment, __: moment, wakes, moment, diagonal
+    )
 
 
 def roots_with(kept: Kept, diagonal_root: Any) -> tuple[jax.Array, ...]:
