@@ -6,21 +6,15 @@ and the best rate.
 """
 
 import argparse
+import math
 
 import jax
 
+from benchmarks import running
 from optax_curv.demo.problems import PROBLEMS, STEPS
 from optax_curv.demo.training import METHODS, train
 
 SEED = 100
-
-
-def neighbours(rate):
-    """The rates before and after one on the grid."""
-    digit, power = f"{rate:.0e}".split("e")
-    scale = 10.0 ** int(power)
-    below, above = {"1": (0.5, 2), "2": (1, 5), "5": (2, 10)}[digit]
-    return float(f"{below * scale:.1g}"), float(f"{above * scale:.1g}")
 
 
 def best_rate(name, problem, steps, start):
@@ -33,11 +27,11 @@ def best_rate(name, problem, steps, start):
             errors[rate] = float(run.errors[-1])
         return errors[rate] if errors[rate] == errors[rate] else float("inf")
 
-    best = start
+    best = round(3 * math.log10(start))  # its place on the grid
     while True:
-        better = min((best, *neighbours(best)), key=error)
+        better = min((best, best - 1, best + 1), key=lambda i: error(running.on_grid(i, 3)))
         if better == best:
-            return best, errors
+            return running.on_grid(best, 3), errors
         best = better
 
 

@@ -53,8 +53,9 @@ def said(runs: list[Run]) -> str:
         return "Adam and another method have to run for a comparison."
     adam = next(run for run in runs if run.method == "adam")
     own = _reached(adam, target) or 0
-    there = [(run, k) for run in others if (k := _reached(run, target)) is not None]
-    missed = ", ".join(run.method for run in others if _reached(run, target) is None)
+    reached = [(run, _reached(run, target)) for run in others]
+    there = [(run, k) for run, k in reached if k is not None]
+    missed = ", ".join(run.method for run, k in reached if k is None)
     if not there:
         return f"None of {missed} reached Adam's last error, {target:.3g}: Adam wins here."
     steps, in_steps = min((int(run.steps[k]), run.method) for run, k in there)
@@ -121,11 +122,11 @@ def plot(runs: list[Run], problem: Problem, out: pathlib.Path):
     if problem.truth is not None:
         images = {"as they are": problem.truth} | images
     height, width = next(iter(images.values())).shape
-    layout = (len(images), 1) if width > 2 * height else (1, len(images))
+    wide = width > 2 * height
+    layout = (len(images), 1) if wide else (1, len(images))
     for axes, (name, image) in zip(np.ravel(below.subplots(*layout)), images.items(), strict=True):
         axes.imshow(image, cmap="gray_r", vmin=0, vmax=top)
         axes.set(xticks=[], yticks=[])
-        wide = width > 2 * height
         axes.set_title(name if wide else name.replace(", ", "\n"), loc="left", fontsize=9)
     below.suptitle(f"{problem.caption}, after {shared:.2f} s of training each")
     picture = io.BytesIO()
