@@ -176,15 +176,16 @@ def gram(x: jax.Array) -> jax.Array:
     """
     x = materialize(x)
     if min(x.shape) < HALVED_FROM:
-        return _whole_gram(x)
-    return per_platform(x, cpu=_gram_by_halves, other=_whole_gram)
+        return whole_gram(x)
+    return per_platform(x, cpu=_gram_by_halves, other=whole_gram)
 
 
-def _whole_gram(x):
+def whole_gram(x: jax.Array) -> jax.Array:
+    """X Xᴴ of a matrix at full precision, by one product."""
     return full_matmul(x, x.conj().T)
 
 
 def _gram_by_halves(x):
     upper, lower = jnp.split(x, [len(x) // 2])
     corner = full_matmul(upper, lower.conj().T)
-    return jnp.block([[_whole_gram(upper), corner], [corner.conj().T, _whole_gram(lower)]])
+    return jnp.block([[whole_gram(upper), corner], [corner.conj().T, whole_gram(lower)]])

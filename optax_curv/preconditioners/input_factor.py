@@ -23,11 +23,7 @@ from optax_curv.preconditioners._layerwise.members import present_layers
 from optax_curv.preconditioners._layerwise.rule import LayerRule
 from optax_curv.preconditioners._layerwise.view import LayerStacks
 from optax_curv.preconditioners._stacks.owners import owners_of
-from optax_curv.preconditioners._transformation.numbers import (
-    is_python_number,
-    require_numbers,
-    value_at,
-)
+from optax_curv.preconditioners._transformation.numbers import require_numbers, value_at
 from optax_curv.preconditioners._transformation.transformation import (
     Step,
     counters,
@@ -101,12 +97,6 @@ class _InputFactor(LayerRule):
         """Whether this step averages its statistics in and takes roots: sooner at the start."""
         period = jnp.asarray(self.update_every).astype(jnp.int32)
         return is_scheduled(state.count, state.since, period)
-
-    def when_due(self, state, sound, due, otherwise):
-        """`due()` where a refresh is due and all is sound, else `otherwise()`."""
-        if is_python_number(self.update_every, 1):
-            return due()
-        return jax.lax.cond(sound & self.is_due(state), due, otherwise)
 
     def update_stacks(self, grads, state, sound, *, factors, **extra_args):
         """The step u = (A + ridge · tr(A)/d · I)^(-power) ∇."""

@@ -196,7 +196,7 @@ class _KFAC(LayerRule):
         new = new._replace(stacks=kept, figures=figures)
         if self.has_rows:
             return Step(directions, new, sound)
-        moved = ~due & (state.moved | is_due(state.count, self.period))
+        moved = ~due & (state.moved | self.is_due(state))
         directions, ratios = jax.lax.cond(
             moved,
             lambda: blocks(kept).checked(directions, grads),

@@ -194,9 +194,11 @@ class _Shampoo(LeafRule):
         """A stack with this step's moments averaged in; see `kept.Measured`."""
 
         def of_part(kept, x):
-            return kept_axes.measured(x, kept, self._moments(axes, x, kept), weight)
+            kept, *sizes = kept_axes.measured(x, kept, self._moments(axes, x, kept), weight)
+            return kept, sizes
 
-        return kept_axes.Measured(*moved_in_chunks(of_part, kept, x, read_once=True))
+        kept, sizes = moved_in_chunks(of_part, kept, x, read_once=True)
+        return kept_axes.Measured(kept, *sizes)
 
     def _applied(self, x, kept, bases):
         """The product ⊗R · x for a part of a stack, and nothing else."""

@@ -18,12 +18,13 @@ class Measured(NamedTuple):
 
     Attributes:
       kept: factors with the roots that they had.
-      sizes: of every dense axis tr(M R) of the new moment M and the old root R, [N], and the square
-        norms of the gradients, [N].
+      energies: of every dense axis tr(M R) of the new moment M and the old root R, [N].
+      squares: the square norms of the gradients, [N].
     """
 
     kept: Kept
-    sizes: tuple[tuple[jax.Array, ...], jax.Array]
+    energies: tuple[jax.Array, ...]
+    squares: jax.Array
 
 
 def zero_pairs(axes: Axes) -> Kept:
@@ -74,7 +75,7 @@ def measured(
         if not isinstance(old, Diagonal)
     )
     factors = tuple(map(of_axis, kept, moments, diagonals))
-    return Measured(factors, (energies, square_norms(x)))
+    return Measured(factors, energies, square_norms(x))
 
 
 def _begun(

@@ -89,7 +89,7 @@ def refreshed(
             for column in [columns[name][axis]]
         ]
         moved = [
-            _has_moved(x, measured[name].sizes[1], weight, limit)
+            _has_moved(x, measured[name].squares, weight, limit)
             for x, (name, _) in zip(old, batch, strict=True)
         ]
         again = due | anywhere(jnp.any(jnp.concatenate(moved)))
@@ -133,7 +133,7 @@ def _energy_of(axes: Mapping[str, Axes], measured: Mapping[str, Measured], place
     """tr(M R) of one dense axis, [N]."""
     name, axis = place
     dense = [i for i, diagonal in enumerate(axes[name].diagonal) if not diagonal]
-    return measured[name].sizes[0][dense.index(axis)]
+    return measured[name].energies[dense.index(axis)]
 
 
 def _has_moved(energy: jax.Array, squares: jax.Array, weight: jax.Array, limit: Any) -> jax.Array:

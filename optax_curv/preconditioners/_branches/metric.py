@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from optax_curv.curvature import SplitRows
-from optax_curv.linalg._compiler import FULL, full_matmul, gram
+from optax_curv.linalg._compiler import FULL, full_matmul, gram, whole_gram
 from optax_curv.preconditioners._stacks.owners import Owners
 from optax_curv.rows import LazyRows, complex_again, real_parts
 
@@ -96,7 +96,7 @@ class StoredRows:
             if self.owners is not None:
                 # Each device has some columns of all rows, and what it sums over these is K × K.
                 columns = self.owners.turned(a if mean is None else a - mean[i])
-                kernels.append(_whole_gram(self._expanded(columns, holomorphic)))
+                kernels.append(whole_gram(self._expanded(columns, holomorphic)))
                 continue
             if mean is None and (not self.is_complex or self.hermitian):
                 kernels.append(gram(a))
@@ -271,7 +271,3 @@ def _times(a: jax.Array, x: jax.Array) -> jax.Array:
 
 def _adjoint(a: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.tensordot(y, a.conj(), 1, precision=FULL)
-
-
-def _whole_gram(a: jax.Array) -> jax.Array:
-    return full_matmul(a, a.conj().T)

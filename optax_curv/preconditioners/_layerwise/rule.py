@@ -23,8 +23,8 @@ from optax_curv.preconditioners._layerwise.statistics import (
 )
 from optax_curv.preconditioners._layerwise.view import LayerStacks, averaged_of
 from optax_curv.preconditioners._stacks.rule import Fallback, StackRule
+from optax_curv.preconditioners._transformation import averages
 from optax_curv.preconditioners._transformation.aliases import decayed, downhill_trace
-from optax_curv.preconditioners._transformation.averages import is_due
 from optax_curv.preconditioners._transformation.bounds import bounded
 from optax_curv.preconditioners._transformation.numbers import (
     is_python_number,
@@ -170,13 +170,17 @@ class LayerRule(StackRule):
         """Steps between averaging statistics in; see `update_every`."""
         return self.update_every
 
+    def is_due(self, state: Any) -> jax.Array:
+        """Whether the period says so, bool []."""
+        return averages.is_due(state.count, self.period)
+
     def when_due(
         self, state: Any, sound: jax.Array, due: Callable[[], Any], otherwise: Callable[[], Any]
     ) -> Any:
         """`due()` where the period says so and all is sound, else `otherwise()`."""
         if is_python_number(self.period, 1):
             return due()
-        return jax.lax.cond(sound & is_due(state.count, self.period), due, otherwise)
+        return jax.lax.cond(sound & self.is_due(state), due, otherwise)
 
     def with_statistics(
         self, old: Mapping[str, LayerFactors], new: Mapping[str, Any], state: Any, sound: jax.Array
