@@ -1,9 +1,14 @@
 """Sphinx: the API reference from docstrings, and the notebooks as `.ci/run notebooks` left them."""
 
+import ast
+import importlib
+import inspect
 import pathlib
 import re
+import textwrap
 
 from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 
 import optax_curv
 
@@ -16,16 +21,19 @@ version = release = optax_curv.__version__
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
 ]
 exclude_patterns = ["build", "jupyter_execute"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+html_math_renderer = "mathml"
 html_title = f"optax_curv {version}"
 default_role = "literal"  # `names` in docstrings
-autodoc_typehints = "none"  # docstrings say more than Any
 autodoc_member_order = "bysource"
+python_maximum_signature_line_length = 80
 napoleon_numpy_docstring = False
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
@@ -34,6 +42,10 @@ suppress_warnings = [
     "myst.xref_missing",
     "mystnb.unknown_mime_type",
 ]  # the README links to files of the repository
+
+
+# Emphasis as a whole, or a mark that is none.
+MARK = re.compile(r"(\*\*?)[A-Za-z][\w ,.]*(?<! )\1(?![\w*])|(?<!\\)[*|](?=\S)|(?<=\S)\|")
 
 
 def escape_plain_marks(app, what, name, obj, options, lines):
@@ -45,11 +57,43 @@ def escape_plain_marks(app, what, name, obj, options, lines):
         parts = line.split("`")
         if not line.lstrip().startswith((">>>", "...")):
             parts[::2] = [
-                re.sub(r"(?<!\\)([*|])(?=\S)|(?<=\S)\|", lambda found: "\\" + found[0], p)
+                MARK.sub(lambda found: ("\\" if len(found[0]) == 1 else "") + found[0], p)
                 for p in parts[::2]
             ]
             parts[2::2] = ["\\ " + p if p[:1].isalpha() else p for p in parts[2::2]]
         lines[number] = "`".join(parts)
+
+
+def list_names(app, docname, source):
+    """Makes of a block `{names} MODULE` a table of its names, then what each of them is."""
+
+    def written(block):
+        module, names = importlib.import_module(block[1]), block[2].split()
+        things = [getattr(module, name) for name in names]
+        kinds = ["class" if inspect.isclass(thing) else "function" for thing in things]
+        lines = [f".. currentmodule:: {block[1]}", ".. autosummary::", "   :nosignatures:", ""]
+        lines += [f"   {name}" for name in names] + [""]
+        lines += [f".. auto{kind}:: {name}" for kind, name in zip(kinds, names, strict=True)]
+        return "```{eval-rst}\n" + "\n".join(lines) + "\n```"
+
+    block = re.compile(r"```\{names\} (\S+)\n(.*?)```", re.DOTALL)
+    source[0] = block.sub(written, source[0])
+
+
+def signature_of_source(app, what, name, obj, options, signature, returned):
+    """Writes a function's types and defaults as its source does, and not as they are evaluated."""
+    if what != "function" or signature is None:
+        return None
+    function = ast.parse(textwrap.dedent(inspect.getsource(obj))).body[0]
+    plain = re.sub(r"static\((.*?)\)", r"\1", ast.unparse(function.args))
+    return f"({plain})", ast.unparse(function.returns)
+
+
+def mathml(self, node):
+    """Writes a formula as MathML, which browsers show without a script from elsewhere."""
+    block = isinstance(node, nodes.math_block)
+    self.body.append(tex2mathml(node.astext(), as_block=block))
+    raise nodes.SkipNode
 
 
 PAGES = {"CHANGELOG.md": "changelog", "CONTRIBUTING.md": "contributing"}
@@ -74,5 +118,8 @@ def link_to_pages(app, doctree, docname):
 
 
 def setup(app):
+    app.add_html_math_renderer("mathml", (mathml, None), (mathml, None))
+    app.connect("source-read", list_names)
     app.connect("doctree-resolved", link_to_pages)
+    app.connect("autodoc-process-signature", signature_of_source)
     app.connect("autodoc-process-docstring", escape_plain_marks, priority=400)  # before napoleon

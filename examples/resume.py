@@ -1,7 +1,7 @@
 """A run that is killed and goes on from its checkpoint, bit for bit: model and optimizer in Orbax.
 
-The first run saves every ten steps; the second starts with another seed, restores and goes on. Both
-end with the same numbers as a run that was never stopped.
+The first run saves every five steps; the second starts with another seed, restores and goes on.
+Both end with the same numbers as a run that was never stopped.
 
 python examples/resume.py [--tiny]
 """
@@ -40,7 +40,7 @@ def step(net, optimizer, number):
 
 
 def train(net, optimizer, start, stop, checkpointer=None, folder=None):
-    """Steps from `start` to `stop`; saves after every tenth."""
+    """Steps from `start` to `stop`; saves after every fifth."""
     for number in range(start, stop):
         value = step(net, optimizer, number)
         if folder and (number + 1) % 5 == 0:

@@ -161,7 +161,7 @@ def residual_rows(
     Blocks are, for instance, the interior and the boundary of a PDE.
 
     .. math::
-      L = \frac12 \sum_b w_b \frac{1}{N_b} \sum_{n \in b} \|r_{bn}\|^2
+      L = \frac{1}{2} \sum_b w_b \frac{1}{N_b} \sum_{n \in b} \|r_{bn}\|^2
 
     The rows are those of the residuals times √(w_b K / N_b), K the number of all rows, so that
     `scale_by_branch_fisher(centered=False)` takes the Gauss-Newton matrix of L from them. One pass

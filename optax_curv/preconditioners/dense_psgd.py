@@ -79,7 +79,7 @@ def scale_by_dense_psgd(
       lipschitz_decay: β, the decay of the running bounds on the steps, in [0, 1].
       precond_dtype: in which Q is kept where no leaf is float64. "bfloat16" halves the memory; the
         arithmetic stays float32.
-      key: an integer seed from 0 to 2**64 - 1, or a PRNG key of any kind.
+      key: an integer seed from 0 to 2⁶⁴ - 1, or a PRNG key of any kind.
       sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
         of whose axes count, or a `NamedSharding` whose first entry names mesh axes. The vector of
         all leaves and what is kept of it are divided along n where the devices divide n.
@@ -166,7 +166,7 @@ def dense_psgd(
         the first gradient that is not zero. Until then Q is zero, and so is the update.
       precond_dtype: in which Q is kept where no leaf is float64. "bfloat16" halves the memory; the
         arithmetic stays float32.
-      key: an integer seed from 0 to 2**64 - 1, or a PRNG key of any kind.
+      key: an integer seed from 0 to 2⁶⁴ - 1, or a PRNG key of any kind.
       sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
         of whose axes count, or a `NamedSharding` whose first entry names mesh axes. The vector of
         all leaves and what is kept of it are divided along n where the devices divide n.

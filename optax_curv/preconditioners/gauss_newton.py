@@ -311,7 +311,7 @@ def scale_by_gauss_newton(
     minimises
 
     .. math::
-      \varphi(d) = \tfrac12 \langle d, (F + \lambda I) d \rangle - \langle g, d \rangle
+      \varphi(d) = \tfrac{1}{2} \langle d, (F + \lambda I) d \rangle - \langle g, d \rangle
 
     by conjugate gradients from `warm_start` times the last solution, until an iteration i > k gains
     less than ε = `tol` of φ, averaged over the last k = max(10, i / 10): (φ_i - φ_{i-k}) / φ_i < k

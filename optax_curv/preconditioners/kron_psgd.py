@@ -142,7 +142,7 @@ def scale_by_kron_psgd(
         "bfloat16"; None: in which they are.
       factor_sharding: the old name of `sharding`.
       eps: floor of the normaliser of "right_triangular" only.
-      key: an integer seed from 0 to 2**64 - 1, or a PRNG key of any kind.
+      key: an integer seed from 0 to 2⁶⁴ - 1, or a PRNG key of any kind.
 
     Returns:
       A `GradientTransformationExtraArgs` with `update(grads, state, params=None, *, probe=None,
@@ -253,7 +253,7 @@ def kron_psgd(
       stacked: how many leading axes of a leaf count layers, each with factors of its own: an int or
         bool for all leaves, a prefix of the parameters' tree with them, or a function of the
         parameters that returns one.
-      key: an integer seed from 0 to 2**64 - 1, or a PRNG key of any kind.
+      key: an integer seed from 0 to 2⁶⁴ - 1, or a PRNG key of any kind.
       sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
         of whose axes count, or a `NamedSharding` whose first entry names mesh axes. Each device
         owns equally many tensors of every shape, keeps what belongs to them, and alone computes

@@ -296,7 +296,7 @@ def scale_by_lra_psgd(
       damping: standard deviation of the noise on the gradient, at least 0, a number or a schedule;
         it bounds P by 1/damping.
       lipschitz_decay: β, the decay of the running bounds on the steps, in [0, 1].
-      key: an integer seed from 0 to 2**64 - 1, or a PRNG key of any kind.
+      key: an integer seed from 0 to 2⁶⁴ - 1, or a PRNG key of any kind.
       sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
         of whose axes count, or a `NamedSharding` whose first entry names mesh axes. The vector of
         all leaves and what is kept of it are divided along n where the devices divide n.
@@ -377,7 +377,7 @@ def lra_psgd(
         (`flat_then_decay`).
       init_scale: d at the start; None: (mean|g|⁴ + damping⁴)^(-1/8) of the first gradient that is
         not zero. Until then d is zero, and so is the update.
-      key: an integer seed from 0 to 2**64 - 1, or a PRNG key of any kind.
+      key: an integer seed from 0 to 2⁶⁴ - 1, or a PRNG key of any kind.
       sharding: None, or the devices that share the work and the state: a `jax.sharding.Mesh`, all
         of whose axes count, or a `NamedSharding` whose first entry names mesh axes. The vector of
         all leaves and what is kept of it are divided along n where the devices divide n.

@@ -53,7 +53,7 @@ def page(rows):
         reasons = [(row["name"], reason) for row in own for reason in row["reasons"]]
         if reasons:
             text += "\nIn no layer:\n\n"
-            text += "".join(f"- {name.replace('_', ' ')}: `{r}`\n" for name, r in reasons)
+            text += "".join(f"- {name.replace('_', ' ')}: `` {r} ``\n" for name, r in reasons)
     return text
 
 
