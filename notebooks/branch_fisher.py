@@ -13,8 +13,6 @@
 # it makes the step a natural gradient.
 
 # %%
-import os
-
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -23,7 +21,6 @@ import numpy as np
 import optax_curv
 
 jax.config.update("jax_enable_x64", True)  # λ is small in the last picture
-FAST = os.environ.get("OPTAX_CURV_FAST") == "1"
 GREY, ORANGE, BLUE, GREEN = "#888888", "#D55E00", "#0072B2", "#009E73"
 plt.rcParams.update(
     {"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False}
@@ -61,7 +58,7 @@ def branches_at(s):
 # curvature only adds noise.
 
 # %%
-draws, damping = 2000 if FAST else 10000, 0.1
+draws, damping = 10000, 0.1
 start = jnp.array([0.0, 0.9])
 grad, branches = jax.grad(loss)(start), branches_at(start)
 
@@ -91,6 +88,7 @@ many = jax.random.normal(jax.random.key(1), (12, 4)) * jnp.array(
 )  # branches of another state
 long_grad = jax.random.normal(jax.random.key(2), (50,))  # for 50 parameters
 
+# %% tags=["hide-input"]
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
 left.scatter(*-original.T, s=5, color=GREY, alpha=0.4, lw=0)
 for arrow, colour, width, text in (
@@ -155,7 +153,7 @@ parametrisations = {  # name: (state of θ, θ of μ and σ)
     ),
 }
 starts = [(-1.0, 2.0), (0.0, 0.6), (3.5, 2.4)]
-steps, small = 400 if FAST else 2000, 1e-8
+steps, small = 2000, 1e-8
 
 
 def path(state_of, parameters, natural):
@@ -176,6 +174,7 @@ def path(state_of, parameters, natural):
     return jax.lax.scan(step, (parameters, method.init(parameters)), None, steps)[1]
 
 
+# %% tags=["hide-input"]
 figure, panels = plt.subplots(1, 2, figsize=(11, 4), sharex=True, sharey=True, layout="constrained")
 mean, sigma = np.meshgrid(np.linspace(-1.6, 4.4, 200), np.linspace(0.25, 3.1, 200))
 for axes, natural in zip(panels, (False, True), strict=True):

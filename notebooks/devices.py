@@ -31,7 +31,7 @@ from sklearn.datasets import load_digits
 
 import optax_curv
 
-STEPS = 60 if os.environ.get("OPTAX_CURV_FAST") == "1" else 200
+STEPS = 200
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#888888"
 plt.rcParams.update(
     {"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False}
@@ -113,6 +113,7 @@ print(
     f"{sum(parts.values()) + 4}"
 )
 
+# %% tags=["hide-input"]
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
 figure.get_layout_engine().set(wspace=0.08)
 picture = np.ones((128, 64, 3))

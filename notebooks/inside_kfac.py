@@ -12,8 +12,6 @@
 # is in the factors, what is lost, and what damping does.
 
 # %%
-import os
-
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -25,7 +23,7 @@ from sklearn.datasets import load_digits
 import optax_curv
 from optax_curv import testing
 
-STEPS = 100 if os.environ.get("OPTAX_CURV_FAST") == "1" else 400
+STEPS = 400
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#888888"
 plt.rcParams.update(
     {"axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False}
@@ -121,6 +119,7 @@ def measure(params):
     return factors, eigen, moments, testing.dense_fisher(objective, *args)
 
 
+# %% tags=["hide-input"]
 figure, panels = plt.subplots(
     2, 3, figsize=(10, 6.6), sharex=True, sharey=True, layout="constrained"
 )
@@ -157,7 +156,7 @@ for axes in panels[1]:
 # %% [markdown]
 # ## Spectra, damping, and the moments that K-FAC gets wrong
 
-# %%
+# %% tags=["hide-input"]
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
 for (name, sides), colour in zip(eigen.items(), (BLUE, ORANGE), strict=True):
     for side, kind, line in zip(sides, ("A", "G"), ("-", "--"), strict=True):

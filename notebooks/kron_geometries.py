@@ -12,8 +12,6 @@
 # one for a matrix of them.
 
 # %%
-import os
-
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -23,7 +21,7 @@ import optax
 import optax_curv
 from optax_curv import testing
 
-STEPS = 1000 if os.environ.get("OPTAX_CURV_FAST") == "1" else 4000
+STEPS = 4000
 COLOURS = {
     "right_triangular": "#888888",
     "eq": "#0072B2",
@@ -65,6 +63,7 @@ cloud = np.array(jax.random.normal(jax.random.key(1), (700, 2)) @ root)
 hue = np.arctan2(*np.linalg.solve(root, cloud.T))
 circle = np.stack([np.cos(np.linspace(0, 2 * np.pi, 100)), np.sin(np.linspace(0, 2 * np.pi, 100))])
 
+# %% tags=["hide-input"]
 figure, panels = plt.subplots(
     1, 5, figsize=(11, 2.9), sharex=True, sharey=True, layout="constrained"
 )
@@ -124,6 +123,7 @@ def spectra(preconditioners):
     return np.sort((first[:, :, None] * second[:, None, :]).reshape(len(first), -1))
 
 
+# %% tags=["hide-input"]
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
 steps = np.arange(1, STEPS + 1)
 window = np.ones(15) / 15

@@ -12,7 +12,6 @@
 # first in nnx, then in linen with a race of all of them.
 
 # %%
-import os
 import time
 
 import flax.linen as nn
@@ -26,7 +25,7 @@ from sklearn.datasets import load_digits
 
 import optax_curv
 
-STEPS = 150 if os.environ.get("OPTAX_CURV_FAST") == "1" else 300
+STEPS = 300
 COLOURS = {
     "adam": "#888888",
     "muon": "#CC79A7",
@@ -161,7 +160,7 @@ for rows in batches:
         curves[name].append(float(value))
         seconds[name].append(time.perf_counter() - begin)
 
-# %%
+# %% tags=["hide-input"]
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
 for name, curve in curves.items():
     smooth = np.exp(np.convolve(np.log(curve), np.full(15, 1 / 15), mode="valid"))
