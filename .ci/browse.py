@@ -30,6 +30,7 @@ LOOK = r"""
 (() => {
   const found = [];
   const article = document.querySelector("article") ?? document.body;
+  article.querySelectorAll("details").forEach(folded => folded.open = true);
   for (const code of article.querySelectorAll("pre"))
     if (code.scrollWidth > code.clientWidth) {
       const lines = code.textContent.split("\n");

@@ -41,12 +41,12 @@ plt.rcParams.update(
 class Block(nnx.Module):
     def __init__(self, rngs):
         self.embed = nnx.Embed(100, 32, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(4, 32, decode=False, rngs=rngs)
+        self.heads = nnx.MultiHeadAttention(4, 32, decode=False, rngs=rngs)
         self.norm = nnx.LayerNorm(32, rngs=rngs)
         self.conv = nnx.Conv(32, 16, (3,), rngs=rngs)
 
     def __call__(self, tokens):
-        return jnp.mean(self.conv(self.norm(self.attention(self.embed(tokens)))) ** 2)
+        return jnp.mean(self.conv(self.norm(self.heads(self.embed(tokens)))) ** 2)
 
 
 graph, shapes = nnx.split(nnx.eval_shape(lambda: Block(nnx.Rngs(0))))
@@ -139,12 +139,15 @@ for row, (when, params) in zip(
     for axes, name, block in zip(
         row, ("exact", "K-FAC", "EKFAC"), (dense, kfac, ekfac), strict=True
     ):
-        axes.imshow(block / limit, cmap="PuOr", vmin=-1, vmax=1, interpolation="none")
+        picture = axes.imshow(block / limit, cmap="PuOr", vmin=-1, vmax=1, interpolation="none")
         error = np.linalg.norm(block - dense) / np.linalg.norm(dense)
         axes.set_title(f"exact, {when}" if block is dense else f"{name}: {error:.0%} off")
     row[0].set_ylabel("weight")
 for axes in panels[1]:
-    axes.set_xlabel("weight (10 outputs for each of 13 inputs)")
+    axes.set_xlabel("weight (10 outputs of 13 inputs)")
+_ = figure.colorbar(
+    picture, ax=panels, shrink=0.6, label="entry over the exact block's 99 % quantile"
+)
 
 # %% [markdown]
 # What to see: colour is the sign and size of an entry. At the start K-FAC is the Fisher block

@@ -161,7 +161,7 @@ right.set(
     ylabel="largest over smallest variance of P g",
     title="Condition number, all geometries",
 )
-_ = right.legend(frameon=False, loc="lower left")
+_ = right.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.93))
 
 # %% [markdown]
 # What to see. Left: the directions of a gradient differ by six decades in variance; a few steps

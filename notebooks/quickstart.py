@@ -167,10 +167,9 @@ for name, curve in curves.items():
     steps = np.arange(15, STEPS + 1)
     for axes, x in ((left, steps), (right, steps * np.median(seconds[name]))):
         axes.semilogy(x, smooth, color=COLOURS[name], lw=2)
-        offset = (4, {"kfac": 2, "shampoo": -8}.get(name, -3))
-        axes.annotate(
-            name, (x[-1], smooth[-1]), offset, textcoords="offset points", color=COLOURS[name]
-        )
+    offset = (4, {"kfac": 2, "shampoo": -8}.get(name, -3))
+    end = (steps[-1], smooth[-1])
+    left.annotate(name, end, offset, textcoords="offset points", color=COLOURS[name])
 left.grid(alpha=0.25)
 right.grid(alpha=0.25)
 left.set(xlabel="step", ylabel="cross-entropy of a batch (nats)", title="By step")
