@@ -30,6 +30,7 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 html_math_renderer = "mathml"
+html_show_copyright = False
 html_title = f"optax_curv {version}"
 default_role = "literal"  # `names` in docstrings
 autodoc_member_order = "bysource"

@@ -137,7 +137,7 @@ for (name, size), colour in zip(parts.items(), (GREY, ORANGE, "#E69F00"), strict
         0.35, (bottom + size / 2) / 1000, f"{name}\n{size / 1000:.1f} kB", va="center", color=colour
     )
     bottom += size
-middle.axhline(travelled / 1000, color="black", ls=":", xmax=0.5)
+middle.axhline(travelled / 1000, color="black", ls=":", xmax=0.45)
 middle.text(0.35, travelled / 1000, "in the compiled program", va="center")
 middle.set(
     xlim=(-0.4, 1.2), xticks=[], ylabel="kB in the all-reduce of one step", title="What travels"

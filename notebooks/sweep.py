@@ -150,6 +150,6 @@ panels[0].set_yticks(range(3), bars)
 _ = panels[0].invert_yaxis()
 
 # %% [markdown]
-# What to see: the sweep compiles once, for not much more than a single run does, and 64 runs side
-# by side share every kernel call, of which a small network is all overhead. On an accelerator that
-# one such run leaves idle the blue bar is longer still.
+# What to see: the sweep compiles once, in the time of one or two single runs, and 64 runs side by
+# side share every kernel call, of which a small network is all overhead. On an accelerator that one
+# such run leaves idle the blue bar is longer still.
