@@ -110,7 +110,7 @@ def marquardt_step(carry, _):
 
 
 # %%
-adam = optax.adam(optax.exponential_decay(1e-2, 1000, 0.7))
+adam = optax.adam(optax.exponential_decay(1e-2, 5000, 0.7))
 
 
 def adam_step(carry, _):
