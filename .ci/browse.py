@@ -45,6 +45,8 @@ LOOK = r"""
   const mark = /.*(`|\*\*(?!kwargs)|\*\w[\w ]*\*|\]\(|\{\w+\}|:\w+:|\$|^#+ |\\\w).*/m;
   const stray = mark.exec(text.textContent);
   if (stray) found.push("markup in the text: " + stray[0]);
+  for (const code of article.querySelectorAll(":not(pre) > code"))
+    if (code.textContent.includes("\\")) found.push("a backslash: " + code.textContent);
   if (location.pathname.includes("/notebooks/") && !article.querySelector(".cell_output img"))
     found.push("a notebook without a picture");
   return JSON.stringify(found);

@@ -47,6 +47,8 @@ suppress_warnings = [
 
 # Emphasis as a whole, or a mark that is none.
 MARK = re.compile(r"(\*\*?)[A-Za-z][\w ,.]*(?<! )\1(?![\w*])|(?<!\\)[*|](?=\S)|(?<=\S)\|")
+# An example up to the next empty line, or a name in backticks, which a paragraph may break.
+CODE = re.compile(r"^ *>>>(?:.*\n)*?(?=\s*\n|\Z)|(``?)(?:[^`\n]|\n(?! *\n))+\1", re.MULTILINE)
 
 
 def escape_plain_marks(app, what, name, obj, options, lines):
@@ -54,15 +56,17 @@ def escape_plain_marks(app, what, name, obj, options, lines):
 
     [*stack, n] and |H| are mathematics, and `name`s is a plural.
     """
-    for number, line in enumerate(lines):
-        parts = line.split("`")
-        if not line.lstrip().startswith((">>>", "...")):
-            parts[::2] = [
-                MARK.sub(lambda found: ("\\" if len(found[0]) == 1 else "") + found[0], p)
-                for p in parts[::2]
-            ]
-            parts[2::2] = ["\\ " + p if p[:1].isalpha() else p for p in parts[2::2]]
-        lines[number] = "`".join(parts)
+    text, end = "\n".join(lines), 0
+    pieces = []
+    for code in [*CODE.finditer(text), None]:
+        plain = text[end : code.start()] if code else text[end:]
+        if end and plain[:1].isalpha():
+            pieces.append("\\ ")
+        pieces.append(MARK.sub(lambda mark: ("\\" if len(mark[0]) == 1 else "") + mark[0], plain))
+        if code:
+            pieces.append(code[0])
+            end = code.end()
+    lines[:] = "".join(pieces).split("\n")
 
 
 def list_names(app, docname, source):
