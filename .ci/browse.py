@@ -87,7 +87,9 @@ view.show()
 
 
 def finish(result=None):
-    """Goes on after `loop.exec()`."""
+    """Goes on after `loop.exec()`, with what was found or whether the page has loaded."""
+    if result is False:
+        found.append("does not load")
     if isinstance(result, str):
         found.extend(json.loads(result))
     loop.quit()
@@ -105,4 +107,4 @@ for path in pages:
     for fault in found:
         print(f"{path.relative_to(root)}: {fault}")
 print(f"{len(pages)} pages opened in Chromium, {wrong} faults")
-sys.exit(bool(wrong))
+sys.exit(bool(wrong) or not pages)
