@@ -129,7 +129,7 @@ def free_port():
 def run_pair(method, folder, steps, killed_at=None):
     """Starts both processes, ends both when one has died, and returns their exit codes."""
     port = free_port()
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     pair = []
     for rank in (0, 1):
         command = [

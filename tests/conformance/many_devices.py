@@ -449,7 +449,7 @@ def count_compilations():
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     specs = {"w": P("data", "model"), "v": P("model", "data"), "b": P("model")}
     place = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
-    arrays = {"w": jnp.ones((8, 8)), "v": jnp.eye(8), "b": jnp.ones(8)}
+    arrays = {"w": jnp.eye(8) + 0.1, "v": jnp.eye(8), "b": jnp.ones(8)}  # of full rank
     params = jax.device_put(arrays, place)
     layers = optax_curv.Layers(
         [optax_curv.Layer(x, "dense", f"['{x}']", None, 8, 8) for x in ("w", "v")]
