@@ -466,6 +466,9 @@ def count_compilations():
         "scale_by_lra_psgd": optax_curv.scale_by_lra_psgd,
     }
     for name, make in makers.items():
+        alone = make(sharding=None)
+        given = {"curvature": statistics}
+        expected, _ = jax.jit(alone.update)(arrays, alone.init(arrays), arrays, **given)
         for sharding in (None, mesh):
             tx = make(sharding=sharding)
             state, step = tx.init(params), jax.jit(tx.update)
@@ -473,8 +476,6 @@ def count_compilations():
             for _ in range(3):
                 _, state = step(params, state, params, **given)
             report("compiled", f"{name},{sharding is not None}", step._cache_size())
-            alone = make(sharding=None)
-            expected, _ = alone.update(arrays, alone.init(arrays), arrays, curvature=statistics)
             first, _ = step(params, tx.init(params), params, **given)
             report("typed", f"{name},{sharding is not None}", difference(first, expected))
 
