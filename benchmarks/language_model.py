@@ -6,11 +6,13 @@ by each piece alone; keeps every run, and writes the table.
     python -m benchmarks.language_model time                       # in one interleaved run
     python -m benchmarks.language_model table
 
-Each tuned method gets the same budget: at most four learning rates of the grid 1, 2, 5, …, then
-the other weight decay, then four times the rate for what is no matrix. A piece has the settings of
-the method that it belongs to. Runs that are kept are not made again."""
+Each tuned method gets the same budget of `BUDGET` runs: one setting after another is walked along
+its grid, the learning rate along 1, 2, 5, …, until no neighbour is better. A piece has the settings
+of the method that it belongs to. Runs that are kept are not made again."""
 
 import argparse
+import functools
+import itertools
 import json
 import math
 import pathlib
@@ -28,9 +30,14 @@ from benchmarks import methods, report, running
 from benchmarks.problems import Problem, language_model
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-TUNING_SEED, RATES = 100, 4
-CHOICES = {"weight_decay": (0.0, 0.1), "adam_factor": (1.0, 4.0)}
-START = {"learning_rate": 0.005, "weight_decay": 0.1, "adam_b2": 0.99, "adam_factor": 1.0}
+TUNING_SEED, BUDGET = 100, 11
+MISSED = ("not reached", "-")
+EARLY = 4  # blocks that are not timed
+NOTCHES = {
+    "weight_decay": (0.0, 0.1, 0.5, 1.0),
+    "adam_factor": (0.25, 1.0, 4.0, 16.0, 64.0),
+}
+START = {"learning_rate": 0.005, "weight_decay": 0.1, "adam_factor": 1.0, "adam_b2": 0.99}
 
 
 class Recipe(NamedTuple):
@@ -40,13 +47,11 @@ class Recipe(NamedTuple):
       make: (context, rate, settings) -> transformation.
       like: whose tuned settings it has; None: it is tuned itself.
       statistic: what `update` needs of the curvature, if anything.
-      factor: of the learning rate of `like`.
     """
 
     make: Callable[..., Any]
     like: str | None = None
     statistic: Any = None
-    factor: float = 1.0
 
 
 class Context(NamedTuple):
@@ -68,11 +73,6 @@ class Context(NamedTuple):
         return jax.tree.map(lambda label: label == "matrices", self.labels(params))
 
 
-def adam(rate, values):
-    """Adam of all that is no matrix, at a rate of its own."""
-    return optax.chain(adam_direction(values), optax.scale_by_learning_rate(rate))
-
-
 def adam_direction(values):
     """Adam of all that is no matrix, before the rate of the matrices."""
     return optax.chain(
@@ -80,10 +80,28 @@ def adam_direction(values):
     )
 
 
+def table_in_basis(values):
+    """As `adam_direction`, but that of the tied table is Adam in the eigenbasis of its columns."""
+
+    def labels(params):
+        def label(path, _):
+            return "table" if "table" in jax.tree_util.keystr(path) else "rest"
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    b1, b2 = 0.9, values["adam_b2"]
+    directions = {
+        "table": optax_curv.scale_by_soap(b1, b2, max_dim=512),
+        "rest": optax.scale_by_adam(b1, b2),
+    }
+    return optax.chain(optax.partition(directions, labels), optax.scale(values["adam_factor"]))
+
+
 def adamw(context, rate, values):
     """AdamW, the matrices alone decayed."""
     decayed = optax.adamw(rate, 0.9, values["adam_b2"], weight_decay=values["weight_decay"])
-    return optax.partition({"matrices": decayed, "adam": adam(rate, values)}, context.labels)
+    others = optax.chain(adam_direction(values), optax.scale_by_learning_rate(rate))
+    return optax.partition({"matrices": decayed, "adam": others}, context.labels)
 
 
 def muon(context, rate, values):
@@ -98,7 +116,7 @@ def muon(context, rate, values):
     )
 
 
-def alias(method, **options):
+def alias(method, rest=adam_direction, **options):
     """An alias of ours, with `layers` and no more than its defaults."""
 
     def make(context, rate, values):
@@ -107,25 +125,32 @@ def alias(method, **options):
             layers=context.layers,
             weight_decay=values["weight_decay"],
             weight_decay_mask=context.is_matrix,
-            adam=adam_direction(values),
+            adam=rest(values),
             **options,
         )
 
     return make
 
 
-def pieces(*parts, decay=None, size=True, last=()):
+def pieces(*parts, decay=None, last=(), rest=adam_direction):
     """Pieces for the matrices, `parts` being functions of the layers or transformations."""
 
     def make(context, rate, values):
         chain = [part(context.layers) if callable(part) else part for part in parts]
-        chain += [optax_curv.normalize_by_rms(methods.RMS)] if size else []
         decayed = decay or optax.add_decayed_weights
+        chain += [optax_curv.normalize_by_rms(methods.RMS)]
         chain += [decayed(values["weight_decay"]), optax.scale_by_learning_rate(rate), *last]
-        parted = {"matrices": optax.chain(*chain), "adam": adam(rate, values)}
+        others = optax.chain(rest(values), optax.scale_by_learning_rate(rate))
+        parted = {"matrices": optax.chain(*chain), "adam": others}
         return optax.partition(parted, context.labels)
 
     return make
+
+
+def norm_kept(*parts, **options):
+    """Pieces with weights of constant norm in the place of their decay."""
+    last = [optax_curv.keep_params_norm()]
+    return pieces(*parts, decay=lambda _: optax.identity(), last=last, **options)
 
 
 def of_layers(method, **options):
@@ -143,10 +168,42 @@ def shampoo_with(**options):
     return of_layers(optax_curv.scale_by_shampoo, **({"damping": 1e-5} | options))
 
 
-def orthogonal(layers):
-    """Newton-Schulz as Muon has it, without Muon's momentum."""
+def orthogonal(layers, beta=0.0):
+    """Newton-Schulz as Muon has it, with Muon's momentum where `beta` is not 0."""
     numbers = optax_curv.muon_dimension_numbers(layers)
-    return optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=numbers)
+    return optax.contrib.scale_by_muon(
+        beta=beta, nesterov=beta != 0.0, weight_dimension_numbers=numbers
+    )
+
+
+def kron_psgd(falls=False, **options):
+    """Kronecker PSGD of the momentum; `falls`: its `precond_lr` does, to zero at the last step."""
+
+    def make(context, rate, values):
+        speed = optax.cosine_decay_schedule(0.5, context.problem.steps) if falls else 0.5
+        method = of_layers(
+            optax_curv.scale_by_kron_psgd, precond_lr=speed, b1=0.9, whiten="momentum", **options
+        )
+        return pieces(method)(context, rate, values)
+
+    return make
+
+
+def captured(method, *parts, **options):
+    """A method that is given the curvature, for the matrices; the rest receives its gradients."""
+
+    def make(context, rate, values):
+        first = method(context.layers, fallback=optax.identity(), **options)
+
+        def update(grads, state, params=None, **extra_args):
+            moved, state = first.update(grads, state, params, **extra_args)
+            of_matrix = context.is_matrix(grads)
+            return jax.tree.map(lambda ours, *x: x[not ours], of_matrix, moved, grads), state
+
+        alone = optax.GradientTransformationExtraArgs(first.init, update)
+        return optax.chain(alone, pieces(*parts)(context, rate, values))
+
+    return make
 
 
 def before(make):
@@ -178,17 +235,40 @@ RECIPES = {
     "cautious decay": Recipe(
         pieces(shampoo_with(), decay=optax_curv.add_cautious_weight_decay), "shampoo"
     ),
-    "norm kept": Recipe(
-        pieces(
-            shampoo_with(), decay=lambda _: optax.identity(), last=[optax_curv.keep_params_norm()]
-        ),
-        "shampoo",
+    "norm kept": Recipe(norm_kept(shampoo_with()), "shampoo"),
+    "norm kept, table in basis": Recipe(norm_kept(shampoo_with(), rest=table_in_basis), "shampoo"),
+    "norm kept, kl, table in basis": Recipe(
+        norm_kept(shampoo_with(kl=True), rest=table_in_basis), "shampoo"
     ),
+    "muon, norm kept": Recipe(norm_kept(functools.partial(orthogonal, beta=0.95)), "muon"),
     "shampoo, then Newton-Schulz": Recipe(pieces(shampoo_with(), orthogonal), "shampoo"),
     "soap, then Newton-Schulz": Recipe(
         pieces(of_layers(optax_curv.scale_by_soap), orthogonal), "shampoo"
     ),
     "soap, kl, rms": Recipe(pieces(of_layers(optax_curv.scale_by_soap, kl=True)), "shampoo"),
+    "momentum 0.9": Recipe(alias(optax_curv.shampoo, b1=0.9), "shampoo"),
+    "momentum 0.98": Recipe(alias(optax_curv.shampoo, b1=0.98), "shampoo"),
+    "no Nesterov": Recipe(alias(optax_curv.shampoo, nesterov=False), "shampoo"),
+    "factors' decay 0.9": Recipe(alias(optax_curv.shampoo, decay=0.9), "shampoo"),
+    "factors' decay 0.98": Recipe(alias(optax_curv.shampoo, decay=0.98), "shampoo"),
+    "damping 1e-3": Recipe(alias(optax_curv.shampoo, damping=1e-3), "shampoo"),
+    "kron_psgd": Recipe(kron_psgd(), "shampoo"),
+    "kron_psgd, P before Q": Recipe(kron_psgd(update_last=True), "shampoo"),
+    "kron_psgd, falling precond_lr": Recipe(kron_psgd(falls=True), "shampoo"),
+    "kfac": Recipe(
+        captured(optax_curv.scale_by_kfac, optax.trace(0.9), damping=1e-6, invert_every=20),
+        "shampoo",
+        "kronecker",
+    ),
+    "adam in K-FAC's basis": Recipe(
+        captured(optax_curv.scale_by_adam_in_basis, b1=0.95, b2=0.95),
+        "shampoo",
+        "kronecker",
+    ),
+    "shampoo, table in basis": Recipe(alias(optax_curv.shampoo, table_in_basis), "shampoo"),
+    "muon, table in basis": Recipe(
+        pieces(functools.partial(orthogonal, beta=0.95), rest=table_in_basis), "muon"
+    ),
     "input factor, muon": Recipe(before(muon), "muon", "input"),
     "input factor, adamw": Recipe(before(adamw), "adamw", "input"),
     "input factor, shampoo": Recipe(before(alias(optax_curv.shampoo)), "shampoo", "input"),
@@ -216,6 +296,16 @@ def compiled(name: str, context: Context) -> running.Compiled:
         **START,
     )
     return running.compile_method(method, problem, dict(START))
+
+
+def neighbour(settings: dict[str, float], name: str, step: int) -> dict[str, float]:
+    """The settings with one of them a notch higher or lower, or the same at the end of its grid."""
+    if name == "learning_rate":
+        value = running.on_grid(round(math.log10(settings[name]) * 3) + step, 3)
+    else:
+        notches = NOTCHES[name]
+        value = notches[min(max(notches.index(settings[name]) + step, 0), len(notches) - 1)]
+    return settings | {name: value}
 
 
 class Kept:
@@ -248,6 +338,8 @@ class Kept:
             if kept["settings"] == settings and kept["seed"] == seed:
                 return kept
         problem = self.context.problem
+        if seed == TUNING_SEED:  # the last loss is all that counts
+            problem = problem._replace(evaluate_every=problem.steps)
         method = self.method(name)._replace(settings=settings)
         start = time.perf_counter()
         (curve,) = running.train(
@@ -266,39 +358,33 @@ class Kept:
 
     def settings(self, name: str) -> dict[str, float]:
         """The settings with which a method is reported."""
-        recipe = RECIPES[name]
-        tuned = dict(self.data["tuned"][recipe.like or name])
-        return tuned | {"learning_rate": float(f"{tuned['learning_rate'] * recipe.factor:.3g}")}
+        return dict(self.data["tuned"][RECIPES[name].like or name])
 
     def tune(self, name: str):
-        """Walks the learning rate, then tries every other choice once."""
+        """Walks one setting after another until no neighbour is lower or the budget is spent."""
+        known: dict[tuple, float] = {}
 
         def loss(settings):
-            last = self.run(name, settings, TUNING_SEED)["losses"][-1]
-            return last if math.isfinite(last) else math.inf
+            key = tuple(settings.values())
+            if key not in known:
+                if len(known) == BUDGET:
+                    return math.inf
+                last = self.run(name, settings, TUNING_SEED)["losses"][-1]
+                known[key] = last if math.isfinite(last) else math.inf
+            return known[key]
 
-        best, tried = dict(START), 1
-        index = round(math.log10(best["learning_rate"]) * 3)
-        for direction in (1, -1):
-            moved = False
-            for k in range(1, RATES):
-                rate = running.on_grid(index + direction * k, 3)
-                if tried == RATES or not loss(best | {"learning_rate": rate}) < loss(best):
-                    tried += tried < RATES
-                    break
-                best, tried, moved = best | {"learning_rate": rate}, tried + 1, True
-            if moved:
-                break
-        for setting, choices in CHOICES.items():
-            for choice in choices:
-                if choice != best[setting] and loss(best | {setting: choice}) < loss(best):
-                    best = best | {setting: choice}
-                    break
+        best, before = dict(START), {}
+        while best != before:
+            before = best
+            for setting, step in itertools.product(("learning_rate", *NOTCHES), (1, -1)):
+                while loss(near := neighbour(best, setting, step)) < loss(best):
+                    best = near
         self.data["tuned"][name] = best
         self.write()
 
     def time(self, names: list[str], rounds: int = 4, steps: int = 20):
-        """The median step of every method, in one interleaved run."""
+        """The median step of every method in one interleaved run, after the first steps, in which
+        roots are taken more often."""
         problem = self.context.problem
         batches = list(problem.batches(TUNING_SEED, steps))
         states = {}
@@ -312,11 +398,11 @@ class Kept:
             for name in names[first:] + names[:first]:
                 params, state, values = states[name]
                 start = time.perf_counter()
-                for batch in batches:
+                for batch in batches if turn else EARLY * batches:
                     params, state = self.method(name).step(params, state, batch, values)
                 jax.block_until_ready(params)
                 states[name] = params, state, values
-                if turn:  # the first takes more roots
+                if turn:
                     seconds[name].append((time.perf_counter() - start) / steps)
         of_adamw = seconds["adamw"]
         for name, found in seconds.items():
@@ -334,51 +420,54 @@ def first_at(run: dict, target: float) -> int | None:
     return next((steps for steps, loss in found if steps and loss <= target), None)
 
 
+def lines(kept: Kept) -> dict[tuple, dict[int, dict]]:
+    """The runs by seed of every method and settings, but those that only tuned."""
+    found: dict[tuple, dict[int, dict]] = {}
+    for name, runs in kept.data["runs"].items():
+        for run in runs:
+            if run["seed"] != TUNING_SEED:
+                found.setdefault((name, numbered(run["settings"])), {})[run["seed"]] = run
+    return found
+
+
+def numbered(settings: dict[str, float]) -> tuple:
+    """Settings as a key."""
+    return tuple(sorted(settings.items()))
+
+
 def rows(kept: Kept) -> Iterator[str]:
     """The lines of the table, best first."""
-    data = kept.data
+    data, found = kept.data, lines(kept)
+    tuned = {name: found.get((name, numbered(x)), {}) for name, x in data["tuned"].items()}
 
-    def reported(name):
-        settings = kept.settings(name)
-        return {
-            run["seed"]: run
-            for run in data["runs"].get(name, ())
-            if run["settings"] == settings and run["seed"] != TUNING_SEED
-        }
+    def last(key):
+        return statistics.mean(run["losses"][-1] for run in found[key].values())
 
-    found = {
-        name: reported(name) for name in RECIPES if (RECIPES[name].like or name) in data["tuned"]
-    }
-    found = {name: runs for name, runs in found.items() if runs}
-
-    def last(name):
-        return statistics.mean(run["losses"][-1] for run in found[name].values())
-
-    def share(name, reference):
+    def share(runs, reference):
         """Steps to a reference's last loss, as a share of its steps."""
         shares = []
-        for seed, run in found[name].items():
-            if seed in found.get(reference, ()):
-                other = found[reference][seed]
-                steps = first_at(run, other["losses"][-1])
+        for seed, other in tuned[reference].items():
+            if seed in runs:
+                steps = first_at(runs[seed], other["losses"][-1])
                 shares.append(math.inf if steps is None else steps / other["steps"][-1])
-        middle = statistics.median(shares) if shares else math.inf
-        return middle
+        return statistics.median(shares) if shares else math.nan
 
-    for name in sorted(found, key=last):
-        runs = found[name]
+    for name, settings in sorted(found, key=last):
+        runs = found[name, settings]
         losses = ", ".join(f"{run['losses'][-1]:.3f}" for _, run in sorted(runs.items()))
+        base = found.get((RECIPES[name].like, settings), {})
+        apart = [runs[x]["losses"][-1] - base[x]["losses"][-1] for x in runs if x in base]
         ratio = data["steps"].get(name, {}).get("ratio")
-        cells = [name, f"{last(name):.3f}", losses]
+        cells = [name, f"{last((name, settings)):.3f}", losses]
+        cells.append(f"{statistics.mean(apart):+.3f} {RECIPES[name].like}" if apart else "-")
         for reference in ("muon", "adamw"):
-            steps = share(name, reference)
-            cells.append(f"{steps:.2f}" if math.isfinite(steps) else "not reached")
-            base = data["steps"].get(reference, {}).get("ratio")
-            timed = ratio and base and math.isfinite(steps)
-            cells.append(f"{steps * ratio[1] / base[1]:.2f}" if timed else "-")
+            steps = share(runs, reference)
+            cells.append(f"{steps:.2f}" if math.isfinite(steps) else MISSED[math.isnan(steps)])
+            of = data["steps"].get(reference, {}).get("ratio")
+            timed = ratio and of and math.isfinite(steps)
+            cells.append(f"{steps * ratio[1] / of[1]:.2f}" if timed else "-")
         cells.append("{1:.2f} [{0:.2f}, {2:.2f}]".format(*ratio) if ratio else "-")
-        settings = kept.settings(name)
-        cells.append(", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in settings.items()))
+        cells.append(", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in settings))
         yield f"| {' | '.join(cells)} |"
 
 
@@ -393,6 +482,7 @@ def table(kept: Kept) -> str:
         "method",
         "loss",
         "by seed",
+        "beside its own",
         "steps to Muon's",
         "time",
         "steps to AdamW's",
@@ -407,8 +497,9 @@ def table(kept: Kept) -> str:
         f" {numbers}.",
         "",
         f"Warm-up of 5 % and a cosine to 1 %. {', '.join(sorted(data['tuned']))} are tuned at "
-        f"these steps from seed {TUNING_SEED}, each with the same budget; all other lines have the "
-        "settings of the method that they belong to. `loss` is the mean of the last validation "
+        f"these steps from seed {TUNING_SEED}, each with the same budget; all other lines have "
+        "settings of the method that they belong to, and `beside its own` is the loss less that of "
+        "this method with the same settings and seeds. `loss` is the mean of the last validation "
         "losses. Steps and time to the last loss of tuned Muon and AdamW are shares of the whole "
         "run of that method; a step is in units of AdamW's, median and quartiles of one "
         "interleaved run.",

@@ -1,6 +1,7 @@
 import functools
 import importlib
 import json
+import math
 import pathlib
 import statistics
 import sys
@@ -186,3 +187,46 @@ def test_every_peer_is_pinned_with_its_hashes(peers, cache):
         assert all("--hash=sha256:" in line for line in hashes)
     with pytest.raises(KeyError, match=r"nothing is not in pins.txt"):
         cache.pinned("nothing")
+
+
+@pytest.fixture
+def kept(compare):
+    """Made runs of the language model; their loss is how far the settings are from the best."""
+    language_model = importlib.import_module("benchmarks.language_model")
+    best = {"learning_rate": 0.002, "weight_decay": 0.5, "adam_factor": 16.0, "adam_b2": 0.99}
+    kept = object.__new__(language_model.Kept)
+    kept.data = {"runs": {}, "tuned": {}, "steps": {}}
+    kept.made = []
+
+    def run(name, settings, seed):
+        kept.made.append(settings)
+        apart = sum(abs(math.log(settings[x] / best[x])) for x in best)
+        return {"settings": settings, "seed": seed, "steps": [0, 5, 10], "losses": [9, 9, apart]}
+
+    kept.run, kept.write, kept.best = run, lambda: None, best
+    return kept
+
+
+def test_settings_are_walked_to_the_lowest_loss_within_the_budget(kept):
+    kept.tune("adamw")
+    assert kept.data["tuned"]["adamw"] == kept.best
+    assert len(kept.made) <= 11
+
+
+def test_a_piece_stands_beside_the_method_with_the_same_settings(kept):
+    language_model = importlib.import_module("benchmarks.language_model")
+    decayed, other = kept.best, kept.best | {"weight_decay": 0.1}
+
+    def made(loss, settings, seed=0):
+        return {"settings": settings, "seed": seed, "steps": [0, 5, 10], "losses": [9, 6, loss]}
+
+    kept.data["tuned"] = {"adamw": decayed, "muon": decayed, "shampoo": decayed}
+    kept.data["runs"] = {
+        "shampoo": [made(4.0, decayed), made(5.0, other), made(1.0, other, seed=100)],
+        "muon": [made(6.0, decayed)],
+        "adamw": [made(3.0, decayed)],
+        "kl": [made(5.5, other)],
+    }
+    table = [line.strip("| ").split(" | ")[:7] for line in language_model.rows(kept)]
+    assert [cells[0] for cells in table] == ["adamw", "shampoo", "shampoo", "kl", "muon"]
+    assert table[3][3:] == ["+0.500 shampoo", "0.50", "-", "not reached"]
