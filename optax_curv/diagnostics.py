@@ -152,6 +152,9 @@ def factor_spectra(opt_state: Any) -> list[FactorSpectrum]:
     Returns:
       One `FactorSpectrum` a factor.
 
+    Raises:
+      ValueError: under `jax.jit`.
+
     Examples:
       >>> import jax.numpy as jnp, optax_curv
       >>> state = optax_curv.scale_by_kron_psgd(init_scale=2.0).init({"w": jnp.ones((3, 2))})
@@ -160,7 +163,9 @@ def factor_spectra(opt_state: Any) -> list[FactorSpectrum]:
       ['w'] axis 0 [1.41 1.41 1.41]
       ['w'] axis 1 [1.41 1.41]
     """
-    return [spectrum for state in _states(opt_state) for spectrum in _spectra_of(state)]
+    states = _states(opt_state)
+    layers.require_concrete("factor_spectra", states)
+    return [spectrum for state in states for spectrum in _spectra_of(state)]
 
 
 @overload
@@ -189,7 +194,7 @@ def curvature_table(
       with the columns size (of one slice), mean, largest, smallest, condition and effective rank.
 
     Raises:
-      ValueError: if there is no state of this package.
+      ValueError: if there is no state of this package, or under `jax.jit`.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_curv
@@ -204,8 +209,9 @@ def curvature_table(
     if not states:
         raise ValueError(
             "curvature_table: expected an optimizer state that holds a state of optax_curv, got "
-            f"{type(opt_state)}."
+            f"a {type(opt_state).__name__} without any. Pass what init or update returned."
         )
+    layers.require_concrete("curvature_table", states)
     if as_dict:
         numbers: dict[str, dict[str, dict[str, float]]] = {}
         for state in states:
@@ -259,7 +265,7 @@ def plot_curvature(opt_state: Any, axes: Any = None) -> Any:
       The axes.
 
     Raises:
-      ValueError: if no state has factors.
+      ValueError: if no state has factors, or under `jax.jit`.
 
     Examples:
       >>> import jax.numpy as jnp, optax_curv
@@ -267,6 +273,7 @@ def plot_curvature(opt_state: Any, axes: Any = None) -> Any:
       >>> optax_curv.diagnostics.plot_curvature(state).get_ylabel()
       'eigenvalue / largest'
     """
+    layers.require_concrete("plot_curvature", _states(opt_state))
     spectra = factor_spectra(opt_state)
     if not spectra:
         raise ValueError(

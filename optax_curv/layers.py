@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 # Widths beyond which a factor is kept as its diagonal.
 MAX_FULL_ELEMENTWISE = 512  # keeps every usual normalisation scale full
@@ -287,3 +288,16 @@ def _parts(layer: Layer, leaves: Mapping[str, Any]) -> list[tuple]:
         split = split or shape
         parts.append((path, rows, split, axes or tuple(range(len(split)))))
     return parts
+
+
+def require_concrete(caller: str, states: Any):
+    """Refuses states whose numbers are not there yet, as within a jitted function.
+
+    Raises:
+      ValueError: if some array is being traced.
+    """
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(states)):
+        raise ValueError(
+            f"{caller}: expected a state with numbers, got one that is being traced. Return the "
+            f"state from the function under jax.jit, and call {caller} outside of it."
+        )

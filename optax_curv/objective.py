@@ -233,10 +233,12 @@ class Objective:
         methods = ("loss", "sample_cotangent", "hessian_sqrt")
         missing = [name for name in methods if not callable(getattr(model, name, None))]
         if missing or isinstance(model, type):
-            why = f"lacks {missing}" if missing else "is a class: give an instance of it"
+            why = f", which lacks {missing}" if missing else ", which is a class: give an instance"
+            why = "" if isinstance(likelihood, str) else why
             raise ValueError(
-                f"Objective: unknown likelihood={likelihood!r}, which {why}; expected one of "
-                f"{LIKELIHOOD_NAMES} or an object with the methods {methods}."
+                f"Objective: unknown likelihood={likelihood!r}{why}; expected one of "
+                f"{LIKELIHOOD_NAMES} or an object with the methods {methods}. Take 'normal' for a "
+                "squared error, 'categorical' or 'bernoulli' for softmax or sigmoid cross-entropy."
             )
         fields = {"predict_fn": predict_fn, "likelihood": model, "regularizer": regularizer}
         for name, value in fields.items():  # the dataclass is frozen

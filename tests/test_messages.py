@@ -3,11 +3,15 @@
 One row a mistake: a name, what provokes it, and words that the message must contain.
 """
 
+import re
+
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 from flax.training import train_state
 
 import optax_curv as oc
@@ -44,9 +48,26 @@ def flax_state():
     return state.apply_gradients(grads=grads, curvature=curvature)
 
 
-def under_jit():
-    tx = oc.scale_by_shampoo()
-    return jax.jit(lambda state: len(oc.diagnostics.curvature_table(state)))(tx.init(PARAMS))
+def under_jit(read, tx):
+    return jax.jit(lambda state: len(read(state)))(tx.init(PARAMS))
+
+
+def deep_loss(params, x, y):
+    return loss(params["a"], x, y) + loss(params["c"], x, y)
+
+
+DEEP = {"a": PARAMS, "c": PARAMS}
+DEEP_LAYERS = oc.find_layers(deep_loss, DEEP, X, Y)
+
+
+def mini_steps_of_rows():
+    tx = optax.MultiSteps(oc.kfac(0.1, LAYERS), 2)
+    capture = oc.value_grad_and_curvature(loss, layers=LAYERS, statistic="rows")
+    state, mean = tx.init(PARAMS), None
+    for _ in range(2):
+        _, grads, rows = capture(PARAMS, X, Y)
+        mean = rows if mean is None else oc.average_curvature(mean, rows, state.mini_step)
+        _, state = tx.update(grads, state, PARAMS, curvature=mean)
 
 
 MISTAKES = {
@@ -68,16 +89,69 @@ MISTAKES = {
         lambda: oc.value_grad_and_curvature(loss, fisher="true"),
         ["fisher", "exact"],
     ),
-    "mse for normal": (lambda: oc.Objective(lambda p, x: x, "mse"), ["likelihood", "normal"]),
+    "mse for normal": (
+        lambda: oc.Objective(lambda p, x: x, "mse"),
+        ["'mse'", "'normal'", "squared"],
+    ),
+    "cross entropy for categorical": (
+        lambda: oc.Objective(lambda p, x: x, "cross_entropy"),
+        ["'cross_entropy'", "'categorical'", "softmax", "'bernoulli'"],
+    ),
+    "a likelihood that is a class": (
+        lambda: oc.Objective(lambda p, x: x, type("Poisson", (), {})),
+        ["Poisson", "loss", "hessian_sqrt"],
+    ),
+    "a word for a bool": (lambda: oc.shampoo(0.1, nesterov="no"), ["nesterov", "'no'"]),
     "a rank of zero": (lambda: oc.scale_by_lra_psgd(rank=-1), ["rank", "-1"]),
     "a period of zero": (lambda: oc.scale_by_shampoo(root_every=0), ["root_every", "0"]),
     # parameters and gradients
     "a module given to init": (
         lambda: oc.shampoo(0.1).init(nn.Dense(3)),
-        ["Dense", "params"],
+        ["Dense", "model.init(key, x)"],
     ),
+    "a module given to kfac's init": (
+        lambda: oc.kfac(0.1, LAYERS).init(nn.Dense(3)),
+        ["Dense", "model.init(key, x)"],
+    ),
+    "a module given to find_layers": (
+        lambda: oc.find_layers(loss, nn.Dense(3), X, Y),
+        ["Dense", "model.init(key, x)"],
+    ),
+    "an nnx module given to kfac's init": (
+        lambda: oc.kfac(0.1, LAYERS).init(nnx.Linear(4, 3, rngs=nnx.Rngs(0))),
+        ["nnx.state(model, nnx.Param)"],
+    ),
+    "an Equinox module given to init": (
+        lambda: oc.shampoo(0.1).init(eqx.nn.MLP(4, 3, 5, 1, key=jax.random.key(0))),
+        [".activation", "eqx.filter"],
+    ),
+    "the class of a module given to init": (lambda: oc.shampoo(0.1).init(nn.Dense), ["type"]),
+    "numbers for parameters": (lambda: oc.shampoo(0.1).init([1.0]), ["1.0", "[0]", "asarray"]),
     "integer parameters": (lambda: oc.shampoo(0.1).init({"n": jnp.arange(3)}), ["['n']", "int32"]),
-    "gradients of another tree": (lambda: updated(oc.shampoo(0.1), OTHER), ["gradients", "['v']"]),
+    "gradients of another tree": (
+        lambda: updated(oc.shampoo(0.1), OTHER),
+        ["gradients", "['v']", "['w']", "update(grads, state, params)"],
+    ),
+    "parameters of another tree": (
+        lambda: updated(oc.soap(0.1), params=OTHER),
+        ["gradients", "['v']", "['w']", "update(grads, state, params)"],
+    ),
+    "gradients of another shape": (
+        lambda: updated(oc.kron_psgd(0.1), {"w": jnp.ones((3, 4)), "b": jnp.ones(3)}),
+        ["['w']", "(3, 4)", "(4, 3)", "update(grads, state, params)"],
+    ),
+    "the loss given with the gradients": (
+        lambda: updated(oc.shampoo(0.1), (jnp.ones(()), PARAMS)),
+        ["[0]", "update(grads, state, params)"],
+    ),
+    "a tuple for a list": (
+        lambda: oc.shampoo(0.1).update((X,), oc.shampoo(0.1).init([X]), [X]),
+        ["gradients", "PyTreeDef([*])", "PyTreeDef((*,))"],
+    ),
+    "state and gradients exchanged": (
+        lambda: oc.shampoo(0.1).update(oc.shampoo(0.1).init(PARAMS), PARAMS, PARAMS),
+        ["13 more", "update(grads, state, params)"],
+    ),
     "a state of another tree": (
         lambda: updated(oc.shampoo(0.1), state=oc.shampoo(0.1).init(OTHER)),
         ["state", "init"],
@@ -92,7 +166,19 @@ MISTAKES = {
     ),
     "a mask of another tree": (
         lambda: oc.shampoo(0.1, weight_decay=0.1, weight_decay_mask={"v": True}).init(PARAMS),
-        ["weight_decay_mask"],
+        ["weight_decay_mask", "['w']", "['v']", "below a key"],
+    ),
+    "a mask that is a prefix of another tree": (
+        lambda: oc.dense_psgd(0.1, weight_decay=0.1, weight_decay_mask={"a": True}).init(DEEP),
+        ["weight_decay_mask", "['c']['w']", "['a']", "below a key"],
+    ),
+    "a mask of words": (
+        lambda: oc.shampoo(0.1, weight_decay_mask={"w": "yes", "b": False}).init(PARAMS),
+        ["weight_decay_mask", "'yes'", "True or False"],
+    ),
+    "a mask of arrays": (
+        lambda: oc.shampoo(0.1, weight_decay_mask={"w": jnp.ones(2), "b": False}).init(PARAMS),
+        ["weight_decay_mask", "Array", "True or False"],
     ),
     "stacked axes that a leaf lacks": (
         lambda: oc.scale_by_shampoo(stacked={"w": 3, "b": 0}).init(PARAMS),
@@ -106,6 +192,17 @@ MISTAKES = {
     ),
     "layers of another model": (lambda: oc.kfac(0.1, LAYERS).init(OTHER), ["['w']"]),
     "layers that are a list": (lambda: oc.kfac(0.1, list(LAYERS)), ["layers", "find_layers"]),
+    "layers of another loss": (
+        lambda: oc.value_grad_and_curvature(loss, layers=DEEP_LAYERS)(PARAMS, X, Y),
+        ["layer 'a'", "['w']", "find_layers"],
+    ),
+    "curvature of other layers": (
+        lambda: updated(
+            oc.kfac(0.1, LAYERS),
+            curvature=oc.value_grad_and_curvature(deep_loss, layers=DEEP_LAYERS)(DEEP, X, Y)[2],
+        ),
+        ["['w']", "['a', 'c']", "same layers"],
+    ),
     "uncovered leaves": (
         lambda: oc.kfac(
             0.1, oc.find_layers(lambda p, x: jnp.sum(p["w"] ** 3 * x), PARAMS, X[0, 0])
@@ -128,7 +225,7 @@ MISTAKES = {
         lambda: oc.find_layers(lambda p, x: x @ p["w"], PARAMS, X),
         ["scalar"],
     ),
-    "flax's own TrainState": (flax_state, ["curvature="]),
+    "flax's own TrainState": (flax_state, ["curvature=", "optax_curv.flax.TrainState"]),
     "ekfac with kfac's statistic": (
         lambda: updated(oc.ekfac(0.1, LAYERS), curvature=CAPTURE(PARAMS, X, Y)[2]),
         ["eigenbasis"],
@@ -141,6 +238,7 @@ MISTAKES = {
         ),
         ["rows", "kronecker"],
     ),
+    "rows under MultiSteps": (mini_steps_of_rows, ["rows", 'statistic="kronecker"']),
     # branches
     "no branches": (lambda: updated(oc.branch_fisher(0.1)), ["branches="]),
     "rows of another tree": (
@@ -165,10 +263,25 @@ MISTAKES = {
         lambda: oc.diagnostics.curvature_table(optax.adam(0.1).init(PARAMS)),
         ["optax_curv"],
     ),
-    "diagnostics under jit": (under_jit, ["jit"]),
+    "diagnostics under jit": (
+        lambda: under_jit(oc.diagnostics.curvature_table, oc.shampoo(0.1)),
+        ["curvature_table", "jax.jit", "outside"],
+    ),
+    "a plot under jit": (
+        lambda: under_jit(oc.diagnostics.plot_curvature, oc.shampoo(0.1)),
+        ["plot_curvature", "jax.jit", "outside"],
+    ),
+    "layer diagnostics under jit": (
+        lambda: under_jit(oc.layer_diagnostics, oc.kfac(0.1, LAYERS)),
+        ["layer_diagnostics", "jax.jit", "outside"],
+    ),
+    "a plot of branch Fisher": (
+        lambda: oc.diagnostics.plot_curvature(oc.branch_fisher(0.1).init(PARAMS)),
+        ["factors", "none"],
+    ),
     "layer diagnostics of shampoo": (
         lambda: oc.layer_diagnostics(oc.shampoo(0.1).init(PARAMS)),
-        ["scale_by_kfac"],
+        ["scale_by_kfac", "curvature_table"],
     ),
     "two basis states": (
         lambda: oc.eigenbasis(oc.shampoo(0.1).init(PARAMS)),
@@ -194,3 +307,4 @@ def test_the_message_names_the_mistake_and_what_to_do(mistake):
     assert "optax_curv" in repr(caught.traceback[-1].path), message
     missing = [word for word in words if word not in message]
     assert not missing, f"{missing} not in: {message}"
+    assert not re.search(r"\bLayer\(| at 0x", message), message

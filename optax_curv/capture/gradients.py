@@ -616,9 +616,10 @@ def _measured(found: Layers, wanted: Layers | None) -> Layers:
     for layer in wanted:
         same = own.get(layer.name)
         if same is None or described(same) != described(layer):
+            but = "" if same is None else " as it was found, but with other axes or leaves"
             raise ValueError(
-                f"value_grad_and_curvature: the layer {layer!r} is not in this loss, which has "
-                f"{list(own.values())}; are these the layers of another model? Make them with "
-                "find_layers(loss_fn, params, ...)."
+                f"value_grad_and_curvature: the layer {layer.name!r} is not in this loss{but}; "
+                f"its layers are {list(own)}. Are these the layers of another model? Make them "
+                "with find_layers(loss_fn, params, ...)."
             )
     return Layers([own[layer.name] for layer in wanted])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_curv.curvature import KroneckerFactors
-from optax_curv.layers import Layers, aligned
+from optax_curv.layers import Layers, aligned, require_concrete
 from optax_curv.linalg.factors import Factor
 from optax_curv.preconditioners._layerwise import pairs
 from optax_curv.preconditioners._layerwise.blocks import (
@@ -490,7 +490,7 @@ def layer_diagnostics(
       {layer: {figure: number}} in this order.
 
     Raises:
-      ValueError: if the state holds no such diagnostics.
+      ValueError: if the state holds no such diagnostics, or under `jax.jit`.
 
     Examples:
       >>> import jax.numpy as jnp, optax_curv
@@ -513,8 +513,9 @@ def layer_diagnostics(
     if not found:
         raise ValueError(
             "layer_diagnostics: expected the state of scale_by_kfac, found no diagnostics of "
-            "layers in it."
+            "layers in it. For other methods take optax_curv.diagnostics.curvature_table."
         )
+    require_concrete("layer_diagnostics", found)
     columns = LayerDiagnostics._fields
     numbers = {
         name: dict(zip(columns, map(float, row), strict=True))

@@ -139,12 +139,14 @@ def _require_array(caller: str, params: Any, path: tuple, leaf: Any):
         return
     got = f"has dtype {leaf.dtype}" if _is_array(leaf) else f"is a {type(leaf).__name__}"
     advice = "pass what is not trained as another argument"
-    equinox, nnx = sys.modules.get("equinox"), sys.modules.get("flax.nnx")
+    equinox, nnx, linen = map(sys.modules.get, ("equinox", "flax.nnx", "flax.linen"))
     if equinox is not None and isinstance(params, equinox.Module):
         advice = (
             "take the module apart, arrays, rest = eqx.partition(model, eqx.is_inexact_array), and "
             "put it together in the loss, eqx.combine(arrays, rest)"
         )
+    elif linen is not None and isinstance(params, linen.Module):
+        advice = 'pass the parameters, model.init(key, x)["params"]'
     elif nnx is not None and isinstance(params, nnx.State | nnx.Module):
         advice = "pass nnx.state(model, nnx.Param), and the rest as another argument"
     raise ValueError(

@@ -82,7 +82,8 @@ class StateBranches(PlacedRule):
                 f"{self.method}: the extra argument branches= is missing. Pass update(..., "
                 "branches=samples): an array [K, D] of K samples of the state, or, for branch "
                 "Fisher, rows in parameter space from optax_curv.per_example_grads, jacobian_rows "
-                "or residual_rows; branches=None, said on purpose, passes the gradient unchanged."
+                "or residual_rows; branches=None, said on purpose, passes the gradient unchanged. "
+                "Flax's own TrainState drops it; optax_curv.flax.TrainState hands it on."
             )
         return extra_args["branches"]
 

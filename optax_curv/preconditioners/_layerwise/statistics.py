@@ -17,7 +17,8 @@ def require_curvature(method: str, layers: Layers, curvature: Any) -> Mapping[st
         raise ValueError(
             f"{method}: the extra argument curvature= is missing. Make it with value, grads, "
             "curvature = optax_curv.value_grad_and_curvature(loss_fn)(params, ...) and call "
-            "update(grads, state, params, curvature=curvature)."
+            "update(grads, state, params, curvature=curvature). Flax's own TrainState drops it; "
+            "optax_curv.flax.TrainState hands it on."
         )
     names = {layer.name for layer in layers}
     if not isinstance(curvature, Mapping) or set(curvature) != names:

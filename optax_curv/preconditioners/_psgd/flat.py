@@ -12,8 +12,7 @@ from optax_curv.preconditioners._stacks.owners import Owners
 from optax_curv.preconditioners._stacks.rule import METHOD, StackRule
 from optax_curv.preconditioners._stacks.stacks import Member
 from optax_curv.preconditioners._transformation.trees import (
-    by_prefix,
-    is_function,
+    decays_of,
 )
 
 WHOLE_TREE = "all leaves"
@@ -41,13 +40,10 @@ def flat_members(
     method: str, tree: Any, weight_decay_mask: Any, owners: Owners | None
 ) -> list[tuple[Member, Any]]:
     """The vector of all leaves, in flattening order, as the only member; none for an empty tree."""
-    mask = weight_decay_mask(tree) if is_function(weight_decay_mask) else weight_decay_mask
     leaves = jax.tree.leaves(tree)
     if not leaves:
         return []
-    decays = [True] * len(leaves)
-    if mask is not None:
-        decays = [bool(x) for x in by_prefix(method, "weight_decay_mask", mask, tree)]
+    decays = decays_of(method, weight_decay_mask, tree)
     shapes = [jnp.shape(x) for x in leaves]
     sizes = [math.prod(shape) for shape in shapes]
     dtype = jnp.result_type(jnp.float32, *(jnp.result_type(x) for x in leaves))

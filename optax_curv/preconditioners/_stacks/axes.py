@@ -9,7 +9,7 @@ from optax_curv.layers import Layers
 from optax_curv.preconditioners._stacks.matrices import axes_of_leaves, stack_ndims
 from optax_curv.preconditioners._stacks.rule import FALLBACK, METHOD, Kind, StackRule
 from optax_curv.preconditioners._stacks.stacks import Member, leaf_member
-from optax_curv.preconditioners._transformation.trees import by_prefix, is_function
+from optax_curv.preconditioners._transformation.trees import decays_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -56,8 +56,4 @@ class LeafRule(StackRule):
         return found
 
     def _decays(self, tree: Any) -> list[bool]:
-        mask = self.weight_decay_mask
-        mask = mask(tree) if is_function(mask) else mask
-        if mask is None:
-            return [True] * len(jax.tree.leaves(tree))
-        return [bool(x) for x in by_prefix(self.method, "weight_decay_mask", mask, tree)]
+        return decays_of(self.method, self.weight_decay_mask, tree)

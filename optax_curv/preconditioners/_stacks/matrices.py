@@ -125,6 +125,11 @@ def stack_ndims(method: str, stacked: Any, tree: Any) -> list[int]:
     stacked = stacked(tree) if is_function(stacked) else stacked
     counts = [int(count or 0) for count in by_prefix(method, "stacked", stacked or 0, tree)]
     for (path, leaf), count in zip(jax.tree.leaves_with_path(tree), counts, strict=True):
+        if not hasattr(leaf, "shape"):
+            raise ValueError(
+                f"{method}: expected a tree of arrays, got {leaf!r} at {path_of(path)}; make it "
+                "one with jnp.asarray(...)."
+            )
         if not 0 <= count <= len(leaf.shape):
             raise ValueError(
                 f"{method}: stacked={count} leading axes at {path_of(path)}, but its shape is "

@@ -100,7 +100,9 @@ class Rule:
     def require_gradients(self, updates: Any, params: Any):
         """Refuses gradients that do not fit the parameters, where these are given."""
         if params is not None:
-            require_same_leaves(self.method, "the gradients", updates, "the parameters", params)
+            advice = "; take gradients of these parameters and call update(grads, state, params)"
+            names = "the gradients", updates, "the parameters", params
+            require_same_leaves(self.method, *names, advice)
 
     def check(self, updates: Any, params: Any, extra_args: Mapping[str, Any]) -> Any:
         """Refuses extra arguments that do not fit; returns those whose numbers must be sound."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -22,7 +23,9 @@ def require_params(method: str, params: Any):
         )
 
 
-def require_same_leaves(method: str, what: str, tree: Any, reference_name: str, reference: Any):
+def require_same_leaves(
+    method: str, what: str, tree: Any, reference_name: str, reference: Any, advice: str = ""
+):
     """Refuses a tree whose structure or leaf shapes differ from the reference's."""
     got, expected = jax.tree.structure(tree), jax.tree.structure(reference)
     if got != expected:
@@ -30,17 +33,24 @@ def require_same_leaves(method: str, what: str, tree: Any, reference_name: str, 
             {path_of(path) for path, _ in jax.tree.leaves_with_path(x)} for x in (tree, reference)
         )
         missing, more = sorted(wanted - names), sorted(names - wanted)
+        # The same paths in other containers, as of a list and a tuple, tell nothing.
+        nodes = "" if missing or more else f" ({got=}, {expected=})"
         raise ValueError(
             f"{method}: the tree of {what} differs from that of {reference_name}: it lacks "
-            f"{missing or 'nothing'} and has {more or 'nothing'} besides; {got=}, {expected=}."
+            f"{_first(missing)} and has {_first(more)} besides{nodes}{advice}."
         )
     pairs = zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(reference), strict=True)
     for (path, leaf), other in pairs:
         if jnp.shape(leaf) != jnp.shape(other):
             raise ValueError(
                 f"{method}: {what} and {reference_name} differ in shape at {path_of(path)}: got "
-                f"{jnp.shape(leaf)}, expected {jnp.shape(other)}."
+                f"{jnp.shape(leaf)}, expected {jnp.shape(other)}{advice}."
             )
+
+
+def _first(names: list[str]) -> str:
+    """The first of many names, and how many there are."""
+    return f"{names[:4]}{f' and {len(names) - 4} more' * (len(names) > 4)}" if names else "nothing"
 
 
 def require_parameters(method: str, params: Any, *, complex_leaves: bool = False):
@@ -50,7 +60,7 @@ def require_parameters(method: str, params: Any, *, complex_leaves: bool = False
         if getattr(leaf, "dtype", None) is None and not isinstance(leaf, int | float | complex):
             raise ValueError(
                 f"{method}: expected a tree of arrays, got {type(leaf).__name__} at "
-                f"{path_of(path)}. {advice_on_modules(params)}"
+                f"{path_of(path)}. {advice_on_modules(params)}".rstrip()
             )
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, kind):
@@ -87,14 +97,29 @@ def by_prefix(method: str, name: str, option: Any, tree: Any) -> list[Any]:
     """The entries of an option for every leaf of a tree, of which it is a prefix."""
     try:
         return jax.tree.leaves(jax.tree.broadcast(option, tree))
-    except ValueError as error:
+    except ValueError:
         given = [path_of(path) for path, _ in jax.tree.leaves_with_path(option)]
         wanted = [path_of(path) for path, _ in jax.tree.leaves_with_path(tree)]
         missed = [path for path in wanted if not any(path.startswith(p) for p in given)]
         raise ValueError(
             f"{method}: {name} must be a prefix of the parameters' tree; it misses "
-            f"{missed or 'none'} with entries at {given}: {error}"
+            f"{_first(missed)} with entries at {_first(given)}. Give one entry for each leaf, "
+            "or one for all leaves below a key."
         ) from None
+
+
+def decays_of(method: str, mask: Any, tree: Any) -> list[bool]:
+    """Which leaves decay, from a mask, a prefix of one, a function that makes one, or None."""
+    mask = mask(tree) if is_function(mask) else mask
+    entries = by_prefix(method, "weight_decay_mask", True if mask is None else mask, tree)
+    for entry in entries:
+        is_flag = isinstance(entry, bool) or getattr(entry, "dtype", None) == np.bool_
+        if not is_flag or np.shape(entry):
+            raise ValueError(
+                f"{method}: expected True or False in weight_decay_mask, one for each leaf or for "
+                f"all leaves below a key, got {entry!r}."
+            )
+    return [bool(entry) for entry in entries]
 
 
 def is_gap(leaf: Any) -> bool:
