@@ -2,6 +2,7 @@ import importlib.util
 import json
 import pathlib
 import re
+import tomllib
 
 import jax
 import jax.numpy as jnp
@@ -98,3 +99,15 @@ def test_states_are_as_large_as_the_page_says(column):
             state = jax.tree.leaves(jax.eval_shape(tx.init, params))
             copies = sum(x.size for x in state) / (shape[0] * shape[1])
             assert f"{copies:.1f}".removesuffix(".0") == cells[column], name
+
+
+def test_the_lowest_versions_of_the_table_are_the_bounds_of_pyproject():
+    page = (ROOT / "docs" / "guarantees.md").read_text()
+    row = re.search(r"^\| (\S+) \| (\S+), lowest \| (\S+) \| (\S+) \| (\S+) \|", page, re.M)
+    assert row
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    python, jax_, optax_, chex_, flax_ = row.groups()
+    assert project["requires-python"] == f">={python}"
+    lowest = {f"jax>={jax_}", f"jaxlib>={jax_}", f"optax>={optax_}", f"chex>={chex_}"}
+    assert set(project["dependencies"]) == lowest
+    assert project["optional-dependencies"]["flax"] == [f"flax>={flax_}"]
