@@ -11,9 +11,7 @@ import numpy as np
 from optax_curv.preconditioners._stacks.owners import Owners
 from optax_curv.preconditioners._stacks.rule import METHOD, StackRule
 from optax_curv.preconditioners._stacks.stacks import Member
-from optax_curv.preconditioners._transformation.trees import (
-    decays_of,
-)
+from optax_curv.preconditioners._transformation.trees import decays_of
 
 WHOLE_TREE = "all leaves"
 

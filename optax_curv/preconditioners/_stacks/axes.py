@@ -44,7 +44,8 @@ class LeafRule(StackRule):
         )
         takes_all = self.fallback is None
         found = []
-        rows = zip(leaves, table, counts, self._decays(tree), strict=True)
+        mask = decays_of(self.method, self.weight_decay_mask, tree)
+        rows = zip(leaves, table, counts, mask, strict=True)
         for place, ((path, leaf), axes, count, decays) in enumerate(rows):
             if takes_all and not (axes.is_matrix and self.layers is not None):
                 member, role = leaf_member(place, path, leaf, count), METHOD
@@ -54,6 +55,3 @@ class LeafRule(StackRule):
                 member, role = leaf_member(place, path, leaf), FALLBACK
             found.append((member, Kind(role, decays)))
         return found
-
-    def _decays(self, tree: Any) -> list[bool]:
-        return decays_of(self.method, self.weight_decay_mask, tree)
