@@ -13,7 +13,7 @@ import optax
 
 import optax_curv
 
-ATOMS, EXACT = jnp.array([[0.0, 0.0, -0.7], [0.0, 0.0, 0.7]]), -1.1745  # Bohr radii, Hartree
+ATOMS, EXACT = jnp.array([[0.0, 0.0, -0.7], [0.0, 0.0, 0.7]]), -1.17448  # Bohr radii, Hartree
 
 
 class Wavefunction(nn.Module):
@@ -35,38 +35,51 @@ class Wavefunction(nn.Module):
         return jnp.log(psi) + 1.1 * cusp + 0.5 * apart[:, 0] / (1 + apart[:, 0])
 
 
+def local_energy(model, params, x):
+    """(-½ Δψ / ψ) + V of one walker, by the forward Laplacian of log |ψ|."""
+    found = folx.forward_laplacian(lambda y: model.apply(params, y[None])[0, 0])(x)
+    kinetic = -0.5 * (found.laplacian + jnp.sum(found.jacobian.dense_array**2))
+    attraction = jnp.sum(1 / jnp.linalg.norm(x.reshape(2, 1, 3) - ATOMS, axis=-1))
+    return kinetic - attraction + 1 / jnp.linalg.norm(x[:3] - x[3:]) + 1 / 1.4
+
+
+def energy_and_targets(model, params, x):
+    """The mean local energy, and the clipped local energies less their mean, [N, 1]."""
+    energies = jax.vmap(lambda x: local_energy(model, params, x))(x)
+    clipped = jnp.clip(energies, *jnp.quantile(energies, jnp.array([0.02, 0.98])))
+    return jnp.mean(energies), (clipped - jnp.mean(clipped))[:, None]
+
+
+def walked(model, params, x, key, moves=10):
+    """The walkers after some Metropolis moves."""
+
+    def move(x, key):
+        new = x + 0.5 * jax.random.normal(key, x.shape)
+        gain = 2 * (model.apply(params, new) - model.apply(params, x))
+        rises = -jax.random.exponential(jax.random.fold_in(key, 1), gain.shape) < gain
+        return jnp.where(rises, new, x), None
+
+    return jax.lax.scan(move, x, jax.random.split(key, moves))[0]
+
+
 def main(tiny):
     walkers, steps, model = (64, 30, Wavefunction(8)) if tiny else (1024, 400, Wavefunction(32))
     keys = jax.random.split(jax.random.key(0), steps + 1)
     params = model.init(keys[-1], jnp.ones((1, 6)))
     x = ATOMS.reshape(-1) + jax.random.normal(keys[-1], (walkers, 6))
 
-    def local_energy(params, x):
-        found = folx.forward_laplacian(lambda y: model.apply(params, y[None])[0, 0])(x)
-        kinetic = -0.5 * (found.laplacian + jnp.sum(found.jacobian.dense_array**2))
-        attraction = jnp.sum(1 / jnp.linalg.norm(x.reshape(2, 1, 3) - ATOMS, axis=-1))
-        return kinetic - attraction + 1 / jnp.linalg.norm(x[:3] - x[3:]) + 1 / 1.4
-
     objective = optax_curv.Objective(model.apply, "score")
     layers = optax_curv.find_layers(objective, params, x, jnp.zeros((walkers, 1)))
     capture = optax_curv.value_grad_and_curvature(objective, layers=layers, fisher="exact")
     tx = optax_curv.kfac(0.05, layers, damping=1e-3, momentum=0.0, kl_clip=1e-3)
 
-    def move(params, x, key):
-        new = x + 0.5 * jax.random.normal(key, x.shape)
-        gain = 2 * (model.apply(params, new) - model.apply(params, x))
-        rises = -jax.random.exponential(jax.random.fold_in(key, 1), gain.shape) < gain
-        return jnp.where(rises, new, x), None
-
     @jax.jit
     def step(params, state, x, key):
-        x, _ = jax.lax.scan(lambda x, key: move(params, x, key), x, jax.random.split(key, 10))
-        energies = jax.vmap(local_energy, (None, 0))(params, x)
-        clipped = jnp.clip(energies, *jnp.quantile(energies, jnp.array([0.02, 0.98])))
-        targets = (clipped - jnp.mean(clipped))[:, None]
+        x = walked(model, params, x, key)
+        energy, targets = energy_and_targets(model, params, x)
         _, grads, curvature = capture(params, x, targets)
         updates, state = tx.update(grads, state, params, curvature=curvature)
-        return optax.apply_updates(params, updates), state, x, jnp.mean(energies)
+        return optax.apply_updates(params, updates), state, x, energy
 
     state, energies = tx.init(params), []
     for key in keys[:steps]:
