@@ -131,13 +131,13 @@ def _on_path(module: str) -> str:
     return module
 
 
-def _load(module: str):
+def load(module: str):
     return importlib.import_module(_on_path(module))
 
 
 def kfac_jax(problem, steps, adaptive=True):
     """Its adaptive mode with its defaults but for the first damping, or a tuned learning rate."""
-    peer, objective = _load("kfac_jax"), problem.objective
+    peer, objective = load("kfac_jax"), problem.objective
     register = {
         "Bernoulli": "register_multi_bernoulli_predictive_distribution",
         "Categorical": "register_categorical_predictive_distribution",
@@ -191,7 +191,7 @@ def kfac_jax(problem, steps, adaptive=True):
 
 
 def distributed_kron(problem, steps):
-    peer = _load("distributed_kron")
+    peer = load("distributed_kron")
 
     def make(rate, _):
         return peer.kron(rate, merge_small_dims=False, partition_grads_into_blocks=False)
@@ -200,7 +200,7 @@ def distributed_kron(problem, steps):
 
 
 def psgdax(problem, steps):
-    peer = _load("psgdax")
+    peer = load("psgdax")
     return from_optax(
         problem,
         steps,
@@ -211,7 +211,7 @@ def psgdax(problem, steps):
 
 def psgdax_rms(problem, steps):
     """Momentum whitened fast and updates of matrices scaled to one RMS, as in `kron_psgd_rms`."""
-    peer = _load("psgdax")
+    peer = load("psgdax")
 
     def matrices(rate, _):
         kron = peer.scale_by_kron(
@@ -226,7 +226,7 @@ def psgdax_rms(problem, steps):
 
 def somax(problem, steps):
     """Its Gauss-Newton by conjugate gradients."""
-    peer, objective = _load("somax"), problem.objective
+    peer, objective = load("somax"), problem.objective
     if type(getattr(objective, "likelihood", None)).__name__ != "Categorical":
         raise Absent("has no Gauss-Newton matrix of this likelihood")
 

@@ -44,7 +44,7 @@ class Compiled(NamedTuple):
 
 def contenders(only, dtype):
     """Name -> transformation."""
-    psgdax, distributed = peers._load("psgdax"), peers._load("distributed_kron")
+    psgdax, distributed = peers.load("psgdax"), peers.load("distributed_kron")
     narrow = {"precond_dtype": dtype} if dtype != "float32" else {}
     wide = (
         {"mu_dtype": "float32"} if narrow else {}
