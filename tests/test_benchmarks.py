@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 import statistics
+import subprocess
 import sys
 
 import jax
@@ -230,3 +231,35 @@ def test_a_piece_stands_beside_the_method_with_the_same_settings(kept):
     table = [line.strip("| ").split(" | ")[:7] for line in language_model.rows(kept)]
     assert [cells[0] for cells in table] == ["adamw", "shampoo", "shampoo", "kl", "muon"]
     assert table[3][3:] == ["+0.500 shampoo", "0.50", "-", "not reached"]
+
+
+STEPS_OF_BOTH = """
+import jax
+from benchmarks import vmc_h2
+model = vmc_h2.Wavefunction(8)
+methods = [make(model, 1) for make in (vmc_h2.kfac_jax, vmc_h2.ours)]
+runs = [vmc_h2.Run(model, method, 0, walkers=64) for method in methods]
+start = model.init(jax.random.key(0), jax.numpy.ones((1, 6)))
+for _ in range(2):
+    leaves = [jax.tree.leaves(tree) for tree in (start, *(run.params for run in runs))]
+    for old, theirs, ours in zip(*leaves, strict=True):
+        print(*(float(jax.numpy.linalg.norm(x - old)) for x in (theirs, ours)), end=" ")
+        print(float(jax.numpy.linalg.norm(theirs - ours)))
+    _ = [run.step() for run in runs]
+"""
+
+
+def test_kfac_and_kfac_jax_take_the_same_steps_for_a_wavefunction(cache):
+    """So the settings of the benchmark mean the same in both. kfac-jax changes JAX's settings."""
+    for module in ("folx", "flax"):
+        pytest.importorskip(module)
+    if not (cache.CACHE / "peers" / "kfac_jax").is_dir():
+        pytest.skip("kfac-jax is not installed; run python -m benchmarks.peers")
+    command = [sys.executable, "-c", STEPS_OF_BOTH]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [[float(x) for x in line.split()] for line in done.stdout.splitlines()]
+    assert len(rows) == 2 * 6
+    for theirs, ours, apart in rows:
+        assert min(theirs, ours) > 1e-3
+        assert apart < 1e-3 * theirs
