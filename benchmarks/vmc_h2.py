@@ -215,6 +215,10 @@ def main():
         *(row(found, key) for key in found),
         "",
         f"Moving the walkers is the same function for all and takes {walks:.1f} ms a step more.",
+        "",
+        f"The energy is that of the last parameters over {EVALUATIONS} further walks, its mean and "
+        "standard error over the seeds. Times are processor time, on cores that other programs "
+        "shared; beside kfac-jax are ratios of blocks of steps, median and quartiles.",
     ]
     print("\n".join(lines), flush=True)
     if options.save:
