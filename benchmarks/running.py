@@ -197,14 +197,18 @@ def tune(
         before = dict(best)
         for setting in best:
             per_decade = 3 if setting == "learning_rate" else 1
-            index = round(math.log10(best[setting]) * per_decade)
+            start = best[setting]
+            index = round(math.log10(start) * per_decade)
             for direction in (1, -1):
-                for k in itertools.count(1):
-                    trial = {**best, setting: on_grid(index + direction * k, per_decade)}
+                for k in itertools.count():
+                    value = on_grid(index + direction * k, per_decade)
+                    if direction * (value - start) <= 0:  # a start may lie off the grid
+                        continue
+                    trial = {**best, setting: value}
                     if not score(trial) < score(best):
                         break
                     best = trial
-                if best[setting] != on_grid(index, per_decade):
+                if best[setting] != start:
                     break
         settled = best == before or len(best) == 1
     return best
