@@ -89,13 +89,38 @@ def _split(problem: Problem, matrices: Callable) -> Callable:
     return make
 
 
+def _layers(problem):
+    batch = next(iter(problem.batches(0, 1)))
+    layers = optax_curv.find_layers(problem.loss, jax.eval_shape(problem.init, 0), *batch)
+    if not len(layers):
+        raise Absent("no layer found in this loss")
+    return layers
+
+
+def _layers_of_axes(problem):
+    """The layers where a kernel has more axes than rows and columns, as convolutions do; else
+    None."""
+
+    def is_tensor(path, leaf):
+        return leaf.ndim > 2 and not problem.adam_for(path, leaf)
+
+    like = jax.eval_shape(problem.init, 0)
+    tensors = jax.tree.leaves(jax.tree_util.tree_map_with_path(is_tensor, like))
+    return _layers(problem) if any(tensors) else None
+
+
 def adam(problem, steps):
     return from_optax(problem, steps, lambda rate, _: optax.adam(rate), learning_rate=0.01)
 
 
 def muon(problem, steps):
-    make = _split(problem, lambda rate, _: optax.contrib.muon(rate, consistent_rms=RMS))
-    return from_optax(problem, steps, make, learning_rate=0.02)
+    layers = _layers_of_axes(problem)
+    numbers = None if layers is None else optax_curv.muon_dimension_numbers(layers)
+
+    def matrices(rate, _):
+        return optax.contrib.muon(rate, consistent_rms=RMS, muon_weight_dimension_numbers=numbers)
+
+    return from_optax(problem, steps, _split(problem, matrices), learning_rate=0.02)
 
 
 def sophia(problem, steps):
@@ -128,14 +153,22 @@ def lbfgs(problem, steps):
 
 
 def kron_psgd(problem, steps):
+    layers = _layers_of_axes(problem)
     return from_optax(
-        problem, steps, lambda rate, _: optax_curv.kron_psgd(rate), learning_rate=0.005
+        problem,
+        steps,
+        lambda rate, _: optax_curv.kron_psgd(rate, layers=layers),
+        learning_rate=0.005,
     )
 
 
 def kron_psgd_rms(problem, steps):
+    layers = _layers_of_axes(problem)
+
     def matrices(rate, values):
-        kron = optax_curv.scale_by_kron_psgd(values["precond_lr"], b1=0.9, whiten="momentum")
+        kron = optax_curv.scale_by_kron_psgd(
+            values["precond_lr"], b1=0.9, whiten="momentum", layers=layers
+        )
         return optax.chain(
             kron, optax_curv.normalize_by_rms(RMS), optax.scale_by_learning_rate(rate)
         )
@@ -147,23 +180,15 @@ def _alias_with_adam(name):
     def method(problem, steps):
         if not hasattr(optax_curv, name):
             raise Absent(f"optax_curv has no {name} yet")
-        alias = getattr(optax_curv, name)
+        alias, layers = getattr(optax_curv, name), _layers_of_axes(problem)
         return from_optax(
             problem,
             steps,
-            lambda rate, _: alias(rate, adam_for=problem.adam_for),
+            lambda rate, _: alias(rate, layers=layers, adam_for=problem.adam_for),
             learning_rate=0.02,
         )
 
     return method
-
-
-def _layers(problem):
-    batch = next(iter(problem.batches(0, 1)))
-    layers = optax_curv.find_layers(problem.loss, jax.eval_shape(problem.init, 0), *batch)
-    if not len(layers):
-        raise Absent("no layer found in this loss")
-    return layers
 
 
 def _measured(problem):

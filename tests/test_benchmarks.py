@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import optax
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -141,24 +142,47 @@ def test_a_problem_of_ones_own_is_a_python_file(compare, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "line.json").read_text())["methods"]["adam"]["steps"] == 4
 
 
-def test_tuning_walks_to_a_value_that_is_better_than_its_neighbours(compare, monkeypatch):
+@pytest.mark.parametrize(
+    ("setting", "start", "tried"),
+    [
+        ("learning_rate", 0.01, {0.01, 0.02, 0.05, 0.1, 0.2}),
+        ("precond_lr", 0.5, {0.5, 1.0, 0.1, 0.01}),  # a start that is off its grid
+    ],
+)
+def test_tuning_walks_to_a_value_that_is_better_than_its_neighbours(
+    compare, monkeypatch, setting, start, tried
+):
     running = compare.running
-    tried = {}
+    losses = {}
 
     def train(problem, methods, seed, steps, evaluate, tick):
         (method,) = methods.values()
-        rate = method.settings["learning_rate"]
-        tried[rate] = abs(rate - 0.1)
-        curve = type("Curve", (), {"failure": None, "metrics": {"loss": [tried[rate]]}})
+        value = method.settings[setting]
+        losses[value] = abs(value - 0.1)
+        curve = type("Curve", (), {"failure": None, "metrics": {"loss": [losses[value]]}})
         return [curve]
 
     monkeypatch.setattr(running, "train", train)
     problem = compare.problems.Problem("none", None, None, None, {"loss": None}, 1, 1)
-    method = running.Compiled(None, None, {"learning_rate": 0.01}, 0.0, 0.0, 0)
-    assert running.tune(problem, method, "any", 0, 1, None, lambda _: None) == {
-        "learning_rate": 0.1
-    }
-    assert set(tried) == {0.01, 0.02, 0.05, 0.1, 0.2}
+    method = running.Compiled(None, None, {setting: start}, 0.0, 0.0, 0)
+    assert running.tune(problem, method, "any", 0, 1, None, lambda _: None) == {setting: 0.1}
+    assert set(losses) == tried
+
+
+@pytest.mark.parametrize("name", ["vision_conv", "vision_vit"])
+def test_convolutions_and_heads_are_matrices_of_muon(compare, name):
+    """All that the problem does not leave to Adam, whatever its rank; and nothing else."""
+    problem = compare.problems.load(name)[1]
+    like = jax.eval_shape(problem.init, 0)
+    parts = jax.tree.leaves(
+        jax.eval_shape(compare.METHODS["muon"](problem, 2).init, like),
+        is_leaf=lambda x: isinstance(x, optax.contrib.MuonState),
+    )
+    (muon,) = (x for x in parts if isinstance(x, optax.contrib.MuonState))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(like)
+    kernels = [leaf.shape for path, leaf in leaves if not problem.adam_for(path, leaf)]
+    assert [x.shape for x in jax.tree.leaves(muon.mu)] == kernels
+    assert max(map(len, kernels)) > 2
 
 
 def test_an_installation_is_complete_or_absent(peers, cache, tmp_path, monkeypatch):

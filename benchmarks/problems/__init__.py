@@ -15,6 +15,8 @@ NAMES = (
     "mlp",
     "transformer",
     "language_model",
+    "vision_conv",
+    "vision_vit",
     "xor",
     "poisson2d",
     "poisson5d",
