@@ -76,7 +76,7 @@ def test_tuned_rates_and_basins_are_those_of_the_results():
     losses = {name: [float(x) for x in figures] for name, *figures in basin}
     methods, rows = table("tune.md")
     methods = [name.strip("`") for name in methods]
-    for problem in ("transformer", "autoencoder", "mlp", "vision_vit", "xor"):
+    for problem in ("transformer", "autoencoder", "mlp", "vision_conv", "vision_vit", "xor"):
         rates = [tuned[problem].get(name, {}).get("learning_rate", "-") for name in methods]
         assert rows[problem] == [f"{rate:g}" if rate != "-" else "-" for rate in rates]
     for row, place in (("a third adds", 0), ("three times adds", 2)):
