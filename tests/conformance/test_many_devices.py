@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import eight_devices
 import pytest
 from conformance import cases
 
@@ -20,11 +21,8 @@ TESTS = pathlib.Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def figures():
     """{(check, method): figure} from one process with eight devices."""
-    environment = os.environ | {
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
-    }
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    environment = eight_devices.ENVIRONMENT | {"PYTHONPATH": path}
     command = [sys.executable, "-W", "error", "-m", "conformance.many_devices"]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=1200, check=False

@@ -1,9 +1,9 @@
 """Branch Fisher with searches, adaptive damping, other dtypes, devices, and a real state."""
 
-import os
 import subprocess
 import sys
 
+import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -203,10 +203,9 @@ for solver in ("woodbury", "cholesky", "cg"):
 
 
 def test_rows_sharded_over_eight_devices_equal_one_device():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-c", ON_EIGHT_DEVICES],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=eight_devices.ENVIRONMENT,
         capture_output=True,
         text=True,
         check=True,

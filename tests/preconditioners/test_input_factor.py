@@ -1,9 +1,11 @@
 """The input side alone equals dense powers and K-FAC's own, before any optimizer."""
 
+import chex
 import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import micro_batches
 import numpy as np
 import optax
 import pytest
@@ -179,47 +181,21 @@ def test_refreshes_come_early_and_then_by_the_period():
     assert all(np.diff(gaps) >= 0) and gaps[-1] == 6
 
 
-def small_loss(params, x):
-    return jnp.mean(jnp.sum((jnp.tanh(x @ params["w"] + params["b"]) @ params["v"]) ** 2, -1))
-
-
-SMALL = {"w": jnp.ones((3, 4)) / 3, "b": jnp.zeros(4), "v": jnp.arange(8.0).reshape(4, 2) / 8}
-
-
 def test_micro_batches_are_the_whole_batch(x64):
-    params = jax.tree.map(lambda x: x.astype(float), SMALL)
-    batches = jax.random.normal(jax.random.key(0), (2, 12, 3))
-    layers = oc.find_layers(small_loss, params, batches[0])
+    params, batches = micro_batches.draw()
+    layers = oc.find_layers(micro_batches.loss, params, batches[0])
+    take = oc.value_grad_and_curvature(micro_batches.loss, layers=layers, statistic="input")
     tx = oc.scale_by_input_factor(layers, every=1)
-    take = oc.value_grad_and_curvature(small_loss, layers=layers, statistic="input")
-    state, expected = tx.init(params), []
-    for x in batches:
-        _, grads, curvature = take(params, x)
-        updates, state = tx.update(grads, state, params, curvature=curvature)
-        expected.append(updates)
-    many = optax.MultiSteps(tx, every_k_schedule=3)
-    step = jax.jit(lambda grads, state, mean: many.update(grads, state, params, curvature=mean))
-    state, mean, found = many.init(params), curvature, []
-    for x in batches.reshape(6, 4, 3):
-        _, grads, curvature = take(params, x)
-        mean = oc.average_curvature(mean, curvature, state.mini_step)
-        updates, state = step(grads, state, mean)
-        found.append(updates)
-    for i in (0, 1):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=SINGLE),
-            found[3 * i + 2],
-            expected[i],
-        )
+    whole, in_thirds, _ = micro_batches.updates_of(tx, take, params, batches)
+    chex.assert_trees_all_close(in_thirds, whole, rtol=SINGLE)
 
 
 def test_statistics_of_the_same_batch_give_the_same_step(x64):
-    params = jax.tree.map(lambda x: x.astype(float), SMALL)
-    x = jax.random.normal(jax.random.key(0), (12, 3))
-    layers = oc.find_layers(small_loss, params, x)
+    params, (x, _) = micro_batches.draw()
+    layers = oc.find_layers(micro_batches.loss, params, x)
     tx, found = oc.scale_by_input_factor(layers), []
     for statistic in ("input", "kronecker", "rows"):
-        take = oc.value_grad_and_curvature(small_loss, layers=layers, statistic=statistic)
+        take = oc.value_grad_and_curvature(micro_batches.loss, layers=layers, statistic=statistic)
         _, grads, curvature = take(params, x)
         found.append(tx.update(grads, tx.init(params), curvature=curvature)[0])
     for other in found[1:]:

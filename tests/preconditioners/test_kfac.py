@@ -2,8 +2,10 @@
 
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
+import micro_batches
 import numpy as np
 import optax
 import pytest
@@ -270,42 +272,16 @@ def test_rows_of_a_layer_without_its_kernel_are_those_of_the_bias(x64):
 
 
 def test_micro_batches_with_their_average_curvature_are_one_batch(x64):
-    def loss(params, x):
-        return jnp.mean((jnp.tanh(x @ params["w"] + params["b"]) @ params["v"]) ** 2)
-
-    params = {"w": jnp.ones((3, 4)) / 3, "b": jnp.zeros(4), "v": jnp.arange(8.0).reshape(4, 2) / 8}
-    batches = jax.random.normal(jax.random.key(0), (2, 12, 3))
-    tx, take = (
-        scale_by_kfac(find_layers(loss, params, batches[0]), 0.1),
-        value_grad_and_curvature(loss),
-    )
-    state, expected = tx.init(params), []
-    for x in batches:
-        _, grads, curvature = take(params, x)
-        updates, state = tx.update(grads, state, params, curvature=curvature)
-        expected.append(updates)
-
-    many = optax.MultiSteps(tx, every_k_schedule=3)
-    step = jax.jit(lambda grads, state, mean: many.update(grads, state, params, curvature=mean))
-    state, mean, found = (
-        many.init(params),
-        jax.tree.map(lambda x: jnp.full_like(x, jnp.nan if x.dtype == float else 0), curvature),
-        [],
-    )
-    for x in batches.reshape(6, 4, 3):
-        _, grads, curvature = take(params, x)
-        mean = average_curvature(mean, curvature, state.mini_step)
-        updates, state = step(grads, state, mean)
-        found.append(updates)
-    for i in (0, 1):
-        # MultiSteps divides by a count in float32
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found[3 * i + 2], expected[i]
-        )
-    whole = take(params, batches[1])[2]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), mean, whole)
+    params, batches = micro_batches.draw()
+    take = value_grad_and_curvature(micro_batches.loss)
+    tx = scale_by_kfac(find_layers(micro_batches.loss, params, batches[0]), 0.4)
+    whole, in_thirds, mean = micro_batches.updates_of(tx, take, params, batches)
+    # MultiSteps divides by a count in float32
+    chex.assert_trees_all_close(in_thirds, whole, rtol=1e-6)
+    chex.assert_trees_all_close(mean, take(params, batches[1])[2], rtol=1e-12)
+    rows = value_grad_and_curvature(micro_batches.loss, statistic="rows")(params, batches[1])[2]
     with pytest.raises(ValueError, match="cannot be averaged"):
-        average_curvature(mean, value_grad_and_curvature(loss, statistic="rows")(params, x)[2], 0)
+        average_curvature(mean, rows, 0)
 
 
 def test_without_a_period_the_state_holds_no_inverses(x64):
