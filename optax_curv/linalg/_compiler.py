@@ -7,6 +7,7 @@ changes a value.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +18,13 @@ import numpy as np
 from jax.sharding import AxisType
 from jax.typing import ArrayLike
 
+try:
+    from jax.experimental.shard_alike import shard_alike as _shard_alike
+except ImportError:  # JAX 0.12
+    _shard_alike = None
+
 FULL = jax.lax.Precision.HIGHEST
+_groups = itertools.count()
 HALVED_FROM = 1024  # smaller products by halves cost more than they save
 
 
@@ -189,3 +196,60 @@ def _gram_by_halves(x):
     upper, lower = jnp.split(x, [len(x) // 2])
     corner = full_matmul(upper, lower.conj().T)
     return jnp.block([[whole_gram(upper), corner], [corner.conj().T, whole_gram(lower)]])
+
+
+def sharded_alike(like: jax.Array, x: jax.Array) -> jax.Array:
+    """Makes XLA shard x as it shards `like`, of its shape: how is not known while tracing.
+
+    Without it XLA leaves an update where it was made, so that it does not lie where its gradient
+    does. It is `jax.experimental.shard_alike` where JAX has that; 0.12 has nothing in its place,
+    and there it is the operation of Shardy that this stood for. It may go with a public function.
+    """
+    if _shard_alike is None:
+        return _in_one_group(like, x)
+    found: Any = _shard_alike(like, x)
+    return found[1]
+
+
+@jax.custom_jvp
+def _in_one_group(like: jax.Array, x: jax.Array) -> jax.Array:
+    # A value that was constrained keeps that sharding (JAX 0.12.0.1); this is another one.
+    return _primitive().bind(like, jax.lax.optimization_barrier(x))
+
+
+@_in_one_group.defjvp
+def _tangent_in_one_group(primals: Any, tangents: Any) -> Any:
+    return _in_one_group(*primals), tangents[1]
+
+
+def _lowered(context: Any, like: Any, x: Any) -> list[Any]:
+    from jaxlib.mlir.dialects import sdy
+
+    del context
+    group = next(_groups)
+    for value in (like, x):
+        sdy.sharding_group(value, group)
+    return [x]
+
+
+def _batched(arrays: Any, axes: Any) -> tuple[jax.Array, int]:
+    size = next(x.shape[i] for x, i in zip(arrays, axes, strict=True) if i is not None)
+    front = (
+        jnp.broadcast_to(x, (size, *x.shape)) if i is None else jnp.moveaxis(x, i, 0)
+        for x, i in zip(arrays, axes, strict=True)
+    )
+    return _in_one_group(*front), 0
+
+
+@functools.cache
+def _primitive() -> Any:
+    # `jax.extend.core` brings all of Pallas with it, so that only who needs it imports it.
+    from jax.extend.core import Primitive
+    from jax.interpreters import batching, mlir
+
+    made = Primitive("sharded_alike")
+    made.def_abstract_eval(lambda like, x: x)
+    made.def_impl(jax.jit(made.bind))
+    mlir.register_lowering(made, _lowered)
+    batching.primitive_batchers[made] = _batched
+    return made

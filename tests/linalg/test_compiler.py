@@ -9,6 +9,7 @@ import pytest
 
 from optax_curv.linalg import _compiler as compiler
 
+MATRIX = jnp.arange(6.0).reshape(2, 3)
 PLACES = [(0, 1), (1, 2), (3, 1), (0, 4)]
 seen_on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA does on CPU")
 seen_from_0_10 = pytest.mark.skipif(
@@ -163,3 +164,21 @@ def test_a_loop_writes_where_it_has_read():
 
     assert copies(lambda function, *arrays: function(*arrays)) > 0  # else `apart` may go
     assert copies(compiler.apart) == 0
+
+
+def test_both_arrays_are_in_one_group_of_shardy():
+    text = jax.jit(compiler._in_one_group).lower(MATRIX, MATRIX + 1).as_text()
+    groups = [line.split("group_id=")[1] for line in text.splitlines() if "sharding_group" in line]
+    assert len(groups) == 2 and groups[0] == groups[1]
+
+
+def test_values_are_those_of_the_second_array_under_any_transformation(monkeypatch):
+    monkeypatch.setattr(compiler, "_shard_alike", None)
+    alike = compiler.sharded_alike
+    many = jnp.stack([MATRIX, 2 * MATRIX, 3 * MATRIX])
+    np.testing.assert_array_equal(alike(MATRIX, 2 * MATRIX), 2 * MATRIX)
+    np.testing.assert_array_equal(jax.vmap(alike, (None, 0))(MATRIX, many), many)
+    turned = jax.vmap(alike, (2, 1), 1)(many.transpose(1, 2, 0), many.transpose(1, 0, 2))
+    np.testing.assert_array_equal(turned, many.transpose(1, 0, 2))
+    gradient = jax.grad(lambda x: jnp.sum(alike(MATRIX, x) ** 2))
+    np.testing.assert_array_equal(jax.jit(gradient)(MATRIX), 2 * MATRIX)

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from optax_curv.linalg._compiler import compiled_once
+from optax_curv.linalg._compiler import compiled_once, sharded_alike
 
 OPEN = PartitionSpec.UNCONSTRAINED
 FEW = 8  # devices for each of a few tensors
@@ -99,8 +98,7 @@ class Owners(NamedTuple):
 
         def of_array(x: jax.Array, like: jax.Array) -> jax.Array:
             travels = self._back(self._as_it_travels(x), axis)
-            found: Any = shard_alike(like, travels[: len(like)].astype(like.dtype))
-            return found[1]
+            return sharded_alike(like, travels[: len(like)].astype(like.dtype))
 
         return jax.tree.map(of_array, stacks, like)
 
@@ -156,18 +154,14 @@ class Owners(NamedTuple):
                 if path[len(path) - len(own) :] == own and leaf.shape == x.shape:
                     if EXPLICIT in jax.typeof(leaf).sharding.mesh.axis_types:
                         return jax.sharding.reshard(x, jax.typeof(leaf).sharding)
-                    found: Any = shard_alike(leaf, x)
-                    return found[1]
+                    return sharded_alike(leaf, x)
             return self.whole(x)
 
         return jax.tree.map_with_path(of_leaf, state)
 
     def like(self, leaf: Any, x: jax.Array) -> jax.Array:
         """The array x sharded as a leaf is; as it is where there is no leaf."""
-        found: Any = (
-            shard_alike(leaf, x.astype(leaf.dtype)) if isinstance(leaf, jax.Array) else (0, x)
-        )
-        return found[1]
+        return sharded_alike(leaf, x.astype(leaf.dtype)) if isinstance(leaf, jax.Array) else x
 
     def whole(self, x: jax.Array) -> jax.Array:
         """The array on every device."""
