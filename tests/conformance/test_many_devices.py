@@ -79,12 +79,15 @@ def test_a_state_lies_with_its_owners_from_the_start(figures, name):
 
 ROWS = ("woodbury", "auto", "cholesky", "cg", "levenberg", "gauss_newton", "branch_kfac")
 LARGEST_LEAF = 16 * 24  # of `compare_rows`, where there are 64 rows of it
+# K-FAC of branches decomposes whole columns of the 64 samples of a state of 8: up to JAX 0.11 they
+# come together one after the other, from 0.12 on all at once.
+SAMPLES = 64 * 8
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_of_examples_on_all_devices_are_never_gathered(figures, name):
     assert figures["rows", name] < EXACT
-    assert figures["row_gathers", name] <= LARGEST_LEAF
+    assert figures["row_gathers", name] <= (SAMPLES if name == "branch_kfac" else LARGEST_LEAF)
 
 
 def test_lazy_rows_of_examples_on_all_devices_are_those_of_one_and_share_the_work(figures):
