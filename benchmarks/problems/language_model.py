@@ -7,6 +7,7 @@ Python's own reference; every tenth file is held out."""
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -20,7 +21,7 @@ import numpy as np
 
 import optax_curv
 from benchmarks.cache import CACHE, complete
-from benchmarks.problems import Problem
+from benchmarks.problems import Problem, nnx_networks
 
 SOURCES = ("numpy", "scipy", "scikit-learn", "matplotlib")
 FOLDERS = {"scikit-learn": "sklearn"}
@@ -109,11 +110,11 @@ def tokens(vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
     return np.load(folder / "train.npy"), np.load(folder / "held_out.npy")
 
 
-def network(size: Size, seed):
+def network(size: Size, rngs):
     """The model as nnx has it: a table that is embedding and head, blocks before it in a list."""
     from flax import nnx
 
-    dtype, rngs = jnp.dtype(size.dtype), nnx.Rngs(jax.random.key(seed))
+    dtype = jnp.dtype(size.dtype)
     small = jax.nn.initializers.normal(0.02)
 
     def dense(rows: int, columns: int):
@@ -156,18 +157,7 @@ def network(size: Size, seed):
 
 def of_size(size: Size) -> Problem:
     """The problem of a size."""
-    from flax import nnx
-
-    graph, like = nnx.split(nnx.eval_shape(lambda: network(size, 0)))
-
-    def init(seed):
-        return nnx.to_pure_dict(nnx.state(network(size, seed)))
-
-    def predict(params, inputs):
-        state = jax.tree.map(lambda x: x, like)
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graph, state)(inputs)
-
+    init, predict = nnx_networks.functions(functools.partial(network, size))
     loss = optax_curv.Objective(predict, "categorical")
     train, held_out = tokens(size.vocabulary)
 
