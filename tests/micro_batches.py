@@ -10,7 +10,7 @@ PARAMS = {"w": jnp.ones((3, 4)) / 3, "b": jnp.zeros(4), "v": jnp.arange(8.0).res
 
 
 def loss(params, x):
-    return jnp.mean(jnp.sum((jnp.tanh(x @ params["w"] + params["b"]) @ params["v"]) ** 2, -1))
+    return jnp.mean((jnp.tanh(x @ params["w"] + params["b"]) @ params["v"]) ** 2)
 
 
 def draw():
