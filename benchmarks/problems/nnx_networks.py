@@ -26,11 +26,6 @@ def functions(network: Callable[..., Any]) -> tuple[Callable, Callable]:
     return init, predict
 
 
-def size(init) -> int:
-    """How many numbers the parameters have."""
-    return sum(x.size for x in jax.tree.leaves(jax.eval_shape(init, 0)))
-
-
 def adam_for(path, leaf) -> bool:
     """Biases, scales and positions: all that is no kernel."""
     return leaf.ndim < 2 or any(

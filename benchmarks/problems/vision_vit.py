@@ -1,10 +1,11 @@
 """A vision transformer on patches of digits, attention as Flax writes it."""
 
 import jax
+import optax
 
 from benchmarks.problems import Problem
 from benchmarks.problems.digits import classifier
-from benchmarks.problems.nnx_networks import adam_for, functions, size
+from benchmarks.problems.nnx_networks import adam_for, functions
 
 WIDTH, HEADS, DEPTH, SIDE = 32, 4, 2, 2
 PATCHES = (8 // SIDE) ** 2
@@ -47,9 +48,10 @@ def network(rngs):
 
 def problem() -> Problem:
     init, predict = functions(network)
+    count = optax.tree.size(jax.eval_shape(init, 0))
     return classifier(
         f"nnx vision transformer with MultiHeadAttention ({SIDE} × {SIDE} patches, {DEPTH} blocks, "
-        f"width {WIDTH}, {HEADS} heads, learned positions, mean of the patches; {size(init)} "
+        f"width {WIDTH}, {HEADS} heads, learned positions, mean of the patches; {count} "
         "parameters)",
         init,
         predict,

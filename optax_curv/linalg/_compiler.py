@@ -24,7 +24,6 @@ except ImportError:  # JAX 0.12
     _shard_alike = None
 
 FULL = jax.lax.Precision.HIGHEST
-_groups = itertools.count()
 HALVED_FROM = 1024  # smaller products by halves cost more than they save
 
 
@@ -209,6 +208,9 @@ def sharded_alike(like: jax.Array, x: jax.Array) -> jax.Array:
         return _in_one_group(like, x)
     found: Any = _shard_alike(like, x)
     return found[1]
+
+
+_groups = itertools.count()
 
 
 @jax.custom_jvp
