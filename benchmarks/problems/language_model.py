@@ -117,32 +117,16 @@ def network(size: Size, rngs):
     dtype = jnp.dtype(size.dtype)
     small = jax.nn.initializers.normal(0.02)
 
-    def dense(rows: int, columns: int):
-        return nnx.Linear(rows, columns, dtype=dtype, rngs=rngs)
-
-    class Block(nnx.Module):
-        def __init__(self):
-            self.norm_1 = nnx.LayerNorm(size.width, dtype=dtype, rngs=rngs)
-            self.attention = nnx.MultiHeadAttention(
-                size.heads, size.width, dtype=dtype, decode=False, rngs=rngs
-            )
-            self.norm_2 = nnx.LayerNorm(size.width, dtype=dtype, rngs=rngs)
-            self.up, self.down = (
-                dense(size.width, 4 * size.width),
-                dense(4 * size.width, size.width),
-            )
-
-        def __call__(self, x, mask):
-            x = x + self.attention(self.norm_1(x), mask=mask)
-            return x + self.down(nnx.gelu(self.up(self.norm_2(x))))
-
     class LanguageModel(nnx.Module):
         def __init__(self):
             self.table = nnx.Embed(
                 size.vocabulary, size.width, embedding_init=small, dtype=dtype, rngs=rngs
             )
             self.positions = nnx.Param(small(rngs.params(), (size.length, size.width)))
-            self.blocks = nnx.List(Block() for _ in range(size.depth))
+            self.blocks = nnx.List(
+                nnx_networks.transformer_block(size.width, size.heads, rngs, dtype)
+                for _ in range(size.depth)
+            )
             self.norm = nnx.LayerNorm(size.width, dtype=dtype, rngs=rngs)
 
         def __call__(self, tokens):
@@ -185,10 +169,7 @@ def of_size(size: Size) -> Problem:
         steps=size.steps,
         evaluate_every=max(1, size.steps // 80),
         objective=loss,
-        adam_for=lambda path, leaf: (
-            leaf.ndim < 2
-            or any(name in jax.tree_util.keystr(path) for name in ("table", "positions", "bias"))
-        ),
+        adam_for=nnx_networks.adam_for,
     )
 
 

@@ -4,12 +4,9 @@ It has GroupNorm and no BatchNorm: a benchmark's loss is a function of parameter
 which has no room for running statistics, and K-FAC's factors are means over single examples, which
 BatchNorm would mix."""
 
-import jax
-import optax
-
 from benchmarks.problems import Problem
 from benchmarks.problems.digits import classifier
-from benchmarks.problems.nnx_networks import adam_for, functions
+from benchmarks.problems.nnx_networks import adam_for, functions, size
 
 STEM, LAST, GROUPS = 16, 32, 4
 
@@ -53,10 +50,9 @@ def network(rngs):
 
 def problem() -> Problem:
     init, predict = functions(network)
-    count = optax.tree.size(jax.eval_shape(init, 0))
     return classifier(
         f"nnx ResNet of a stem and two blocks of 3 × 3 convolutions ({STEM} and {LAST} channels, "
-        f"GroupNorm, relu; {count} parameters)",
+        f"GroupNorm, relu; {size(init)} parameters)",
         init,
         predict,
         steps=150,

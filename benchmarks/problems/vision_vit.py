@@ -1,11 +1,10 @@
 """A vision transformer on patches of digits, attention as Flax writes it."""
 
 import jax
-import optax
 
 from benchmarks.problems import Problem
 from benchmarks.problems.digits import classifier
-from benchmarks.problems.nnx_networks import adam_for, functions
+from benchmarks.problems.nnx_networks import adam_for, functions, size, transformer_block
 
 WIDTH, HEADS, DEPTH, SIDE = 32, 4, 2, 2
 PATCHES = (8 // SIDE) ** 2
@@ -15,24 +14,12 @@ def network(rngs):
     """Linear patches with learned positions, blocks before whose parts norms stand, their mean."""
     from flax import nnx
 
-    class Block(nnx.Module):
-        def __init__(self):
-            self.norm_1 = nnx.LayerNorm(WIDTH, rngs=rngs)
-            self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
-            self.norm_2 = nnx.LayerNorm(WIDTH, rngs=rngs)
-            self.up = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs)
-            self.down = nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
-
-        def __call__(self, x):
-            x = x + self.attention(self.norm_1(x))
-            return x + self.down(nnx.gelu(self.up(self.norm_2(x))))
-
     class VisionTransformer(nnx.Module):
         def __init__(self):
             normal = jax.nn.initializers.normal(0.02)
             self.patches = nnx.Linear(SIDE * SIDE, WIDTH, rngs=rngs)
             self.positions = nnx.Param(normal(rngs.params(), (PATCHES, WIDTH)))
-            self.blocks = nnx.List(Block() for _ in range(DEPTH))
+            self.blocks = nnx.List(transformer_block(WIDTH, HEADS, rngs) for _ in range(DEPTH))
             self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
             self.head = nnx.Linear(WIDTH, 10, rngs=rngs)
 
@@ -48,10 +35,9 @@ def network(rngs):
 
 def problem() -> Problem:
     init, predict = functions(network)
-    count = optax.tree.size(jax.eval_shape(init, 0))
     return classifier(
         f"nnx vision transformer with MultiHeadAttention ({SIDE} × {SIDE} patches, {DEPTH} blocks, "
-        f"width {WIDTH}, {HEADS} heads, learned positions, mean of the patches; {count} "
+        f"width {WIDTH}, {HEADS} heads, learned positions, mean of the patches; {size(init)} "
         "parameters)",
         init,
         predict,
